@@ -1,0 +1,103 @@
+"""The table of model variants: DINOv2 size × crop size."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from lorat.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One row: everything that fixes the shapes of a LoRAT model."""
+
+    name: str
+    timm_name: str | None
+    """Name of the pretrained backbone in timm; none if it has no public weights."""
+    dim: int
+    depth: int
+    num_heads: int
+    ffn: Literal["mlp", "swiglu"] = "mlp"
+    pretrain_grid: int = 37
+    """Side of the position grid that the backbone was pretrained with, in patches."""
+    template_size: int
+    """Side of the template crop, in pixels."""
+    search_size: int
+    """Side of the search crop, in pixels."""
+    template_area_factor: float = 2.0
+    search_area_factor: float
+    drop_path: float = 0.0
+    recipe: Literal["paper", "small"] = "paper"
+    """Default recipe of :data:`lorat.config.RECIPES`."""
+    patch_size: int = 14
+
+    @property
+    def template_grid(self) -> int:
+        """Side of the template's token grid."""
+        return self.template_size // self.patch_size
+
+    @property
+    def search_grid(self) -> int:
+        """Side of the search region's token grid and of the score map."""
+        return self.search_size // self.patch_size
+
+    @property
+    def ffn_hidden(self) -> int:
+        """Hidden width of the block's FFN (DINOv2 rounds SwiGLU's to a multiple of 8)."""
+        if self.ffn == "swiglu":
+            return (int(4 * self.dim * 2 / 3) + 7) // 8 * 8
+        return 4 * self.dim
+
+
+def _table() -> dict[str, Variant]:
+    sizes = {
+        "S": Variant(name="S", timm_name="vit_small_patch14_dinov2.lvd142m",
+                     dim=384, depth=12, num_heads=6,
+                     template_size=112, search_size=224, search_area_factor=4.0),
+        "B": Variant(name="B", timm_name="vit_base_patch14_dinov2.lvd142m",
+                     dim=768, depth=12, num_heads=12,
+                     template_size=112, search_size=224, search_area_factor=4.0),
+        "L": Variant(name="L", timm_name="vit_large_patch14_dinov2.lvd142m",
+                     dim=1024, depth=24, num_heads=16, drop_path=0.1,
+                     template_size=112, search_size=224, search_area_factor=4.0),
+        "g": Variant(name="g", timm_name="vit_giant_patch14_dinov2.lvd142m",
+                     dim=1536, depth=40, num_heads=24, ffn="swiglu", drop_path=0.4,
+                     template_size=112, search_size=224, search_area_factor=4.0),
+    }  # fmt: skip
+    table: dict[str, Variant] = {}
+    for letter, row in sizes.items():
+        for search, template, factor in ((224, 112, 4.0), (378, 196, 5.0)):
+            name = f"{letter}-{search}"
+            table[name] = dataclasses.replace(
+                row,
+                name=name,
+                template_size=template,
+                search_size=search,
+                search_area_factor=factor,
+            )
+    table["T-112"] = Variant(
+        name="T-112", timm_name=None, dim=192, depth=4, num_heads=3, pretrain_grid=8,
+        template_size=56, search_size=112, search_area_factor=4.0, recipe="small",
+    )  # fmt: skip
+    table["N-112"] = Variant(
+        name="N-112", timm_name=None, dim=64, depth=2, num_heads=1, pretrain_grid=8,
+        template_size=56, search_size=112, search_area_factor=4.0, recipe="small",
+    )  # fmt: skip
+    return table
+
+
+VARIANTS: dict[str, Variant] = _table()
+"""All variants by name: S, B, L, g × 224, 378 of the paper; T-112 and N-112 for CPUs."""
+
+
+def get_variant(name: str) -> Variant:
+    """Return the variant of that name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if name not in VARIANTS:
+        raise UserError(f"There is no variant {name}; choose from {', '.join(VARIANTS)}.")
+    return VARIANTS[name]
