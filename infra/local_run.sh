@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Submit jobs/train.py to the Ray of this machine, starting one if none answers.
+#   infra/local_run.sh [arguments of jobs/train.py]
+#   infra/local_run.sh --stop      stop the Ray that this script started
+set -euo pipefail
+cd "$(dirname "$0")/.."
+state="${LORAT_HOME:-$HOME/.lorat}"
+pid_file="$state/ray.pid"
+port="${LORAT_RAY_PORT:-8265}"
+address="http://127.0.0.1:$port"
+mkdir -p "$state"
+
+if [ "${1:-}" = --stop ]; then
+  if [ -f "$pid_file" ] && kill "$(cat "$pid_file")" 2>/dev/null; then
+    echo "Stopped the local Ray."
+  else
+    echo "No local Ray was started by 'make run'."
+  fi
+  rm -f "$pid_file"
+  exit 0
+fi
+
+answers() { python - "$address" <<'PY'
+import sys, urllib.request
+try:
+    urllib.request.urlopen(sys.argv[1] + "/api/version", timeout=2).read()
+except OSError:
+    sys.exit(1)
+PY
+}
+
+if ! answers; then
+  echo "Starting a local Ray (dashboard $address; 'make stop' ends it)."
+  setsid nohup ray start --head --block --disable-usage-stats --include-dashboard=true \
+    --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --dashboard-port="$port" \
+    --port=0 >"$state/ray.log" 2>&1 </dev/null &
+  echo $! >"$pid_file"
+  for _ in $(seq 60); do
+    answers && break
+    kill -0 "$(cat "$pid_file")" 2>/dev/null || { tail -n 20 "$state/ray.log" >&2; exit 1; }
+    sleep 1
+  done
+  answers || { echo "error: Ray did not answer on $address; see $state/ray.log." >&2; exit 1; }
+fi
+
+# The job's driver inherits the head's environment, so ours goes along explicitly.
+environment="$(python -c 'import json, os
+names = ("LORAT_HOME", "MLFLOW_TRACKING_URI")
+print(json.dumps({"env_vars": {n: os.environ[n] for n in names if n in os.environ}}))')"
+exec ray job submit --address "$address" --working-dir . --runtime-env-json "$environment" \
+  -- python jobs/train.py "$@"

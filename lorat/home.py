@@ -1,0 +1,15 @@
+"""The folder that holds what the platform keeps on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def home() -> Path:
+    """Return ``$LORAT_HOME``, or ``~/.lorat``: datasets, runs and the local MLflow store.
+
+    It does not depend on the working directory, so a job that Ray runs in a copy of the
+    repository finds the same datasets and runs as one started by hand.
+    """
+    return Path(os.environ.get("LORAT_HOME", "~/.lorat")).expanduser()

@@ -1,0 +1,92 @@
+"""The house rules that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FORBIDDEN = {
+    "lorat": {"ray", "mlflow", "lorat_platform", "bootstrap"},
+    "platform/lorat_platform": {"bootstrap"},
+}
+TORCH_FREE = {"geometry", "pairs", "frame_index", "shards", "synthetic"}
+"""Modules that decode workers import: torch would cost each of them seconds and 0.8 GB."""
+
+
+def _imports(path: Path) -> set[str]:
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
+
+
+def _module_name(path: Path, top: Path) -> str:
+    parts = path.relative_to(top).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("package", list(FORBIDDEN))
+def test_imports_point_only_downwards(package: str) -> None:
+    wrong = {
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in (ROOT / package).rglob("*.py")
+        for module in _imports(path)
+        if module.split(".")[0] in FORBIDDEN[package]
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("package", "top"), [("lorat", "."), ("platform/lorat_platform", "platform")]
+)
+def test_no_import_circle(package: str, top: str) -> None:
+    graph = {}
+    for path in (ROOT / package).rglob("*.py"):
+        graph[_module_name(path, ROOT / top)] = _imports(path)
+    graph = {m: {t for t in targets if t in graph and t != m} for m, targets in graph.items()}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, f"import circle: {' -> '.join([*trail, module])}"
+        if module not in done:
+            for target in graph[module]:
+                visit(target, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_decode_workers_do_not_import_torch() -> None:
+    import subprocess
+
+    code = "import sys\n" + "".join(f"import lorat.{name}\n" for name in sorted(TORCH_FREE))
+    code += "print(sorted({'torch', 'timm', 'peft'} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_platform_folder_never_shadows_the_standard_library() -> None:
+    assert not (ROOT / "platform" / "__init__.py").exists()
+
+
+def test_pinned_torch_and_torchvision_are_a_pair() -> None:
+    lock = (ROOT / "infra" / "requirements.lock").read_text().splitlines()
+    assert "torch==2.15.0" in lock
+    assert "torchvision==0.29.2" in lock
+
+
+def test_packages_are_the_two_named_in_the_build() -> None:
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheel = build["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["lorat", "platform/lorat_platform"]
