@@ -37,5 +37,5 @@ ui: $(READY)  ## Open the MLflow UI on the local store
 stop:  ## Stop the Ray that `make run` started
 	@infra/local_run.sh --stop
 
-lock: $(READY)  ## Write infra/requirements.lock from what .venv has
-	$(BIN)/python infra/lock.py
+lock:  ## Write infra/requirements.lock from pyproject.toml (ARGS=--upgrade for newer versions)
+	$(PYTHON) infra/lock.py $(ARGS)
