@@ -1,0 +1,21 @@
+"""Make ``lorat`` and ``lorat_platform`` importable; imported first by every job.
+
+A job runs as ``python jobs/NAME.py`` from any folder, installed or not, or as
+``ray job submit --working-dir . -- python jobs/NAME.py`` on a cluster that has the dependencies
+but not this project.  The code beside the job always wins over an installed copy, so that a
+submitted job never mixes two versions.  Workers get the same through the runtime environment
+(:func:`lorat_platform.cluster.connect`).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+if (ROOT / "lorat" / "__init__.py").exists():
+    for folder in (str(ROOT / "platform"), str(ROOT)):
+        if folder in sys.path:
+            sys.path.remove(folder)
+        sys.path.insert(0, folder)

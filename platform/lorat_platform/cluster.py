@@ -1,0 +1,172 @@
+"""Connecting to Ray: an embedded one on this machine, or the cluster that is named."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lorat
+import lorat_platform
+from lorat.errors import UserError
+
+log = logging.getLogger(__name__)
+
+QUIET_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Otherwise every task without a GPU warns about a future change of Ray.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Without it everything that a training worker prints appears twice.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+"""Environment of the driver and of every worker."""
+
+FORWARDED = (
+    "LORAT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN", "MLFLOW_S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION",
+    "AWS_REGION", "GOOGLE_APPLICATION_CREDENTIALS", "HF_HOME", "HF_HUB_OFFLINE",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S",
+)  # fmt: skip
+"""Variables of the driver that the workers see too, where they are set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What :func:`connect` reached."""
+
+    embedded: bool
+    """Whether this process started it, so that it ends with this process."""
+    address: str
+    """GCS address, host:port."""
+    cpus: float
+    gpus: float
+    nodes: int
+
+    def __str__(self) -> str:
+        where = "an embedded Ray" if self.embedded else f"Ray at {self.address}"
+        gpus = f", {self.gpus:g} GPUs" if self.gpus else ""
+        nodes = f"{self.nodes} node{'s' if self.nodes != 1 else ''}"
+        return f"{where} ({nodes}, {self.cpus:g} CPUs{gpus})"
+
+
+def package_folders() -> list[str]:
+    """Return the folders of the two packages as imported here."""
+    return [str(Path(p.__file__).parent) for p in (lorat, lorat_platform) if p.__file__]
+
+
+def runtime_env(*, embedded: bool, extra: dict[str, str] | None = None) -> dict[str, Any]:
+    """Return the runtime environment with which every worker imports both packages.
+
+    Workers of an embedded Ray share this file system, so a path is enough.  A cluster may have
+    nodes without the project, so the two packages are shipped.
+    """
+    env_vars = dict(QUIET_ENVIRONMENT)
+    env_vars |= {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    env_vars |= extra or {}
+    if not embedded:
+        return {
+            "env_vars": env_vars,
+            "py_modules": package_folders(),
+            "excludes": ["__pycache__", "*.pyc"],
+        }
+    parents = dict.fromkeys(str(Path(folder).parent) for folder in package_folders())
+    inherited = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    env_vars["PYTHONPATH"] = os.pathsep.join([*reversed(parents), *inherited])
+    return {"env_vars": env_vars}
+
+
+def connect(
+    address: str | None = None,
+    *,
+    num_cpus: int | None = None,
+    num_gpus: int | None = None,
+    env: dict[str, str] | None = None,
+) -> Cluster:
+    """Connect this process to Ray.
+
+    Args:
+        address: host:port of a running cluster, ``auto``, or ``local``; none means
+            ``RAY_ADDRESS``, and where that is not set an embedded Ray of this process.
+        num_cpus: CPUs of an embedded Ray; none means those that this process may use.
+        num_gpus: GPUs of an embedded Ray; none means those that are there.
+        env: More environment variables for the workers.
+
+    Raises:
+        UserError: if no cluster answers at the address.
+    """
+    os.environ |= {k: v for k, v in QUIET_ENVIRONMENT.items() if k not in os.environ}
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    embedded = address == "local"
+    options: dict[str, Any] = {}
+    if embedded:
+        # It listens on the loopback address only; without a mode Ray would write a token file.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        options = {
+            "num_cpus": num_cpus or len(os.sched_getaffinity(0)),
+            "num_gpus": num_gpus,
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }
+
+    import ray
+
+    if ray.is_initialized():
+        return _describe(embedded=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(
+                address=address,
+                runtime_env=runtime_env(embedded=embedded, extra=env),
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                configure_logging=True,
+                **options,
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if embedded:
+            raise
+        raise UserError(
+            f"No Ray cluster answers at {address}; start one with 'ray start --head', correct "
+            "--address or RAY_ADDRESS, or unset it for an embedded Ray."
+        ) from error
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    return _describe(embedded=embedded)
+
+
+def _describe(*, embedded: bool) -> Cluster:
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    resources = ray.cluster_resources()
+    return Cluster(
+        embedded=embedded,
+        address=ray.get_runtime_context().gcs_address,
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
+        nodes=len(alive),
+    )
+
+
+def disconnect() -> None:
+    """Leave the cluster; an embedded one ends."""
+    import ray
+
+    ray.shutdown()
+
+
+@contextlib.contextmanager
+def connected(address: str | None = None, **options: Any) -> Iterator[Cluster]:
+    """Connect for the length of a ``with`` block."""
+    cluster = connect(address, **options)
+    try:
+        yield cluster
+    finally:
+        disconnect()
