@@ -1,0 +1,160 @@
+"""One process on the driver's node that writes a run for workers anywhere in the cluster.
+
+A SQLite store must be written on the machine that has the file, and importing MLflow takes
+seconds that the processes which train should not spend.  So workers only send plain records to
+an actor, which owns the :class:`~lorat_platform.tracking.Run` and its journal.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import tarfile
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lorat_platform.mlflow_store import tracking_uri
+from lorat_platform.tracking import CLOSE_S, Recorder, Run, Status, open_run
+
+log = logging.getLogger(__name__)
+
+CHECK_EVERY = 100
+"""Calls between two looks at whether the actor took the earlier ones."""
+
+
+class MetricSink:
+    """The actor: owns one run.  Every call returns at once, except ``close``."""
+
+    def __init__(self, environment: dict[str, str], arguments: dict[str, Any]) -> None:
+        os.environ.update(environment)
+        self._run: Run = open_run(**arguments)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record of :class:`~lorat_platform.tracking.Recorder`."""
+        self._run.write(record)
+
+    def store(self, data: bytes, name: str, folder: str, is_tar: bool) -> None:
+        """Record an artefact whose content another node sent."""
+        if not is_tar:
+            self._run.log_bytes(data, f"{folder}/{name}" if folder else name)
+            return
+        unpacked = self._run.journal.folder / "received" / f"{time.time_ns()}"
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            tar.extractall(unpacked, filter="data")
+        self._run.log_artifact(unpacked / name, folder)
+
+    def identity(self) -> tuple[str, str | None]:
+        """Return the run's key and, once MLflow has answered, its id."""
+        return self._run.key, self._run.run_id
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until MLflow has everything."""
+        return self._run.flush(timeout_s)
+
+    def close(self, status: Status, timeout_s: float) -> bool:
+        """End the run; False if some records stay in the journal."""
+        return self._run.close(status, timeout_s)
+
+
+class RemoteRun(Recorder):
+    """A run that is written by a :class:`MetricSink`; can be sent to any worker."""
+
+    def __init__(self, actor: Any, key: str) -> None:
+        self._actor = actor
+        self.key = key
+        self._calls: deque[Any] = deque()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteRun, (self._actor, self.key)
+
+    @property
+    def reference(self) -> str:
+        """What to pass as ``parent_run_id`` of children."""
+        return f"key:{self.key}"
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id, or none as long as MLflow has not answered."""
+        return ray.get(self._actor.identity.remote())[1]
+
+    def wait_for_id(self, timeout_s: float = CLOSE_S) -> str:
+        """Return MLflow's id, waiting for it.
+
+        Raises:
+            TimeoutError: if MLflow does not answer in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not (run_id := self.run_id):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"MLflow has not answered in {timeout_s:.0f} s.")
+            time.sleep(0.1)
+        return run_id
+
+    def flush(self, timeout_s: float = CLOSE_S) -> bool:
+        """Wait until MLflow has everything; False if it does not within the time."""
+        return ray.get(self._actor.flush.remote(timeout_s), timeout=timeout_s + 30)
+
+    def close(self, status: Status = "FINISHED", timeout_s: float = CLOSE_S) -> bool:
+        """End the run and the actor; False if some records stay in the journal."""
+        try:
+            return ray.get(self._actor.close.remote(status, timeout_s), timeout=timeout_s + 30)
+        finally:
+            ray.kill(self._actor)
+
+    def _record(self, op: str, **fields: Any) -> None:
+        record = {"op": op, "time_ms": time.time_ns() // 1_000_000, **fields}
+        self._send(self._actor.write.remote(record))
+
+    def _store(self, source: Path | bytes, name: str, folder: str) -> None:
+        is_tar = isinstance(source, Path) and source.is_dir()
+        if isinstance(source, bytes):
+            data = source
+        elif is_tar:
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w") as tar:
+                tar.add(source, arcname=name)
+            data = buffer.getvalue()
+        else:
+            data = source.read_bytes()
+        self._send(self._actor.store.remote(data, name, folder, is_tar))
+
+    def _send(self, call: Any) -> None:
+        self._calls.append(call)
+        if len(self._calls) < CHECK_EVERY:
+            return
+        done, waiting = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
+        self._calls = deque(waiting)
+        for ref in done:
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayError as error:
+                log.warning("A record did not reach the metric sink: %s", error)
+
+
+def open_remote_run(experiment: str, name: str, **options: Any) -> RemoteRun:
+    """Open a run as :func:`~lorat_platform.tracking.open_run` does, in an actor on this node.
+
+    Args:
+        experiment: name of the experiment.
+        name: name of the run.
+        options: ``folder`` (on this node), ``run_id``, ``parent_run_id``, ``tags``,
+            ``description``.
+    """
+    if options.get("folder") is not None:
+        options["folder"] = str(Path(options["folder"]).absolute())
+    environment = {k: v for k, v in os.environ.items() if k.startswith(("MLFLOW_", "LORAT_"))}
+    environment["MLFLOW_TRACKING_URI"] = tracking_uri()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = (
+        ray.remote(MetricSink)
+        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
+        .remote(environment, {"experiment": experiment, "name": name, **options})
+    )
+    key, _ = ray.get(actor.identity.remote())
+    return RemoteRun(actor, key)

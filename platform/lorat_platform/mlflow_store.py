@@ -1,0 +1,81 @@
+"""Which MLflow store is used, and a client that never waits for long."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
+
+from lorat.home import home
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+REQUEST_RETRIES = "1"
+"""Retries inside one MLflow call (the default of 7 blocks for 97 s); the sender repeats anyway."""
+REQUEST_TIMEOUT_S = "60"
+"""Longest wait for one answer; a server that needs 10 s per call still works."""
+
+
+def tracking_uri() -> str:
+    """Return ``MLFLOW_TRACKING_URI``, or the SQLite file ``mlflow.db`` in the home folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home().absolute()}/mlflow.db"
+
+
+def is_sqlite(uri: str) -> bool:
+    """Tell whether the store is a file that only one machine should write."""
+    return uri.startswith("sqlite:")
+
+
+def without_password(uri: str) -> str:
+    """Return the address without user name and password, fit for files and messages."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return uri
+    return urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[1]))
+
+
+def artifact_location(uri: str, experiment: str) -> str | None:
+    """Return the artefact folder of a new experiment; none leaves it to the server.
+
+    A SQLite store keeps them in ``mlartifacts`` beside the file, wherever the job was started.
+    """
+    if not is_sqlite(uri):
+        return None
+    folder = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts"
+    return (folder / re.sub(r"[^\w.-]+", "-", experiment)).as_uri()
+
+
+def connect(uri: str | None = None) -> MlflowClient:
+    """Return a client; importing MLflow takes 2 to 3 s, so it happens here and not above.
+
+    Pickled models are refused in this process from here on.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", REQUEST_RETRIES)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", REQUEST_TIMEOUT_S)
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    from mlflow import MlflowClient
+
+    uri = uri or tracking_uri()
+    return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI", uri))
+
+
+def ensure_experiment(client: MlflowClient, name: str, uri: str) -> str:
+    """Return the id of the experiment, making or restoring it; safe for many processes at once."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return client.create_experiment(name, artifact_location=artifact_location(uri, name))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return experiment.experiment_id
