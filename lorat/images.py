@@ -1,0 +1,78 @@
+"""Images as bytes and as arrays: decoding, damage, encoding, mean colour.
+
+Arrays are RGB, uint8, (height, width, 3).  EXIF orientation is ignored everywhere, because the
+boxes of all datasets belong to the pixels as stored.
+"""
+
+from __future__ import annotations
+
+import io
+
+import cv2
+import numpy as np
+
+_READ_FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+_JPEG_START = b"\xff\xd8\xff"
+_JPEG_END = b"\xff\xd9"
+
+
+class DamagedImage(ValueError):
+    """Bytes that are no complete image; the message says where and why."""
+
+
+def decode_rgb(data: bytes) -> np.ndarray:
+    """Decode an encoded image to RGB uint8 (H, W, 3).
+
+    Raises:
+        DamagedImage: if the bytes are empty or the decoder gives nothing.
+    """
+    if not data:
+        raise DamagedImage("the image is empty")
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), _READ_FLAGS)
+    except cv2.error as error:
+        raise DamagedImage(f"the decoder failed ({error.err})") from error
+    if image is None:
+        raise DamagedImage("the decoder finds no image")
+    return image
+
+
+def is_jpeg(data: bytes) -> bool:
+    """Tell whether the bytes begin as a JPEG does."""
+    return data.startswith(_JPEG_START)
+
+
+def decode_complete(data: bytes) -> np.ndarray:
+    """Decode like :func:`decode_rgb`, but refuse an image that ends early.
+
+    OpenCV fills the missing part of a cut file with grey and says nothing, so a file that does
+    not end as an image should is checked by a decoder that does not forgive.
+
+    Raises:
+        DamagedImage: if the image is incomplete.
+    """
+    image = decode_rgb(data)
+    if not (is_jpeg(data) and data.rstrip(b"\0").endswith(_JPEG_END)):
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(io.BytesIO(data)) as strict:
+                strict.load()
+        except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+            raise DamagedImage(f"the image is incomplete ({error})") from error
+    return image
+
+
+def encode_jpeg(image_HWC: np.ndarray, quality: int) -> bytes:
+    """Encode an RGB uint8 image as a baseline JPEG; ``quality`` is 1 to 100."""
+    bgr = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR)
+    ok, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not ok:
+        raise ValueError(f"OpenCV cannot encode an image of shape {image_HWC.shape}.")
+    return encoded.tobytes()
+
+
+def mean_rgb(image_HWC: np.ndarray) -> tuple[float, float, float]:
+    """Return the mean colour of an RGB image, each channel 0 to 255."""
+    red, green, blue, _ = cv2.mean(image_HWC)
+    return red, green, blue

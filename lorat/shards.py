@@ -1,0 +1,362 @@
+"""Shards: plain Parquet, one row per frame, read by byte range.
+
+The column ``jpeg`` is not null, uncompressed, plain-encoded and without dictionary, so that any
+reader of Parquet reads it and every image lies in the file as its own bytes.  Where those bytes
+are is found by walking the raw column chunk: a plain byte array is stored as its length (4 bytes,
+little-endian) and its bytes, so searching for both finds the value, and comparing proves it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import struct
+import tempfile
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorat import storage
+from lorat.errors import UserError
+from lorat.frame_index import FRAME_COLUMNS, SCHEMA_VERSION, FrameIndex, check_schema_version
+from lorat.images import DamagedImage, decode_rgb
+
+_ROW_GROUP_BYTES = 16 << 20
+_METADATA_PREFIX = "lorat."
+_BOX = ("x1", "y1", "x2", "y2")
+SPREAD: dict[str, tuple[str, ...]] = {
+    "box": tuple(f"box_{c}" for c in _BOX),
+    "size_wh": ("width", "height"),
+    "mean_rgb": ("mean_r", "mean_g", "mean_b"),
+    "window": tuple(f"window_{c}" for c in _BOX),
+    "stored_wh": ("stored_width", "stored_height"),
+}
+"""Index columns that are several plain columns in a shard."""
+_INDEX_ONLY = ("shard", "offset", "length")
+
+
+def _shard_schema() -> pa.Schema:
+    fields = [
+        pa.field("track", pa.int32(), nullable=False),
+        pa.field("sequence", pa.string(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+    ]
+    for name, (dtype, _) in FRAME_COLUMNS.items():
+        if name not in _INDEX_ONLY:
+            kind = pa.from_numpy_dtype(np.dtype(dtype))
+            fields += [pa.field(n, kind, nullable=False) for n in SPREAD.get(name, (name,))]
+    return pa.schema([*fields, pa.field("jpeg", pa.binary(), nullable=False)])
+
+
+SHARD_SCHEMA = _shard_schema()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """One row of a shard; see :class:`lorat.frame_index.FrameIndex` for the meanings."""
+
+    jpeg: bytes
+    frame_number: int
+    box: tuple[float, float, float, float]
+    valid: bool
+    visible: bool
+    cover: int = -1
+    size_wh: tuple[int, int]
+    mean_rgb: tuple[float, float, float]
+    window: tuple[float, float, float, float]
+    stored_wh: tuple[int, int]
+
+
+class ShardWriter:
+    """Write one shard; nothing is in view under its name before :meth:`close`.
+
+    Use as a context manager: an exception inside leaves no file behind.
+    """
+
+    def __init__(self, location: storage.Location, file: str, info: dict[str, Any]):
+        self._location = location
+        self._file = file
+        handle, name = tempfile.mkstemp(
+            dir=storage.scratch_folder(location), prefix=f".{file}.", suffix=".part"
+        )
+        os.close(handle)
+        self._scratch = Path(name)
+        metadata = {"schema_version": SCHEMA_VERSION, **info}
+        schema = SHARD_SCHEMA.with_metadata(
+            {_METADATA_PREFIX + k: str(v) for k, v in metadata.items()}
+        )
+        small = [n for n in schema.names if n != "jpeg"]
+        self._writer = pq.ParquetWriter(
+            self._scratch,
+            schema,
+            compression="none",
+            use_dictionary=["sequence", "category"],
+            column_encoding={n: "PLAIN" for n in schema.names if n not in ("sequence", "category")},
+            write_statistics=small,
+        )
+        self._rows: list[dict[str, Any]] = []
+        self._pending_bytes = 0
+        self._track = -1
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            self._writer.close()
+            self._scratch.unlink(missing_ok=True)
+
+    def begin_track(self, sequence: str, category: str) -> None:
+        """Make the following frames a new track."""
+        self._track += 1
+        self._names = {"sequence": sequence, "category": category}
+
+    def append(self, frame: Frame) -> None:
+        """Add a frame to the current track."""
+        row: dict[str, Any] = {"track": self._track, **self._names, "jpeg": frame.jpeg}
+        row["crc32"] = zlib.crc32(frame.jpeg)
+        for name in FRAME_COLUMNS:
+            if name in SPREAD:
+                row.update(zip(SPREAD[name], getattr(frame, name), strict=True))
+            elif name not in row and name not in _INDEX_ONLY:
+                row[name] = getattr(frame, name)
+        self._rows.append(row)
+        self._pending_bytes += len(frame.jpeg)
+        if self._pending_bytes >= _ROW_GROUP_BYTES:
+            self._flush()
+
+    def close(self) -> pa.Table:
+        """Finish the file, find and compare every image in it, and put it in its place.
+
+        Returns:
+            The rows without images, with columns ``offset`` and ``length`` added.
+        """
+        self._flush()
+        self._writer.close()
+        with pa.OSFile(str(self._scratch), "rb") as handle:
+            rows = read_rows(handle)
+        with open(self._scratch, "rb") as written:
+            os.fsync(written.fileno())
+        storage.publish(self._scratch, self._location, self._file)
+        return rows
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=SHARD_SCHEMA))
+            self._rows, self._pending_bytes = [], 0
+
+
+def iterate_images(handle: pa.NativeFile) -> Iterator[tuple[int, bytes]]:
+    """Yield byte offset and bytes of every image of a shard, in row order.
+
+    Raises:
+        ValueError: if the column is not stored plainly or a value is not where it must be.
+    """
+    parquet = pq.ParquetFile(handle)
+    column_number = parquet.schema_arrow.get_field_index("jpeg")
+    for group in range(parquet.num_row_groups):
+        chunk = parquet.metadata.row_group(group).column(column_number)
+        if chunk.compression != "UNCOMPRESSED" or chunk.dictionary_page_offset is not None:
+            raise ValueError("the column jpeg is compressed or has a dictionary")
+        start = chunk.data_page_offset
+        values = parquet.read_row_group(group, columns=["jpeg"], use_threads=False).column(0)
+        raw = handle.read_at(chunk.total_compressed_size, start)
+        view = memoryview(raw)
+        position = 0
+        for value in itertools.chain.from_iterable(c for c in values.chunks):
+            data = value.as_buffer()
+            needle = struct.pack("<I", data.size)
+            end = position + 4 + data.size
+            if view[position : position + 4] != needle or view[position + 4 : end] != memoryview(
+                data
+            ):
+                whole = data.to_pybytes()
+                position = raw.find(needle + whole, position)
+                if position < 0:
+                    raise ValueError(f"an image of row group {group} is not stored plainly")
+                end = position + 4 + data.size
+            yield start + position + 4, raw[position + 4 : end]
+            position = end
+
+
+def read_rows(handle: pa.NativeFile) -> pa.Table:
+    """Read all columns of a shard but the images, and add ``offset`` and ``length``."""
+    places = [(offset, len(data)) for offset, data in iterate_images(handle)]
+    columns = [n for n in SHARD_SCHEMA.names if n != "jpeg"]
+    table = pq.ParquetFile(handle).read(columns=columns, use_threads=False)
+    offsets, lengths = zip(*places, strict=True) if places else ((), ())
+    table = table.append_column("offset", pa.array(offsets, pa.int64()))
+    return table.append_column("length", pa.array(lengths, pa.int32()))
+
+
+def shard_info(handle: pa.NativeFile, where: str) -> dict[str, str]:
+    """Return what a shard says of its dataset.
+
+    Raises:
+        UserError: if it is no shard of ours or of another schema version.
+    """
+    try:
+        metadata = pq.ParquetFile(handle).schema_arrow.metadata or {}
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{where} is no Parquet file: {error}.") from error
+    info = {
+        k.decode().removeprefix(_METADATA_PREFIX): v.decode()
+        for k, v in metadata.items()
+        if k.startswith(_METADATA_PREFIX.encode())
+    }
+    version = info.pop("schema_version", "none")
+    check_schema_version(int(version) if version.isdigit() else version, where)
+    return info
+
+
+def index_columns(
+    tables: list[pa.Table],
+) -> tuple[dict[str, np.ndarray], np.ndarray, list[str], list[str]]:
+    """Turn the rows of all shards, in shard order, into the arrays of the index.
+
+    Returns:
+        Columns, ``track_start``, sequence and category of each track.
+    """
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in FRAME_COLUMNS}
+    starts: list[np.ndarray] = []
+    sequences: list[str] = []
+    categories: list[str] = []
+    total = 0
+    for shard, table in enumerate(tables):
+        count = table.num_rows
+        for name, (dtype, _) in FRAME_COLUMNS.items():
+            if name == "shard":
+                values = np.full(count, shard, dtype)
+            elif name in SPREAD:
+                values = np.stack([_column(table, n, dtype) for n in SPREAD[name]], axis=1)
+            else:
+                values = _column(table, name, dtype)
+            parts[name].append(values)
+        track = _column(table, "track", "int32")
+        first = np.flatnonzero(np.diff(track, prepend=-1))
+        starts.append(first + total)
+        sequences += table.column("sequence").take(pa.array(first)).to_pylist()
+        categories += table.column("category").take(pa.array(first)).to_pylist()
+        total += count
+    columns = {
+        name: np.concatenate(values) if values else np.zeros(0, FRAME_COLUMNS[name][0])
+        for name, values in parts.items()
+    }
+    track_start = np.concatenate([*starts, [total]]).astype(np.int64)
+    return columns, track_start, sequences, categories
+
+
+def _column(table: pa.Table, name: str, dtype: str) -> np.ndarray:
+    return table.column(name).to_numpy().astype(dtype)
+
+
+class _LocalShard:
+    """A file descriptor that closes when its last user lets go of it."""
+
+    def __init__(self, path: str):
+        self.fd = os.open(path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):  # without it every random read drags in its neighbours
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return os.pread(self.fd, length, offset)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
+class _RemoteShard:
+    def __init__(self, location: storage.Location, file: str):
+        self._file = location.filesystem.open_input_file(location.file(file))
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._file.read_at(length, offset)
+
+
+class ImageReader:
+    """Read single images of a dataset by their exact byte range.
+
+    Safe to share between threads; pickles as the dataset's URI.
+
+    Attributes:
+        bytes_read: sum of the bytes read so far.
+    """
+
+    MAX_OPEN = 512
+
+    def __init__(self, index: FrameIndex):
+        self.index = index
+        self.bytes_read = 0
+        self._location = storage.locate(index.uri)
+        self._open: OrderedDict[int, _LocalShard | _RemoteShard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ImageReader, (self.index,)
+
+    def read(self, row: int) -> bytes:
+        """Read the JPEG of a row.
+
+        Raises:
+            DamagedImage: if the shard is cut, or the bytes differ from what was written.
+            UserError: if the shard is missing.
+        """
+        index = self.index
+        length = int(index.length[row])
+        data = self._shard(int(index.shard[row])).read(int(index.offset[row]), length)
+        with self._lock:
+            self.bytes_read += len(data)
+        if zlib.crc32(data) != index.crc32[row]:
+            raise DamagedImage(f"{index.describe_row(row)}: the bytes are not those once written")
+        return data
+
+    def decode(self, row: int) -> np.ndarray:
+        """Read and decode a row to RGB uint8 (H, W, 3) with H, W = ``stored_wh[row][::-1]``.
+
+        Raises:
+            DamagedImage: if the bytes are damaged or decode to another size.
+        """
+        data = self.read(row)
+        try:
+            image = decode_rgb(data)
+        except DamagedImage as error:
+            raise DamagedImage(f"{self.index.describe_row(row)}: {error}") from error
+        width, height = self.index.stored_wh[row]
+        if image.shape != (height, width, 3):
+            raise DamagedImage(
+                f"{self.index.describe_row(row)}: the image has shape {image.shape}, "
+                f"the index says {width}x{height}"
+            )
+        return image
+
+    def _shard(self, number: int) -> _LocalShard | _RemoteShard:
+        with self._lock:
+            shard = self._open.get(number)
+            if shard is None:
+                file = self.index.shard_files[number]
+                try:
+                    shard = (
+                        _LocalShard(self._location.file(file))
+                        if self._location.is_local
+                        else _RemoteShard(self._location, file)
+                    )
+                except FileNotFoundError as error:
+                    raise UserError(
+                        f"The shard {file} of {self.index.uri} is missing; "
+                        "ingest the dataset again."
+                    ) from error
+                self._open[number] = shard
+                if len(self._open) > self.MAX_OPEN:
+                    self._open.popitem(last=False)
+            else:
+                self._open.move_to_end(number)
+        return shard

@@ -1,0 +1,153 @@
+"""Where datasets live: local folders and object stores behind one small interface.
+
+A URI is a local path, ``file://``, ``s3://bucket/path`` or ``gs://bucket/path``.  Options of
+``pyarrow.fs`` may follow as a query, for example
+``s3://bucket/set?endpoint_override=http://127.0.0.1:9000&scheme=http``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from lorat.errors import UserError
+
+_LOCAL = pafs.LocalFileSystem()
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder on a file system of ``pyarrow.fs``."""
+
+    uri: str
+    filesystem: pafs.FileSystem
+    path: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the folder can be opened and mapped with the operating system's own calls."""
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    def file(self, name: str) -> str:
+        """Return the file system's path of a file in the folder."""
+        return f"{self.path}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Tell whether a file or folder of that name is there."""
+        return self.filesystem.get_file_info(self.file(name)).type != pafs.FileType.NotFound
+
+    def names(self) -> list[str]:
+        """List the files directly in the folder, sorted; none if the folder is not there."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        infos = self.filesystem.get_file_info(selector)
+        return sorted(i.base_name for i in infos if i.type == pafs.FileType.File)
+
+    def child(self, name: str) -> Location:
+        """Return the location of a folder inside this one."""
+        return Location(join(self.uri, name), self.filesystem, self.file(name))
+
+    def read_bytes(self, name: str) -> bytes:
+        """Read a whole file."""
+        with self.filesystem.open_input_stream(self.file(name)) as stream:
+            return stream.read()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a whole file so that no reader ever sees a part of it."""
+        if self.is_local:
+            with tempfile.NamedTemporaryFile(
+                dir=self.path, prefix=".part-", delete=False
+            ) as handle:
+                handle.write(data)
+            publish(Path(handle.name), self, name)
+        else:
+            with self.filesystem.open_output_stream(self.file(name)) as stream:
+                stream.write(data)
+
+    def make(self) -> None:
+        """Create the folder (object stores need none).
+
+        Raises:
+            UserError: if it cannot be created.
+        """
+        if self.is_local:
+            try:
+                os.makedirs(self.path, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"Cannot create the folder {self.path}: {error.strerror}; "
+                    "give a folder that can be written."
+                ) from error
+
+    def delete(self, name: str) -> None:
+        """Delete a file if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_file(self.file(name))
+
+    def delete_folder(self, name: str) -> None:
+        """Delete a folder and what is in it, if it is there."""
+        if self.is_local:
+            shutil.rmtree(self.file(name), ignore_errors=True)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                self.filesystem.delete_dir(self.file(name))
+
+
+def locate(uri: str | os.PathLike[str]) -> Location:
+    """Resolve a URI.
+
+    Raises:
+        UserError: if the scheme is unknown or the store refuses the URI.
+    """
+    text = os.fspath(uri)
+    scheme = urllib.parse.urlsplit(text).scheme if "://" in text else ""
+    if scheme in ("", "file"):
+        path = urllib.parse.unquote(text.removeprefix("file://")) if scheme else text
+        path = os.path.abspath(os.path.expanduser(path))
+        return Location(path, _LOCAL, path)
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(text)
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"Cannot use the address {text}: {error}; give a local folder, s3://BUCKET/PATH or "
+            "gs://BUCKET/PATH."
+        ) from error
+    return Location(text, filesystem, path.rstrip("/"))
+
+
+def join(uri: str, name: str) -> str:
+    """Append a name to the path of a URI, before its query."""
+    base, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
+    return f"{base.rstrip('/')}/{name}{mark}{query}"
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: ``LORAT_CACHE`` or ``~/.cache/lorat``."""
+    return Path(os.environ.get("LORAT_CACHE") or "~/.cache/lorat").expanduser()
+
+
+def scratch_folder(location: Location) -> Path:
+    """Return a local folder from which a finished file can be published to ``location``."""
+    folder = Path(location.path) if location.is_local else cache_folder() / "upload"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def publish(file: Path, location: Location, name: str) -> None:
+    """Move a finished local file to its place: by renaming, or by one upload."""
+    if location.is_local:
+        file.chmod(0o644)
+        os.replace(file, location.file(name))
+        return
+    with (
+        open(file, "rb") as source,
+        location.filesystem.open_output_stream(location.file(name)) as sink,
+    ):
+        shutil.copyfileobj(source, sink, length=1 << 22)
+    file.unlink()

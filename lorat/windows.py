@@ -1,0 +1,169 @@
+"""Stored windows: how much of a frame training needs, and in which resolution.
+
+A search crop is a jittered square around the target (LoRAT, section 4.1 and its SiamFC cropping).
+The window is the smallest part of the frame, around the target, that all but a given share of the
+accepted search crops stay inside, where the part of a crop outside the frame does not count.  It
+is found from a fixed sample of the jitter law.  It is reduced to the resolution of the crop
+without jitter, never enlarged.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+from lorat.variants import Variant
+
+_NUM_SAMPLES = 20_000
+_RATIO_STEPS = 8
+"""Steps per doubling of the aspect ratio at which the law is sampled."""
+_MAX_LOG_RATIO = 5.0
+_ABSENT_SIDE = 64
+"""Largest side of the picture kept for a frame without usable box, which is never a sample."""
+
+Window = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowLaw:
+    """The crops that a windowed dataset serves; sizes in crop pixels."""
+
+    search_size: int = 224
+    search_area_factor: float = 4.0
+    template_size: int = 112
+    template_area_factor: float = 2.0
+    scale_jitter: float = 0.25
+    """Standard deviation of the log scale, per axis."""
+    translation_jitter: float = 3.0
+    """Largest shift, in mean box sides."""
+    min_object_size: float = 10.0
+    """Crops showing less of the target than this, per axis, are drawn again."""
+    max_outside: float = 0.01
+    """Largest share of search crops that may reach outside the window."""
+
+    @classmethod
+    def for_variant(cls, variant: Variant) -> WindowLaw:
+        """Return the law that serves a variant's crops."""
+        return cls(
+            search_size=variant.search_size,
+            search_area_factor=variant.search_area_factor,
+            template_size=variant.template_size,
+            template_area_factor=variant.template_area_factor,
+        )
+
+    def serves(self, variant: Variant) -> bool:
+        """Tell whether crops of ``variant`` stay inside this law's windows and resolution."""
+        return (
+            variant.search_size <= self.search_size
+            and variant.search_area_factor <= self.search_area_factor
+            and variant.template_size <= self.template_size
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the figures as plain values for the manifest."""
+        return asdict(self)
+
+
+def crop_scale(width: float, height: float, area_factor: float, crop_size: int) -> float:
+    """Return crop pixels per frame pixel of a crop without jitter around a box."""
+    margin = (area_factor - 1) * (width + height) / 2
+    return crop_size / math.sqrt((width + margin) * (height + margin))
+
+
+def needed_scale(width: float, height: float, law: WindowLaw) -> float:
+    """Return the largest of the search and template scales, at most 1."""
+    return min(
+        1.0,
+        max(
+            crop_scale(width, height, law.search_area_factor, law.search_size),
+            crop_scale(width, height, law.template_area_factor, law.template_size),
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=512)
+def _reaches(log_ratio_step: int, law: WindowLaw) -> tuple[np.ndarray, np.ndarray]:
+    """Sample how far crops reach from the box centre, in units of sqrt(width * height).
+
+    Returns:
+        Reach to the left, top, right and bottom (4, n), and the per-side proportions (4) of the
+        window.
+    """
+    rng = np.random.default_rng([11, log_ratio_step + 1000])
+    side = math.sqrt(2 ** (log_ratio_step / _RATIO_STEPS))
+    box_wh = np.array([side, 1 / side])
+    scale = crop_scale(side, 1 / side, law.search_area_factor, law.search_size)
+    normal = rng.standard_normal((4 * _NUM_SAMPLES, 2))
+    scale_xy = scale / np.exp(law.scale_jitter * normal)
+    amplitude = 0.5 * law.translation_jitter * (box_wh * scale_xy).sum(axis=1, keepdims=True)
+    shift = rng.uniform(-1, 1, scale_xy.shape) * amplitude
+    half_crop = law.search_size / 2
+    half_box = box_wh * scale_xy / 2
+    seen = np.minimum(shift + half_box, half_crop) - np.maximum(shift - half_box, -half_crop)
+    accepted = (seen >= law.min_object_size).all(axis=1)
+    if accepted.sum() < _NUM_SAMPLES // 10:  # a sliver that sampling will hardly ever accept
+        accepted[:] = True
+    keep = np.flatnonzero(accepted)[:_NUM_SAMPLES]
+    low = (half_crop + shift[keep]) / scale_xy[keep]
+    high = (half_crop - shift[keep]) / scale_xy[keep]
+    reach = np.concatenate([low, high], axis=1).T
+    per_axis = np.quantile(np.maximum(low, high), 1 - law.max_outside, axis=0)
+    return np.ascontiguousarray(reach), np.tile(per_axis, 2)
+
+
+def window_of(box_px: np.ndarray, size_wh: tuple[int, int], law: WindowLaw) -> Window:
+    """Return the window around a box, xyxy in whole pixels, inside the frame.
+
+    Args:
+        box_px: xyxy in frame pixels, not empty.
+        size_wh: size of the frame.
+    """
+    x1, y1, x2, y2 = (float(v) for v in box_px)
+    width, height = max(x2 - x1, 1e-3), max(y2 - y1, 1e-3)
+    log_ratio = min(max(math.log2(width / height), -_MAX_LOG_RATIO), _MAX_LOG_RATIO)
+    reach, proportion = _reaches(round(log_ratio * _RATIO_STEPS), law)
+    unit = math.sqrt(width * height)
+    cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
+    border = np.maximum([cx, cy, size_wh[0] - cx, size_wh[1] - cy], 0) / unit
+    needed = (np.minimum(reach, border[:, None]) / proportion[:, None]).max(axis=0)
+    # A tenth of the allowance is kept back for the error of the sample.
+    rank = math.ceil(len(needed) * (1 - 0.9 * law.max_outside)) - 1
+    half = np.partition(needed, rank)[rank] * proportion * unit
+    left, top = max(math.floor(cx - half[0]), 0), max(math.floor(cy - half[1]), 0)
+    right, bottom = math.ceil(cx + half[2]), math.ceil(cy + half[3])
+    right, bottom = min(right, size_wh[0]), min(bottom, size_wh[1])
+    # A box at the very border still needs a window of some pixels.
+    left, top = min(left, size_wh[0] - 1), min(top, size_wh[1] - 1)
+    return left, top, max(right, left + 1), max(bottom, top + 1)
+
+
+def cut_window(
+    image_HWC: np.ndarray, box_px: np.ndarray | None, law: WindowLaw
+) -> tuple[Window, np.ndarray]:
+    """Cut the window out of a frame and reduce it.
+
+    Args:
+        box_px: xyxy; none keeps a small picture of the whole frame, so that every frame of a
+            track has its row.
+
+    Returns:
+        The window and the stored image.
+    """
+    height, width = image_HWC.shape[:2]
+    if box_px is None:
+        window = (0, 0, width, height)
+        scale = min(1.0, _ABSENT_SIDE / max(width, height))
+    else:
+        window = window_of(box_px, (width, height), law)
+        scale = needed_scale(box_px[2] - box_px[0], box_px[3] - box_px[1], law)
+    x1, y1, x2, y2 = window
+    patch = image_HWC[y1:y2, x1:x2]
+    stored_wh = (max(math.ceil((x2 - x1) * scale), 1), max(math.ceil((y2 - y1) * scale), 1))
+    if stored_wh != (x2 - x1, y2 - y1):
+        patch = cv2.resize(patch, stored_wh, interpolation=cv2.INTER_AREA)
+    return window, np.ascontiguousarray(patch)
