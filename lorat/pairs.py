@@ -1,0 +1,286 @@
+"""Training pairs: pair i is a pure function of (seed, i).
+
+Data set, track, frames, jitter and augmentation parameters of pair i follow from the seed and i
+alone.  So every number of workers sees the same samples, resuming needs nothing but a position,
+and a stream of pairs has no epochs.  Nothing here imports torch.
+
+Three parts of the draw are scheduled rather than random, as functions of i: the data sets come in
+their exact shares, and the tracks of a data set are dealt without replacement, shuffled anew in
+every cycle.  The rest is drawn from ``PCG64((seed, i, attempt))``.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+from lorat.augment_spec import AUGMENT_FIELDS, draw_augmentation
+from lorat.config import AugmentConfig, SamplingConfig
+from lorat.errors import UserError
+from lorat.geometry import Box, CropParams, crop_params, jittered_crop_params, resample
+from lorat.images import DamagedImage
+from lorat.mixture import DatasetSchedule
+from lorat.permutation import mix, permute
+from lorat.variants import Variant
+
+if TYPE_CHECKING:
+    from lorat.frame_index import FrameIndex
+
+_log = logging.getLogger(__name__)
+
+MAX_DRAWS = 1_000
+MAX_REPLACEMENTS = 100
+
+
+class PairSpec(NamedTuple):
+    """Everything that decides one pair, before any image is read."""
+
+    number: int
+    """The i that it is a function of."""
+    dataset: int
+    track: int
+    template_row: int
+    search_row: int
+    template_box: Box
+    """Box in the template frame, in frame pixels."""
+    search_box: Box
+    template_params: CropParams
+    """Nominal crop; the pixel-aligned resampling adjusts it."""
+    search_params: CropParams
+    augment: tuple[float, ...]
+    """Values of :data:`lorat.augment_spec.AUGMENT_FIELDS`."""
+
+
+class Reader(Protocol):
+    """What :func:`load_pairs` needs of an image reader."""
+
+    def decode(self, row: int) -> np.ndarray:
+        """Return the stored image of a frame as RGB uint8, or raise ``DamagedImage``."""
+        ...
+
+
+class PairSampler:
+    """Draw pair i of a weighted mixture of data sets.
+
+    Args:
+        indexes: frame indexes of the data sets.
+        weights: one positive weight per data set; only their ratios count.
+        variant: sizes and area factors of the crops.
+        sampling: gap and jitter.
+        augment: augmentation whose parameters are drawn.
+        seed: 0 or more.
+
+    Raises:
+        UserError: if a data set has no usable frame, or the weights do not fit.
+    """
+
+    def __init__(
+        self,
+        indexes: Sequence[FrameIndex],
+        weights: Sequence[float],
+        variant: Variant,
+        sampling: SamplingConfig,
+        augment: AugmentConfig,
+        seed: int,
+    ):
+        if len(indexes) != len(weights):
+            raise UserError(
+                f"There are {len(indexes)} data sets but {len(weights)} weights; give one each."
+            )
+        self.indexes = list(indexes)
+        self.weights = list(weights)
+        self.variant = variant
+        self.sampling = sampling
+        self.augment = augment
+        self.seed = seed
+        self.schedule = DatasetSchedule(weights, seed)
+        self._cumulative = list(itertools.accumulate(self.schedule.counts))
+        self._tracks = [_usable_tracks(index) for index in indexes]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        arguments = (
+            self.indexes,
+            self.weights,
+            self.variant,
+            self.sampling,
+            self.augment,
+            self.seed,
+        )
+        return PairSampler, arguments
+
+    def sample(self, index: int, attempt: int = 0) -> PairSpec:
+        """Draw pair ``index``; a higher ``attempt`` is its next replacement.
+
+        When the jitter finds no acceptable crop, or in a replacement, data set (by weight) and
+        track (uniformly) are drawn afresh.
+
+        Raises:
+            UserError: if a thousand draws in a row give no acceptable crop.
+        """
+        rng = np.random.Generator(np.random.PCG64((self.seed, index, attempt)))
+        if attempt == 0:
+            dataset, ordinal = self.schedule(index)
+            num_tracks, tracks = self._tracks[dataset]
+            cycle, position = divmod(ordinal, num_tracks)
+            track = permute(position, num_tracks, mix(self.seed, dataset, cycle))
+            if tracks is not None:
+                track = tracks.item(track)
+        else:
+            dataset, track = self._fresh_track(rng)
+        for _ in range(MAX_DRAWS):
+            spec = self._draw(index, dataset, track, rng)
+            if spec is not None:
+                return spec
+            dataset, track = self._fresh_track(rng)
+        raise UserError(
+            f"No acceptable crop in {MAX_DRAWS} draws for pair {index}; lower "
+            f"sampling.min_object_size (now {self.sampling.min_object_size}) or the jitters, "
+            "or check the boxes of the data."
+        )
+
+    def _fresh_track(self, rng: np.random.Generator) -> tuple[int, int]:
+        point = int(rng.random() * self._cumulative[-1])
+        dataset = bisect.bisect_right(self._cumulative, point)
+        num_tracks, tracks = self._tracks[dataset]
+        track = int(rng.random() * num_tracks)
+        return dataset, track if tracks is None else tracks.item(track)
+
+    def _draw(
+        self, index: int, dataset: int, track: int, rng: np.random.Generator
+    ) -> PairSpec | None:
+        frames, sampling, variant = self.indexes[dataset], self.sampling, self.variant
+        rows, number_of = frames.valid_rows, frames.frame_number.item
+        start, stop = frames.valid_start.item(track), frames.valid_start.item(track + 1)
+        template_at = start + int(rng.random() * (stop - start))
+        template_row = rows.item(template_at)
+        search_row = template_row
+        if stop - start > 1:
+            gap, number = sampling.max_gap, number_of(template_row)
+            low = bisect.bisect_left(
+                rows, number - gap, max(start, template_at - gap), template_at, key=number_of
+            )
+            high = bisect.bisect_right(
+                rows, number + gap, template_at + 1, min(stop, template_at + gap + 1), key=number_of
+            )
+            if high - low > 1:
+                search_at = low + int(rng.random() * (high - low - 1))
+                search_row = rows.item(search_at + (search_at >= template_at))
+        template_box = tuple(frames.box[template_row].tolist())
+        search_box = tuple(frames.box[search_row].tolist())
+        search_params, accepted = jittered_crop_params(
+            search_box,
+            variant.search_area_factor,
+            variant.search_size,
+            rng,
+            scale_jitter=sampling.scale_jitter,
+            translation_jitter=sampling.translation_jitter,
+            min_object_size=sampling.min_object_size,
+            max_tries=sampling.max_tries,
+        )
+        if not accepted:
+            return None
+        return PairSpec(
+            index,
+            dataset,
+            track,
+            template_row,
+            search_row,
+            template_box,
+            search_box,
+            crop_params(template_box, variant.template_area_factor, variant.template_size),
+            search_params,
+            draw_augmentation(self.augment, rng),
+        )
+
+
+def load_pairs(
+    sampler: PairSampler, readers: Sequence[Reader], indices: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Read, decode and crop pairs; a damaged image is logged and its pair replaced.
+
+    Args:
+        readers: one per data set of the sampler, in its order.
+        indices: pairs to load; -1 gives a padding row of zeros and reads nothing.
+
+    Returns:
+        ``template`` (b, T, T, 3) and ``search`` (b, S, S, 3) uint8 RGB; ``template_box`` and
+        ``search_box`` float32 (b, 4) xyxy in crop pixels, not clipped; ``augment`` float32
+        (b, 12), see :data:`lorat.augment_spec.AUGMENT_FIELDS`; ``index`` and ``bytes_read`` int64
+        (b,); ``damaged`` int32 (b,), images found damaged before a good pair was found;
+        ``dataset`` int32 (b,), -1 for padding.
+
+    Raises:
+        DamagedImage: if a hundred replacements in a row are damaged, too.
+    """
+    num = len(indices)
+    template_size, search_size = sampler.variant.template_size, sampler.variant.search_size
+    batch: dict[str, np.ndarray] = {
+        "template": np.zeros((num, template_size, template_size, 3), dtype=np.uint8),
+        "search": np.zeros((num, search_size, search_size, 3), dtype=np.uint8),
+        "template_box": np.zeros((num, 4), dtype=np.float32),
+        "search_box": np.zeros((num, 4), dtype=np.float32),
+        "augment": np.zeros((num, len(AUGMENT_FIELDS)), dtype=np.float32),
+        "index": np.asarray(indices, dtype=np.int64).reshape(num),
+        "bytes_read": np.zeros(num, dtype=np.int64),
+        "damaged": np.zeros(num, dtype=np.int32),
+        "dataset": np.full(num, -1, dtype=np.int32),
+    }
+    for row, index in enumerate(batch["index"].tolist()):
+        if index >= 0:
+            _load_pair(sampler, readers, index, batch, row)
+    return batch
+
+
+def _load_pair(
+    sampler: PairSampler,
+    readers: Sequence[Reader],
+    index: int,
+    batch: dict[str, np.ndarray],
+    row: int,
+) -> None:
+    for attempt in range(MAX_REPLACEMENTS + 1):
+        spec = sampler.sample(index, attempt)
+        frames, reader = sampler.indexes[spec.dataset], readers[spec.dataset]
+        images = {}
+        try:
+            for frame in dict.fromkeys((spec.template_row, spec.search_row)):
+                batch["bytes_read"][row] += frames.length[frame]
+                images[frame] = reader.decode(frame)
+        except DamagedImage as error:
+            _log.warning("pair %d is replaced, an image is damaged: %s", index, error)
+            batch["damaged"][row] += 1
+            if attempt == MAX_REPLACEMENTS:
+                raise
+            continue
+        break
+    for role, frame, box, nominal in (
+        ("template", spec.template_row, spec.template_box, spec.template_params),
+        ("search", spec.search_row, spec.search_box, spec.search_params),
+    ):
+        batch[role][row], adjusted = resample(
+            images[frame],
+            nominal,
+            batch[role].shape[1],
+            frames.mean_rgb[frame],
+            window=tuple(frames.window[frame].tolist()) if frames.storage == "window" else None,
+            exact=False,
+        )
+        batch[f"{role}_box"][row] = adjusted.apply(box)
+    batch["augment"][row] = spec.augment
+    batch["dataset"][row] = spec.dataset
+
+
+def _usable_tracks(index: FrameIndex) -> tuple[int, np.ndarray | None]:
+    """Return the number of tracks with a usable box, and their numbers unless these are all."""
+    usable = np.diff(index.valid_start) > 0
+    count = int(usable.sum())
+    if count == 0:
+        raise UserError(f"Data set {index.name} has no frame with a usable box; ingest it again.")
+    if count == len(usable):
+        return count, None
+    return count, np.flatnonzero(usable)
