@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
-import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
@@ -55,9 +55,10 @@ def peft_config(lora: LoraConfig) -> PeftLoraConfig:
     parts = [
         f"{room}\\.(?:{names})" for room, names in (("attn", attention), ("mlp", ffn)) if names
     ]
+    alpha = lora.resolved_alpha
     return PeftLoraConfig(
         r=lora.rank,
-        lora_alpha=lora.resolved_alpha,  # type: ignore[arg-type]  # peft divides; any number does
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         # A bare "proj" would also match the patch embedding's.
@@ -69,8 +70,9 @@ def peft_config(lora: LoraConfig) -> PeftLoraConfig:
 def attach_slices(backbone: VisionTransformer) -> None:
     """Give every attention layer the modules ``q``, ``k``, ``v`` that peft can adapt."""
     for block in backbone.blocks:
+        attention: Any = block.attn
         for index, name in enumerate("qkv"):
-            setattr(block.attn, name, LinearSlice(block.attn.qkv, index))
+            setattr(attention, name, LinearSlice(attention.qkv, index))
 
 
 def add_lora(backbone: VisionTransformer, lora: LoraConfig) -> None:
@@ -85,7 +87,7 @@ def add_lora(backbone: VisionTransformer, lora: LoraConfig) -> None:
             if not isinstance(getattr(block.attn, name), PeftLinear):
                 delattr(block.attn, name)
     for _, layer in adapted_layers(backbone):
-        initialise(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, lora)
+        initialise(*matrices(layer), lora)
 
 
 def initialise(a_Rin: Tensor, b_outR: Tensor, lora: LoraConfig) -> None:
@@ -108,6 +110,13 @@ def adapted_layers(backbone: nn.Module) -> Iterator[tuple[str, PeftLinear]]:
             yield name, module
 
 
+def matrices(layer: PeftLinear) -> tuple[Tensor, Tensor]:
+    """Return A (rank, in) and B (out, rank) of an adapted layer."""
+    a: Any = layer.lora_A[ADAPTER]
+    b: Any = layer.lora_B[ADAPTER]
+    return a.weight, b.weight
+
+
 def merged_weights(backbone: VisionTransformer) -> dict[str, Tensor]:
     """Return the adapted weights with the adapters folded in, under their timm names.
 
@@ -116,9 +125,9 @@ def merged_weights(backbone: VisionTransformer) -> dict[str, Tensor]:
     """
     merged: dict[str, Tensor] = {}
     for name, layer in adapted_layers(backbone):
-        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        a, b = matrices(layer)
         delta = layer.scaling[ADAPTER] * (b.detach().float() @ a.detach().float())
-        base = layer.get_base_layer()
+        base: Any = layer.get_base_layer()
         if isinstance(base, LinearSlice):
             fused = name.rpartition(".")[0] + ".qkv.weight"
             if fused not in merged:
@@ -137,14 +146,6 @@ def adapter_weights(backbone: VisionTransformer) -> dict[str, Tensor]:
     """Return A and B under the names of peft's ``adapter_model.safetensors``."""
     weights: dict[str, Tensor] = {}
     for name, layer in adapted_layers(backbone):
-        for matrix in ("lora_A", "lora_B"):
-            value = getattr(layer, matrix)[ADAPTER].weight
+        for matrix, value in zip(("lora_A", "lora_B"), matrices(layer), strict=True):
             weights[f"base_model.model.{name}.{matrix}.weight"] = value.detach()
     return weights
-
-
-def adapter_dtype(backbone: VisionTransformer) -> torch.dtype | None:
-    """Return the dtype of the adapters, none if there are none."""
-    for _, layer in adapted_layers(backbone):
-        return layer.lora_A[ADAPTER].weight.dtype
-    return None

@@ -12,11 +12,12 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.layers import Mlp, SwiGLUPacked
 from timm.layers.attention import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from lorat.embedding import resize_position
 from lorat.errors import UserError
+from lorat.tensor_files import read_tensors
 from lorat.variants import Variant
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ BERNOULLI_UP_TO = 0.1
 """Drop-path rates above this one skip samples of the batch instead of zeroing them (DINOv2)."""
 
 
-def low_rank_parts(layer: nn.Module | None, x: Tensor) -> list[Tensor]:
+def low_rank_parts(layer: Any, x: Tensor) -> list[Tensor]:
     """Return what each active adapter of a peft LoRA layer adds: ``scaling * B(A(dropout(x)))``.
 
     Empty for anything else than such a layer, and where adapters are disabled or merged.
@@ -150,13 +152,14 @@ def build_backbone(
         no_embed_class=True,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         act_layer=nn.SiLU if swiglu else nn.GELU,
-        mlp_layer=SwiGLUPacked if swiglu else Mlp,
+        mlp_layer=SwiGLUPacked if swiglu else Mlp,  # type: ignore[arg-type]
         attn_layer=Attention,
         block_fn=Block,
         weight_init="" if initialise else "skip",
         device=device,
     )
     for block in backbone.blocks:
+        assert isinstance(block, Block)
         block.drop_path = drop_path
     return backbone
 
@@ -199,38 +202,6 @@ def _read_hub(variant: Variant) -> Mapping[str, Tensor]:
             f"The backbone {variant.timm_name} could not be fetched from the hub "
             f"({type(error).__name__}: {error}); connect, or {remedy}"
         ) from error
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file of named tensors: safetensors whatever its name, or ``.pth`` without pickle code.
-
-    Raises:
-        UserError: if the file is missing or is neither.
-    """
-    if not path.is_file():
-        raise UserError(
-            f"There is no weight file {path}; give an existing .safetensors or .pth file."
-        )
-    if path.suffix not in {".pth", ".pt"}:
-        try:
-            return load_file(path)
-        except Exception as error:
-            raise UserError(
-                f"{path} is not a safetensors file ({error}); give one, or a .pth file."
-            ) from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{path} cannot be read with weights_only=True ({type(error).__name__}); "
-            "give a file that holds tensors alone."
-        ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{path} holds no dictionary of tensors; give a state dict.")
-    return content
 
 
 def adapt_keys(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ class MLP(nn.Module):
             nn.Linear(a, b, device=device) for a, b in itertools.pairwise(widths)
         )
         for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 

@@ -51,6 +51,8 @@ class LoRAT(nn.Module):
         """The adapters' configuration; none if there are none."""
         self.backbone_source = "none"
         """Where the frozen weights came from: hub, shipped, none or a file."""
+        self.config: TrainConfig | None = None
+        """What the model was built from; none for a deployable model."""
         self.backbone = build_backbone(
             variant,
             drop_path=drop_path,
@@ -164,6 +166,28 @@ def build_model(
     """
     variant = variant or config.model_variant
     source = source_of(config.backbone, variant) if load_backbone else "none"
+    weights = None if source == "none" else read_backbone(source, variant)
+    return assemble(config, variant, weights, source=source)
+
+
+def assemble(
+    config: TrainConfig,
+    variant: Variant,
+    weights: dict[str, Tensor] | None,
+    *,
+    source: str,
+) -> LoRAT:
+    """Build the model around backbone weights that are already read; none means random.
+
+    Args:
+        config: as for :func:`build_model`, apart from ``variant`` and ``backbone``.
+        variant: sizes.
+        weights: the backbone's, under timm's keys, with a position grid of any size.
+        source: where they came from, kept as ``model.backbone_source``.
+
+    Raises:
+        UserError: if the weights do not fit, with every key that differs.
+    """
     drop_path = variant.drop_path if config.drop_path is None else config.drop_path
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -172,17 +196,15 @@ def build_model(
             head_depth=config.head.depth,
             drop_path=drop_path,
             layer_scale=FROM_SCRATCH_LAYER_SCALE,
-            initialise=source == "none",
+            initialise=weights is None,
             activation_checkpointing=config.activation_checkpointing,
         )
-        if source != "none":
-            load_weights(
-                model.backbone,
-                fit_position(read_backbone(source, variant), variant.search_grid),
-                what=f"the backbone of {variant.name}",
-            )
-        model.backbone_source = source
+        if weights is not None:
+            fitted = fit_position(weights, variant.search_grid)
+            load_weights(model.backbone, fitted, what=f"the backbone of {variant.name}")
         model.adapt(config.adaptation, config.lora)
+    model.backbone_source = source
+    model.config = config
     if config.frozen_dtype == "bf16":
         store_frozen(model.backbone, torch.bfloat16)
     return model.train()

@@ -1,0 +1,285 @@
+"""Checkpoints: what was trained, the state of the training, and the deployable form.
+
+Everything is safetensors and JSON; nothing is pickled.  A checkpoint folder holds
+
+- ``config.json``: format, variant, training configuration, origin of the frozen weights;
+- ``head.safetensors``: head and token types;
+- ``adapter/adapter_config.json`` and ``adapter/adapter_model.safetensors`` with LoRA, as peft
+  writes them;
+- ``backbone.safetensors``: the transformer, with the full backbone trained or where it cannot be
+  had again (random, shipped with the package).
+
+A deployable folder holds ``config.json`` and ``model.safetensors`` and loads without peft.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorat.backbone import fingerprint, plain_weights, read_backbone, write_backbone
+from lorat.config import TrainConfig, from_dict, to_dict
+from lorat.errors import UserError
+from lorat.model import LoRAT, assemble, differences, load_weights
+from lorat.tensor_files import read_json, read_safetensors, write_json, write_tensors
+from lorat.training_state import (
+    TrainingState,
+    load_rng,
+    load_training_state,
+    save_rng,
+    save_training_state,
+)
+from lorat.variants import VARIANTS, Variant, get_variant
+
+__all__ = [
+    "TrainingState",
+    "load",
+    "load_merged",
+    "load_rng",
+    "load_training_state",
+    "read_config",
+    "save",
+    "save_backbone",
+    "save_merged",
+    "save_rng",
+    "save_training_state",
+    "warm_start",
+]
+
+FORMAT, MERGED_FORMAT, VERSION = "lorat", "lorat-merged", 1
+CONFIG_FILE = "config.json"
+
+
+def save(
+    model: LoRAT, config: TrainConfig, folder: Path | str, *, include_backbone: bool | None = None
+) -> None:
+    """Write what was trained.
+
+    Args:
+        model: unmerged, as :func:`lorat.model.build_model` made it.
+        config: what it was built from.
+        folder: made if needed; ``config.json`` is written last.
+        include_backbone: also write frozen weights; none means only those that a public file or
+            a file of the user does not give again.
+
+    Raises:
+        UserError: if the model is a deployable one.
+    """
+    folder = Path(folder)
+    if model.adaptation is None:
+        raise UserError("A merged model has nothing left to train; write it with save_merged.")
+    if include_backbone is None:
+        include_backbone = model.backbone_source in {"none", "shipped"}
+    include_backbone = include_backbone or model.adaptation == "full"
+    if model.lora is not None:
+        from lorat.adapter import adapter_weights, peft_config
+
+        write_tensors(adapter_weights(model.backbone), folder / "adapter/adapter_model.safetensors")
+        peft = peft_config(model.lora)
+        peft.inference_mode = True
+        peft.save_pretrained(str(folder / "adapter"))
+    write_tensors(_head_weights(model), folder / "head.safetensors")
+    if include_backbone:
+        write_tensors(plain_weights(model.backbone), folder / "backbone.safetensors")
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "variant": dataclasses.asdict(model.variant),
+        "config": to_dict(config),
+        "backbone": {
+            "source": model.backbone_source,
+            "fingerprint": fingerprint(model.backbone),
+            "included": include_backbone,
+        },
+    }
+    write_json(content, folder / CONFIG_FILE)
+
+
+def _head_weights(model: LoRAT) -> dict[str, Tensor]:
+    return {n: v for n, v in model.state_dict().items() if n.startswith(("head.", "embedding."))}
+
+
+def read_config(folder: Path | str) -> TrainConfig:
+    """Return the training configuration of a checkpoint folder."""
+    content = _read_header(Path(folder), FORMAT)
+    return from_dict(TrainConfig, content["config"])
+
+
+def _read_header(folder: Path, *formats: str) -> dict[str, Any]:
+    content = read_json(folder / CONFIG_FILE)
+    found = content.get("format") if isinstance(content, dict) else None
+    if found not in formats:
+        raise UserError(
+            f"{folder} has the format {found}; give a folder with {' or '.join(formats)}."
+        )
+    if content["version"] != VERSION:
+        raise UserError(
+            f"{folder} was written in version {content['version']} of the format, this program "
+            f"reads version {VERSION}; use the program that wrote it."
+        )
+    return content
+
+
+def load(
+    path: Path | str, *, variant: str | Variant | None = None, backbone: str | None = None
+) -> LoRAT:
+    """Load a checkpoint folder, a deployable folder, or a released LoRAT file, on the CPU.
+
+    Args:
+        path: the folder or file.
+        variant: name or sizes; needed for a released file alone.
+        backbone: where frozen weights come from that the checkpoint lacks; none means where they
+            came from when it was written (for a released file: as ``auto``).
+
+    Raises:
+        UserError: if something is missing, damaged, of another shape, or belongs to another
+            backbone.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"There is no checkpoint {path}; give an existing folder or file.")
+    if path.is_file():
+        from lorat.official import import_official
+
+        if variant is None:
+            raise UserError(
+                f"{path} is a file of the released layout, which does not name its variant; "
+                f"give variant, one of {', '.join(VARIANTS)}."
+            )
+        sizes = get_variant(variant) if isinstance(variant, str) else variant
+        return import_official(path, sizes, backbone=backbone or "auto")
+    header = _read_header(path, FORMAT, MERGED_FORMAT)
+    if header["format"] == MERGED_FORMAT:
+        return load_merged(path)
+    return _load_own(path, header, backbone)
+
+
+def _load_own(folder: Path, header: dict[str, Any], backbone: str | None) -> LoRAT:
+    config: TrainConfig = from_dict(TrainConfig, header["config"])
+    variant: Variant = from_dict(Variant, header["variant"])
+    source: str = backbone or header["backbone"]["source"]
+    if header["backbone"]["included"]:
+        weights = read_safetensors(folder / "backbone.safetensors")
+        source = header["backbone"]["source"]
+    else:
+        weights = read_backbone(source, variant)
+    model = assemble(config, variant, weights, source=source)
+    if (found := fingerprint(model.backbone)) != header["backbone"]["fingerprint"]:
+        raise UserError(
+            f"The backbone from {source} is not the one that {folder} was trained on "
+            f"(fingerprint {found} instead of {header['backbone']['fingerprint']}); "
+            "give backbone=FILE with the right one."
+        )
+    tensors = read_safetensors(folder / "head.safetensors")
+    if model.lora is not None:
+        adapter = read_safetensors(folder / "adapter/adapter_model.safetensors")
+        tensors |= {_own_adapter_name(name): value for name, value in adapter.items()}
+    own = model.state_dict()
+    learnt = {n: v for n, v in own.items() if ".lora_" in n or not n.startswith("backbone.")}
+    problems = differences(
+        {n: tuple(v.shape) for n, v in learnt.items()},
+        {n: tuple(v.shape) for n, v in tensors.items()},
+    )
+    if problems:
+        raise UserError(f"{folder} does not fit its configuration: {problems}; give another.")
+    model.load_state_dict(tensors, strict=False)
+    return model
+
+
+def _own_adapter_name(name: str) -> str:
+    stem, _, leaf = name.removeprefix("base_model.model.").rpartition(".")
+    return f"backbone.{stem}.default.{leaf}"
+
+
+def warm_start(
+    model: LoRAT,
+    path: Path | str,
+    *,
+    variant: str | Variant | None = None,
+    backbone: str | None = None,
+) -> None:
+    """Start a model from the weights of a checkpoint of any kind.
+
+    Adapters are taken over if they are alike (rank, scaling, targets); otherwise they are folded
+    into the base weights and the model's own adapters stay as drawn.
+
+    Raises:
+        UserError: as :func:`load`, and if sizes or head depths differ.
+    """
+    if variant is None and Path(path).is_file():
+        variant = model.variant
+    source = load(path, variant=variant, backbone=backbone)
+    if model.lora is not None and source.lora is not None and _alike(model, source):
+        load_weights(model, source.state_dict(), what="this model")
+        model.backbone_source = source.backbone_source
+        return
+    plain = source.plain_state()
+    names = {n.replace(".base_layer.", "."): n for n in model.state_dict() if ".lora_" not in n}
+    adapters = {n: v for n, v in model.state_dict().items() if ".lora_" in n}
+    weights = {names.get(n, n): v for n, v in plain.items()} | adapters
+    load_weights(model, weights, what="this model")
+    model.backbone_source = "none"
+
+
+def _alike(a: LoRAT, b: LoRAT) -> bool:
+    assert a.lora is not None and b.lora is not None
+    keys = ("rank", "resolved_alpha", "rslora")
+    same = all(getattr(a.lora, k) == getattr(b.lora, k) for k in keys)
+    return same and set(a.lora.targets) == set(b.lora.targets)
+
+
+def save_merged(model: LoRAT, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
+    """Write the deployable form: adapters folded in, one safetensors file and its JSON.
+
+    Args:
+        model: unmerged or merged.
+        folder: made if needed.
+        dtype: floating-point type of the weights; none keeps theirs.
+    """
+    folder = Path(folder)
+    merged = model.merge() if model.adaptation is not None else model
+    state = merged.state_dict()
+    if dtype is not None:
+        state = {n: v.to(dtype) for n, v in state.items()}
+    write_tensors(state, folder / "model.safetensors")
+    content = {
+        "format": MERGED_FORMAT,
+        "version": VERSION,
+        "variant": dataclasses.asdict(model.variant),
+        "head_depth": model.head_depth,
+        "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
+        "backbone": {"source": model.backbone_source},
+    }
+    write_json(content, folder / CONFIG_FILE)
+
+
+def load_merged(folder: Path | str) -> LoRAT:
+    """Load the deployable form, on the CPU, in eval mode; peft is not needed.
+
+    Raises:
+        UserError: if something is missing, unexpected or misshapen, all names at once.
+    """
+    folder = Path(folder)
+    header = _read_header(folder, MERGED_FORMAT)
+    variant: Variant = from_dict(Variant, header["variant"])
+    model = LoRAT(variant, head_depth=header["head_depth"], initialise=False, device="meta")
+    state = read_safetensors(folder / "model.safetensors")
+    problems = differences(
+        {n: tuple(v.shape) for n, v in model.state_dict().items()},
+        {n: tuple(v.shape) for n, v in state.items()},
+    )
+    if problems:
+        raise UserError(f"{folder} does not fit its configuration: {problems}; give another.")
+    model.load_state_dict(state, assign=True)
+    model.backbone_source = header["backbone"]["source"]
+    return model.requires_grad_(False).eval()
+
+
+def save_backbone(model: LoRAT, file: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write the transformer alone, adapters folded in, in DINOv2's key layout (safetensors)."""
+    merged = model.merge() if model.lora is not None else model
+    write_backbone(merged.backbone, Path(file), ffn=model.variant.ffn, dtype=dtype)

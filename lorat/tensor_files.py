@@ -1,0 +1,91 @@
+"""Files of named tensors and of JSON: whole or not there, and never pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorat.errors import UserError
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a file of named tensors: safetensors whatever its name, or ``.pth`` without pickle code.
+
+    Raises:
+        UserError: if the file is missing or is neither.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"There is no weight file {path}; give an existing .safetensors or .pth file."
+        )
+    if path.suffix not in {".pth", ".pt"}:
+        try:
+            return load_file(path)
+        except Exception as error:
+            raise UserError(
+                f"{path} is not a safetensors file ({error}); give one, or a .pth file."
+            ) from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read with weights_only=True ({type(error).__name__}); "
+            "give a file that holds tensors alone."
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{path} holds no dictionary of tensors; give a state dict.")
+    return content
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
+    os.replace(part, path)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write a JSON file; a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: if it is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"There is no {path}; give a folder that this program wrote.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}); give an undamaged checkpoint.") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a file of a checkpoint.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"The checkpoint has no {path}; give a complete one.") from error
+    except Exception as error:  # safetensors raises a class of its own that derives from this one
+        raise UserError(f"{path} is damaged ({error}); give an undamaged checkpoint.") from error

@@ -1,0 +1,118 @@
+"""What resuming needs beside the weights: optimiser, loss scaler, position, generators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorat.errors import UserError
+from lorat.model import differences
+from lorat.tensor_files import read_json, read_safetensors, write_json, write_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Where a training stands."""
+
+    step: int
+    """Optimiser steps taken."""
+    extra: dict[str, Any]
+    """What the caller gave to :func:`save_training_state`."""
+
+
+def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained parameters by name, whatever DDP or torch.compile wrapped around."""
+    return {
+        name.replace("_orig_mod.", "").removeprefix("module."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def save_training_state(
+    folder: Path | str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    scaler: torch.amp.GradScaler | None = None,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write what resuming needs beside the weights: optimiser, loss scaler, position.
+
+    Args:
+        folder: usually the checkpoint's.
+        model: holds the parameters, wrapped or not.
+        optimizer: its moments are stored under the parameters' names.
+        step: optimiser steps taken.
+        scaler: loss scaler, if there is one.
+        extra: JSON values of the caller.
+    """
+    folder = Path(folder)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in _named_parameters(model).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = torch.as_tensor(value)
+    write_tensors(tensors, folder / "optimizer.safetensors")
+    content = {
+        "step": step,
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "extra": extra or {},
+    }
+    write_json(content, folder / "training_state.json")
+
+
+def load_training_state(
+    folder: Path | str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+) -> TrainingState:
+    """Put optimiser and loss scaler back as they were; learning rates follow from the step.
+
+    Raises:
+        UserError: if the moments belong to other parameters, all names at once.
+    """
+    folder = Path(folder)
+    content = read_json(folder / "training_state.json")
+    tensors = read_safetensors(folder / "optimizer.safetensors")
+    parameters = _named_parameters(model)
+    shapes = {n: tuple(p.shape) for n, p in parameters.items()}
+    found = {n.rpartition("/")[0]: tuple(v.shape) for n, v in tensors.items() if v.ndim}
+    problems = differences(shapes, found) if tensors else None
+    if problems:
+        raise UserError(f"The optimiser state in {folder} is of another model: {problems}.")
+    for name, value in tensors.items():
+        owner, _, key = name.rpartition("/")
+        parameter = parameters[owner]
+        # AdamW counts its steps on the CPU.
+        moved = value if key == "step" else value.to(parameter.device)
+        optimizer.state[parameter][key] = moved
+    if scaler is not None and content["scaler"]:
+        scaler.load_state_dict(content["scaler"])
+    return TrainingState(step=content["step"], extra=content["extra"])
+
+
+def save_rng(folder: Path | str, rank: int = 0) -> None:
+    """Write the state of torch's generators (CPU, and the current CUDA device) of one worker."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    write_tensors(states, Path(folder) / f"rng-{rank}.safetensors")
+
+
+def load_rng(folder: Path | str, rank: int = 0) -> bool:
+    """Put torch's generators back; return whether this worker had saved them."""
+    path = Path(folder) / f"rng-{rank}.safetensors"
+    if not path.exists():
+        return False
+    states = read_safetensors(path)
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    return True
