@@ -1,0 +1,257 @@
+"""Decoded training pairs that all trials on a node share.
+
+All trials of a search see the same pairs in the same order, so a pair needs to be decoded and
+cropped once per node.  The cache is a folder (in memory where ``/dev/shm`` has room) of
+memory-mapped blocks of consecutive pairs.  Whoever first misses a block makes it, under a file
+lock that dies with its owner; the content follows from the pair's number alone, so losing a block
+only costs time.  Trials read from the front and most stop early: when the cache is full, low
+blocks displace high ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+BLOCK = 32
+"""Pairs in one block."""
+STALE_S = 3600.0
+"""Age after which an unused cache of another search is removed."""
+
+Batch = dict[str, np.ndarray]
+Load = Callable[[Sequence[int]], Batch]
+
+
+def cache_root(max_bytes: int) -> Path:
+    """Return the folder of all caches: ``$LORAT_CROP_CACHE``, memory if it has room, or a disk."""
+    chosen = os.environ.get("LORAT_CROP_CACHE")
+    if chosen:
+        return Path(chosen)
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and os.access(memory, os.W_OK)
+    if roomy and shutil.disk_usage(memory).free < 2 * max_bytes:
+        roomy = False
+    return (memory if roomy else Path(tempfile.gettempdir())) / f"lorat-crops-{os.getuid()}"
+
+
+def content_key(**parts: Any) -> str:
+    """Name a sequence of pairs by everything that decides its content."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class CropCache:
+    """Pairs by number, from the blocks of a folder or from ``load``.
+
+    Args:
+        folder: the search's folder on this node, made if missing.
+        key: names the sequence of pairs (:func:`content_key`).
+        load: decodes pairs, as :func:`lorat.pairs.load_pairs` does.
+        max_bytes: bound of the folder over all keys; 0 stores nothing.
+    """
+
+    def __init__(self, folder: Path, key: str, load: Load, *, max_bytes: int) -> None:
+        self.folder = folder
+        self.key = key
+        self.max_bytes = max_bytes
+        self.num_decoded = 0
+        """Pairs that this process decoded."""
+        self.num_read = 0
+        """Pairs that were asked for."""
+        self._load = load
+        self._own: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+        self._warned = False
+        folder.mkdir(parents=True, exist_ok=True)
+        self._users = open(folder / "users", "w")  # noqa: SIM115 (held as long as the cache)
+        fcntl.flock(self._users, fcntl.LOCK_SH)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder; the blocks stay for the next trial."""
+        self._own.clear()
+        self._users.close()
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the pairs asked for that this process did not have to decode."""
+        return 1.0 - min(self.num_decoded / self.num_read, 1.0) if self.num_read else 0.0
+
+    def read(self, start: int, stop: int) -> Batch:
+        """Return pairs start, ..., stop - 1 as one batch of :func:`lorat.pairs.load_pairs`."""
+        first = start // BLOCK
+        parts = []
+        for block in range(first, (stop - 1) // BLOCK + 1):
+            rows = self._block(block)
+            low = block * BLOCK
+            parts.append(rows[max(start - low, 0) : stop - low])
+        self.num_read += stop - start
+        with self._lock:
+            for block in [b for b in self._own if b < first]:
+                del self._own[block]
+        names = parts[0].dtype.names or ()
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+    def prepare(self, block: int) -> None:
+        """Make a block if nobody has it and nobody is making it."""
+        if block not in self._own and not self._path(block).exists():
+            self._make(block, wait=False)
+
+    def _path(self, block: int) -> Path:
+        return self.folder / f"{self.key}-{block:08d}.npy"
+
+    def _block(self, block: int) -> np.ndarray:
+        while True:
+            with self._lock:
+                own = self._own.get(block)
+            if own is not None:
+                return own
+            with contextlib.suppress(FileNotFoundError):  # displaced since: made again
+                return np.load(self._path(block), mmap_mode="r")
+            self._make(block, wait=True)
+
+    def _make(self, block: int, *, wait: bool) -> None:
+        with open(self.folder / f"{self.key}-{block:08d}.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return
+            if self._path(block).exists() or block in self._own:
+                return
+            rows = _pack(self._load(range(block * BLOCK, (block + 1) * BLOCK)))
+            with self._lock:
+                self.num_decoded += BLOCK
+            if not self._store(block, rows):
+                with self._lock:
+                    self._own[block] = rows
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(lock.name)
+
+    def _store(self, block: int, rows: np.ndarray) -> bool:
+        """Write a block if it fits, or displaces higher ones; False if it stays here only."""
+        if not self._make_room(block, rows.nbytes):
+            return False
+        path = self._path(block)
+        temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                np.save(file, rows)
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if not self._warned:
+                self._warned = True
+                log.warning("The crop cache in %s cannot grow: %s", self.folder, error)
+            return False
+        return True
+
+    def _make_room(self, block: int, num_bytes: int) -> bool:
+        blocks = []
+        for entry in os.scandir(self.folder):
+            if entry.name.endswith(".npy"):
+                with contextlib.suppress(FileNotFoundError):
+                    number = int(entry.name.rpartition("-")[2][:-4])
+                    blocks.append((number, entry.path, entry.stat().st_size))
+        used = sum(size for _, _, size in blocks)
+        blocks.sort()
+        while used + num_bytes > self.max_bytes:
+            if not blocks or blocks[-1][0] <= block:
+                return False
+            _, path, size = blocks.pop()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            used -= size
+        return shutil.disk_usage(self.folder).free > 2 * num_bytes
+
+
+def _pack(batch: Batch) -> np.ndarray:
+    """Put the arrays of a batch into one array of records."""
+    num = len(next(iter(batch.values())))
+    kind = np.dtype([(name, v.dtype, v.shape[1:]) for name, v in batch.items()])
+    rows = np.empty(num, dtype=kind)
+    for name, values in batch.items():
+        rows[name] = values
+    return rows
+
+
+def cached_batches(
+    cache: CropCache, batch_size: int, start_step: int, stop_step: int, *, ahead: int = 4
+) -> Iterator[Batch]:
+    """Yield the batches of steps start_step, ..., stop_step - 1; step k has pairs [kB, (k+1)B).
+
+    A thread makes up to ``ahead`` blocks before they are needed.  Close the generator to stop it.
+    """
+    first = start_step * batch_size // BLOCK
+    end = -(-stop_step * batch_size // BLOCK)
+    changed = threading.Condition()
+    current = first
+    stopped = False
+    failure: list[Exception] = []
+
+    def work() -> None:
+        for block in range(first, end):
+            with changed:
+                while not stopped and block > current + ahead:
+                    changed.wait()
+                if stopped:
+                    return
+                if block < current:
+                    continue
+            try:
+                cache.prepare(block)
+            except Exception as error:
+                failure.append(error)
+                return
+
+    thread = threading.Thread(target=work, name="crop-cache", daemon=True)
+    thread.start()
+    try:
+        for step in range(start_step, stop_step):
+            if failure:
+                raise failure[0]
+            with changed:
+                current = (step + 1) * batch_size // BLOCK
+                changed.notify()
+            yield cache.read(step * batch_size, (step + 1) * batch_size)
+    finally:
+        with changed:
+            stopped = True
+            changed.notify()
+        thread.join()
+
+
+def remove_cache(folder: Path) -> None:
+    """Remove a search's cache from this node."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_stale_caches(root: Path) -> list[Path]:
+    """Remove caches that no process uses and nobody has touched for an hour."""
+    removed = []
+    for folder in root.glob("*"):
+        with contextlib.suppress(OSError), open(folder / "users", "r+") as users:
+            if time.time() - folder.stat().st_mtime < STALE_S:
+                continue
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+            removed.append(folder)
+    return removed

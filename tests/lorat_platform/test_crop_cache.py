@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorat_platform.crop_cache import (
+    BLOCK,
+    CropCache,
+    cache_root,
+    cached_batches,
+    content_key,
+    remove_cache,
+    remove_stale_caches,
+)
+
+BLOCK_BYTES = 32 * (12 * 12 * 3 + 16 + 8)
+
+
+def load(indices: Sequence[int]) -> dict[str, np.ndarray]:
+    """Make up pairs whose content follows from their numbers."""
+    numbers = np.asarray(indices, dtype=np.int64)
+    pixels = (numbers[:, None] * 7 + np.arange(12 * 12 * 3)) % 251
+    return {
+        "search": pixels.reshape(-1, 12, 12, 3).astype(np.uint8),
+        "search_box": np.repeat(numbers[:, None], 4, axis=1).astype(np.float32),
+        "index": numbers,
+    }
+
+
+def assert_same(batch: dict[str, np.ndarray], start: int, stop: int) -> None:
+    expected = load(range(start, stop))
+    assert batch.keys() == expected.keys()
+    for name, values in expected.items():
+        assert batch[name].dtype == values.dtype
+        np.testing.assert_array_equal(batch[name], values)
+
+
+@pytest.mark.parametrize("batch_size", [1, 24, 32, 100])
+def test_batches_are_what_decoding_gives(tmp_path: Path, batch_size: int) -> None:
+    with CropCache(tmp_path / "c", "k", load, max_bytes=10**9) as cache:
+        for step, batch in enumerate(cached_batches(cache, batch_size, 3, 9), start=3):
+            assert_same(batch, step * batch_size, (step + 1) * batch_size)
+
+
+def test_the_second_trial_decodes_nothing(tmp_path: Path) -> None:
+    with CropCache(tmp_path / "c", "k", load, max_bytes=10**9) as cache:
+        list(cached_batches(cache, 64, 0, 8))
+        assert cache.num_decoded == 512
+        assert cache.hit_rate == 0
+    with CropCache(tmp_path / "c", "k", load, max_bytes=10**9) as cache:
+        list(cached_batches(cache, 64, 0, 8))
+        assert cache.num_decoded == 0
+        assert cache.hit_rate == 1
+
+
+def test_another_key_is_another_sequence(tmp_path: Path) -> None:
+    assert content_key(seed=1, data="a") != content_key(seed=2, data="a")
+    with CropCache(tmp_path / "c", "one", load, max_bytes=10**9) as cache:
+        cache.read(0, 64)
+    with CropCache(tmp_path / "c", "two", load, max_bytes=10**9) as cache:
+        cache.read(0, 64)
+        assert cache.num_decoded == 64
+
+
+def test_the_bound_holds_and_low_blocks_displace_high_ones(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    with CropCache(folder, "k", load, max_bytes=3 * BLOCK_BYTES + 1000) as cache:
+        for block in (4, 5, 6, 7, 0, 1):
+            low = block * BLOCK
+            assert_same(cache.read(low, low + BLOCK), low, low + BLOCK)
+            assert sum(f.stat().st_size for f in folder.glob("*.npy")) <= cache.max_bytes
+        kept = sorted(int(f.stem.rpartition("-")[2]) for f in folder.glob("*.npy"))
+        assert kept == [0, 1, 4]
+
+
+def test_without_room_every_trial_decodes_for_itself(tmp_path: Path) -> None:
+    with CropCache(tmp_path / "c", "k", load, max_bytes=0) as cache:
+        for step, batch in enumerate(cached_batches(cache, 48, 0, 4)):
+            assert_same(batch, step * 48, (step + 1) * 48)
+        assert not list((tmp_path / "c").glob("*.npy"))
+        assert len(cache._own) <= 6
+
+
+def _reader(folder: Path, results: Any) -> None:
+    def slow(indices: Sequence[int]) -> dict[str, np.ndarray]:
+        time.sleep(0.01)
+        return load(indices)
+
+    with CropCache(folder, "k", slow, max_bytes=10**9) as cache:
+        for step, batch in enumerate(cached_batches(cache, 40, 0, 16)):
+            assert_same(batch, step * 40, (step + 1) * 40)
+        results.put(cache.num_decoded)
+
+
+def test_processes_at_once_decode_every_pair_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = [context.Process(target=_reader, args=(tmp_path / "c", results)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [w.exitcode for w in workers] == [0, 0, 0]
+    assert sum(results.get() for _ in workers) == 16 * 40
+
+
+def _stuck(folder: Path, started: Any) -> None:
+    def forever(_: Sequence[int]) -> dict[str, np.ndarray]:
+        started.set()
+        time.sleep(600)
+        return {}
+
+    CropCache(folder, "k", forever, max_bytes=10**9).read(0, BLOCK)
+
+
+def test_a_killed_producer_blocks_nobody(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    worker = context.Process(target=_stuck, args=(tmp_path / "c", started))
+    worker.start()
+    assert started.wait(10)
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    with CropCache(tmp_path / "c", "k", load, max_bytes=10**9) as cache:
+        assert_same(cache.read(0, BLOCK), 0, BLOCK)
+
+
+def _full_disk(folder: Path, results: Any) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    with CropCache(folder, "k", load, max_bytes=10**9) as cache:
+        for step, batch in enumerate(cached_batches(cache, 40, 0, 4)):
+            assert_same(batch, step * 40, (step + 1) * 40)
+    results.put([f.name for f in folder.glob("*.npy")] + [f.name for f in folder.glob("*.tmp")])
+
+
+def test_a_full_disk_only_costs_decoding(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    worker = context.Process(target=_full_disk, args=(tmp_path / "c", results))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0
+    assert results.get() == []
+
+
+def test_a_decoding_error_reaches_the_trial(tmp_path: Path) -> None:
+    def broken(indices: Sequence[int]) -> dict[str, np.ndarray]:
+        if indices[0] >= 64:
+            raise OSError("the disk is gone")
+        return load(indices)
+
+    cache = CropCache(tmp_path / "c", "k", broken, max_bytes=10**9)
+    with cache, pytest.raises(OSError, match="the disk is gone"):
+        list(cached_batches(cache, 32, 0, 8))
+
+
+def test_stopping_a_trial_ends_its_thread(tmp_path: Path) -> None:
+    import threading
+
+    before = threading.active_count()
+    with CropCache(tmp_path / "c", "k", load, max_bytes=10**9) as cache:
+        batches = cached_batches(cache, 32, 0, 1000)
+        next(batches)
+        batches.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+
+
+def test_caches_are_removed_when_nobody_uses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAT_CROP_CACHE", str(tmp_path))
+    root = cache_root(10**9)
+    assert root == tmp_path
+    for name in ("used", "stale", "fresh"):
+        with CropCache(root / name, "k", load, max_bytes=10**9) as cache:
+            cache.read(0, BLOCK)
+    user = CropCache(root / "used", "k", load, max_bytes=10**9)
+    for name in ("used", "stale"):
+        os.utime(root / name, (0, 0))
+    assert remove_stale_caches(root) == [root / "stale"]
+    user.close()
+    remove_cache(root / "fresh")
+    assert [p.name for p in root.iterdir()] == ["used"]
