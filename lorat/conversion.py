@@ -151,7 +151,7 @@ def _append(
     writer: shards.ShardWriter, track: MemoryTrack, law: WindowLaw | None, quality: int
 ) -> None:
     box = np.asarray(track.box, np.float64)
-    visible: np.ndarray = np.isfinite(box).all(axis=1)
+    visible: np.ndarray = np.logical_and.reduce(np.isfinite(box), axis=1)
     if track.visible is not None:
         visible = np.asarray(track.visible, bool)
     writer.begin_track(track.name, track.category)
