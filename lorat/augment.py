@@ -9,9 +9,10 @@ and solarize compute what torchvision and PIL compute, to the last grey level; t
 the crops through uint8 between jitter and 3-Augment, and so does this.  The one difference is the
 blur: PIL approximates the Gaussian by three extended box filters and rounds to uint8 after each;
 here the same three boxes are one combined kernel, rounded once.  Six roundings against one: grey
-levels differ by at most 3 inside the image (3 in a hundred by more than 1), by up to 10 within six
-pixels of its border, where PIL repeats the border in each pass, and the mean by less than 0.1.  The crops themselves come as uint8, that is
-rounded once more than the reference's float crops (at most half a grey level).
+levels differ by at most 3 inside the image (3 in a hundred by more than 1) and the mean by less
+than 0.1; within six pixels of the border, where PIL repeats the border in each pass, by up to 10.
+The crops themselves come as uint8, that is rounded once more than the reference's float crops (at
+most half a grey level).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ and a stream of pairs has no epochs.  Nothing here imports torch.
 
 Three parts of the draw are scheduled rather than random, as functions of i: the data sets come in
 their exact shares, and the tracks of a data set are dealt without replacement, shuffled anew in
-every cycle.  The rest is drawn from ``PCG64((seed, i, attempt))``.
+every cycle.  The rest is drawn from a PCG64 whose state is a hash of (seed, i, attempt).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import logging
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 
 MAX_DRAWS = 1_000
 MAX_REPLACEMENTS = 100
+_PCG64_INCREMENT = 0x5851F42D4C957F2D14057B7EF767814F
 
 
 class PairSpec(NamedTuple):
@@ -100,6 +102,7 @@ class PairSampler:
         self.seed = seed
         self.schedule = DatasetSchedule(weights, seed)
         self._cumulative = list(itertools.accumulate(self.schedule.counts))
+        self._local = threading.local()
         self._tracks = [_usable_tracks(index) for index in indexes]
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -122,7 +125,7 @@ class PairSampler:
         Raises:
             UserError: if a thousand draws in a row give no acceptable crop.
         """
-        rng = np.random.Generator(np.random.PCG64((self.seed, index, attempt)))
+        rng = self._generator(index, attempt)
         if attempt == 0:
             dataset, ordinal = self.schedule(index)
             num_tracks, tracks = self._tracks[dataset]
@@ -142,6 +145,19 @@ class PairSampler:
             f"sampling.min_object_size (now {self.sampling.min_object_size}) or the jitters, "
             "or check the boxes of the data."
         )
+
+    def _generator(self, index: int, attempt: int) -> np.random.Generator:
+        """Return this thread's generator, set to the stream of one draw (1 µs; a new one: 10)."""
+        if not hasattr(self._local, "generator"):
+            self._local.generator = np.random.Generator(np.random.PCG64(0))
+        state = mix(self.seed, index, attempt)
+        self._local.generator.bit_generator.state = {
+            "bit_generator": "PCG64",
+            "state": {"state": (state << 64) | mix(state), "inc": _PCG64_INCREMENT},
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        return self._local.generator
 
     def _fresh_track(self, rng: np.random.Generator) -> tuple[int, int]:
         point = int(rng.random() * self._cumulative[-1])
