@@ -7,7 +7,7 @@ state: the element at position p is a function of (key, p).
 from __future__ import annotations
 
 _MASK = (1 << 64) - 1
-_ROUNDS = 4
+_ROUNDS = 6
 
 
 def mix(*values: int) -> int:
