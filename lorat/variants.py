@@ -78,7 +78,7 @@ def _table() -> dict[str, Variant]:
                 search_area_factor=factor,
             )
     table["T-112"] = Variant(
-        name="T-112", timm_name=None, dim=192, depth=4, num_heads=3, pretrain_grid=8,
+        name="T-112", timm_name=None, dim=128, depth=4, num_heads=2, pretrain_grid=8,
         template_size=56, search_size=112, search_area_factor=4.0, recipe="small",
     )  # fmt: skip
     table["N-112"] = Variant(
