@@ -1,7 +1,8 @@
 """Trackers to compare with, with the two methods that one-pass evaluation needs.
 
 ``static`` never moves its box; ``mil`` is OpenCV's multiple-instance-learning tracker (B. Babenko
-et al., CVPR 2009), which the main ``opencv-python`` wheel has as ``cv2.TrackerMIL``.
+et al., CVPR 2009), which the main ``opencv-python`` wheel has as ``cv2.TrackerMIL``.  OpenCV
+seeds it from the clock, so its boxes differ from run to run.
 """
 
 from __future__ import annotations
@@ -52,8 +53,6 @@ class MilTracker:
             left, top = min(max(round(x1), 0), width - 2), min(max(round(y1), 0), height - 2)
             right = min(max(round(x2), left + 2), width)
             bottom = min(max(round(y2), top + 2), height)
-            # Its samples come from OpenCV's global generator.
-            cv2.setRNGSeed(0)
             tracker.init(_bgr(frame), (left, top, right - left, bottom - top))
             targets.append(_MilTarget(tracker, (x1, y1, x2, y2)))
         return targets

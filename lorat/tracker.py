@@ -11,7 +11,7 @@ import contextlib
 import copy
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -128,6 +128,8 @@ class Tracker:
                     box=box,
                 )
             )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return targets
 
     def step(
@@ -148,7 +150,7 @@ class Tracker:
             UserError: if a frame is no RGB image, or the network's output is not finite.
         """
         sizes = [check_frame(frame) for frame in frames]
-        crops = list(self._map(self._search_crop, targets, frames))
+        crops = self._search_crops(targets, frames)
         peak = find_peak(
             *self._forward(
                 torch.stack([target.template_CHW for target in targets]),
@@ -180,14 +182,16 @@ class Tracker:
         nominal = crop_params(box, variant.search_area_factor, variant.search_size)
         return resample(frame, nominal, variant.search_size, target.fill_rgb)
 
-    def _map(self, function, *arguments) -> Iterable:  # type: ignore[no-untyped-def]
-        """Map over a batch, on several threads where that can pay off."""
-        num_threads = min(len(arguments[0]), os.cpu_count() or 1, 8)
-        if num_threads < 2:
-            return map(function, *arguments)
+    def _search_crops(
+        self, targets: Sequence[Target], frames: Sequence[np.ndarray]
+    ) -> list[tuple[np.ndarray, CropParams]]:
+        """Crop for a batch, on several threads where that can pay off."""
+        num_threads = min(os.cpu_count() or 1, 8)
+        if len(targets) < 2 or num_threads < 2:
+            return list(map(self._search_crop, targets, frames))
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 8), "crop")
-        return self._pool.map(function, *arguments)
+            self._pool = ThreadPoolExecutor(num_threads, "crop")
+        return list(self._pool.map(self._search_crop, targets, frames))
 
     def _network_input(self, crops: Sequence[np.ndarray]) -> Tensor:
         """Stack float32 crops (H, W, C), 0 to 255, to a normalised (B, C, H, W) batch."""
