@@ -1,0 +1,263 @@
+"""The model registry: versions of ``lorat``, their aliases, and getting one back as files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorat.errors import UserError
+from lorat.home import home
+from lorat_platform.mlflow_store import connect, tracking_uri, without_password
+
+if TYPE_CHECKING:
+    from lorat.model import LoRAT
+
+MODEL_NAME = "lorat"
+CANDIDATE = "candidate"
+CHAMPION = "champion"
+
+
+def register(
+    model: LoRAT,
+    *,
+    run_id: str,
+    name: str = MODEL_NAME,
+    datasets: Mapping[str, str] | None = None,
+    scores: Mapping[str, float] | None = None,
+    git_revision: str | None = None,
+    search_run_id: str | None = None,
+    tags: Mapping[str, Any] | None = None,
+    alias: str | None = CANDIDATE,
+) -> str:
+    """Register a trained model and return its version.
+
+    Args:
+        model: any form; the registered one is merged.
+        run_id: the MLflow run that trained it.
+        name: registered model, made if it is missing.
+        datasets: name -> fingerprint of what it was trained on.
+        scores: results of its evaluation, such as ``{"val/ao": 0.61}``.
+        git_revision: of the code that trained it.
+        search_run_id: the search that it is a trial of.
+        tags: more tags of the version.
+        alias: alias that is set on the new version.
+
+    Raises:
+        MlflowException: if MLflow does not take it; nothing is registered then.
+    """
+    from lorat_platform.packaging import package
+
+    client = connect()
+    from mlflow.models import Model
+
+    about: dict[str, str] = {"variant": model.variant.name}
+    about |= {f"dataset.{key}": value for key, value in (datasets or {}).items()}
+    about |= {f"score.{key}": f"{value:.4f}" for key, value in (scores or {}).items()}
+    about |= {"git_revision": git_revision} if git_revision else {}
+    about |= {"search_run_id": search_run_id} if search_run_id else {}
+    about |= {key: str(value) for key, value in (tags or {}).items()}
+
+    run = client.get_run(run_id)
+    logged = client.create_logged_model(
+        run.info.experiment_id, name="model", source_run_id=run_id, tags=about, model_type="tracker"
+    )
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            description = Model(
+                artifact_path=logged.artifact_location,
+                run_id=run_id,
+                model_uuid=logged.model_id,
+                model_id=logged.model_id,
+            )
+            package(model, Path(scratch) / "model", mlflow_model=description)
+            client.log_model_artifacts(logged.model_id, str(Path(scratch) / "model"))
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to hear about
+            client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(logged.model_id, "READY")
+    _link_to_run(client, run_id, logged.model_id, scores or {})
+    ensure_registered_model(client, name)
+    version = client.create_model_version(
+        name,
+        source=logged.artifact_location,
+        run_id=run_id,
+        tags=about,
+        description=describe(name, about),
+        model_id=logged.model_id,
+    ).version
+    if alias:
+        client.set_registered_model_alias(name, alias, version)
+    return str(version)
+
+
+def _link_to_run(client: Any, run_id: str, model_id: str, scores: Mapping[str, float]) -> None:
+    """Show the model on the run's page, and the scores on the model's."""
+    import time
+
+    from mlflow.entities import LoggedModelOutput, Metric
+
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+    now_ms = time.time_ns() // 1_000_000
+    metrics = [
+        Metric(key, value, now_ms, 0, model_id=model_id, run_id=run_id)
+        for key, value in scores.items()
+    ]
+    if metrics:
+        client.log_batch(run_id, metrics=metrics)
+
+
+def describe(name: str, about: Mapping[str, str]) -> str:
+    """Return a version's Markdown description."""
+    rows = "\n".join(f"| {key} | {value} |" for key, value in sorted(about.items()))
+    return (
+        f"LoRAT {about['variant']}, safetensors, no pickle.\n\n| | |\n|---|---|\n{rows}\n\n"
+        "```python\n"
+        "import mlflow\n"
+        f'model = mlflow.pyfunc.load_model("models:/{name}@{CHAMPION}")\n'
+        'table = model.predict({"frames": frames_uint8_rgb, "box": xyxy_of_first_frame})\n'
+        "```\n"
+    )
+
+
+def ensure_registered_model(client: Any, name: str) -> None:
+    """Make the registered model if it is missing; safe for many processes at once."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(
+            name, description="Visual object tracker: DINOv2 adapted with LoRA."
+        )
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def version_of(uri: str) -> tuple[str, str]:
+    """Return name and version that ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` means now.
+
+    Raises:
+        UserError: if there is none, or MLflow cannot be reached.
+    """
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([\w-]+)|/(\d+))", uri)
+    if not match:
+        raise UserError(f"{uri} is no model; give models:/NAME@ALIAS or models:/NAME/VERSION.")
+    name, alias, number = match.groups()
+    with _user_errors(uri):
+        client = connect()
+        if alias:
+            version = client.get_model_version_by_alias(name, alias)
+        else:
+            version = client.get_model_version(name, number)
+    return name, str(version.version)
+
+
+def resolve(uri: str | os.PathLike[str]) -> Path:
+    """Return the local folder (or released file) of a model.
+
+    Args:
+        uri: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, ``models:/m-ID``,
+            ``runs:/RUN_ID/model``, a checkpoint folder, a bundle, the folder of a downloaded
+            MLflow model, or a released LoRAT file.  Registered models are kept in the home folder.
+
+    Raises:
+        UserError: if there is no such model, or MLflow cannot be reached.
+    """
+    text = os.fspath(uri)
+    if text.startswith(("models:/", "runs:/")):
+        return _download(text)
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"There is no model {text}; give models:/{MODEL_NAME}@{CHAMPION}, "
+            "models:/NAME/VERSION, runs:/RUN_ID/model, a checkpoint folder or a released file."
+        )
+    if (path / "MLmodel").exists():
+        return path / "artifacts" / "bundle"
+    return path
+
+
+def load(uri: str | os.PathLike[str], *, variant: str | None = None) -> LoRAT:
+    """Load a model from anything that :func:`resolve` takes, on the CPU.
+
+    Args:
+        uri: the model.
+        variant: needed for a released file, which does not name its variant.
+
+    Raises:
+        UserError: if it is missing, damaged or of another shape.
+    """
+    from lorat import checkpoint
+
+    return checkpoint.load(resolve(uri), variant=variant)
+
+
+def _download(uri: str) -> Path:
+    """Download the safetensors bundle of a logged model, once."""
+    with _user_errors(uri):
+        location = _artifact_location(uri)
+        key = hashlib.sha256(f"{tracking_uri()} {location}".encode()).hexdigest()[:16]
+        target = home() / "models" / key
+        if (target / "config.json").exists():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        from mlflow.artifacts import download_artifacts
+
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            found = download_artifacts(
+                artifact_uri=f"{location.rstrip('/')}/artifacts/bundle",
+                dst_path=scratch,
+                tracking_uri=tracking_uri(),
+            )
+            Path(found, "origin.json").write_text(json.dumps({"uri": uri, "location": location}))
+            try:
+                os.rename(found, target)
+            except OSError:  # another process was faster
+                shutil.rmtree(found)
+    return target
+
+
+def _artifact_location(uri: str) -> str:
+    client = connect()
+    if uri.startswith("runs:/"):
+        run_id, _, path = uri.removeprefix("runs:/").partition("/")
+        run = client.get_run(run_id)
+        outputs = run.outputs.model_outputs if run.outputs else []
+        models = [client.get_logged_model(output.model_id) for output in outputs]
+        models = [model for model in models if not path or model.name == path]
+        if not models:
+            raise UserError(
+                f"The run {run_id} has no model {path}; give a run that registered one."
+            )
+        return models[-1].artifact_location
+    if re.fullmatch(r"models:/m-[0-9a-f]+", uri):
+        return client.get_logged_model(uri.removeprefix("models:/")).artifact_location
+    name, version = version_of(uri)
+    return client.get_model_version_download_uri(name, version)
+
+
+@contextlib.contextmanager
+def _user_errors(uri: str) -> Iterator[None]:
+    """Turn what MLflow says about a missing model or server into one sentence."""
+    from mlflow.exceptions import MlflowException
+
+    where = without_password(tracking_uri())
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+            raise UserError(
+                f"There is no {uri} in MLflow at {where}; its models page shows names and aliases."
+            ) from error
+        raise UserError(
+            f"MLflow at {where} does not give {uri} ({str(error).splitlines()[0][:200]}); "
+            "correct MLFLOW_TRACKING_URI or start the server."
+        ) from error
