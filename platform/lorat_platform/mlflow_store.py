@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 from pathlib import Path
@@ -60,7 +61,28 @@ def connect(uri: str | None = None) -> MlflowClient:
     from mlflow import MlflowClient
 
     uri = uri or tracking_uri()
+    if is_sqlite(uri):
+        _make_database(Path(uri.removeprefix("sqlite:///")).absolute())
     return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI", uri))
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's tables in one step; several processes at once, or a kill, would spoil them."""
+    from mlflow import MlflowClient
+
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f"{path.name}.lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        scratch = path.with_name(f"{path.name}.making")
+        scratch.unlink(missing_ok=True)
+        client = MlflowClient(f"sqlite:///{scratch}", registry_uri=f"sqlite:///{scratch}")
+        client.search_experiments(max_results=1)
+        client.search_registered_models(max_results=1)
+        os.replace(scratch, path)
 
 
 def ensure_experiment(client: MlflowClient, name: str, uri: str) -> str:
