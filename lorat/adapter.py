@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
@@ -81,7 +82,9 @@ def add_lora(backbone: VisionTransformer, lora: LoraConfig) -> None:
     Slices that get no adapter are taken away again.
     """
     attach_slices(backbone)
-    inject_adapter_in_model(peft_config(lora), backbone, adapter_name=ADAPTER)
+    # peft would make the adapters on the CPU first, also those of a model without storage.
+    with torch.device(backbone.pos_embed.device):
+        inject_adapter_in_model(peft_config(lora), backbone, adapter_name=ADAPTER)
     for block in backbone.blocks:
         for name in "qkv":
             if not isinstance(getattr(block.attn, name), PeftLinear):
