@@ -1,0 +1,166 @@
+"""Result files: exact lines, archive layouts, and reading back what was written."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lorat.errors import UserError
+from lorat.metrics import GroundTruth, evaluate
+from lorat.results import (
+    read_got10k,
+    read_pytracking,
+    read_trackingnet,
+    whole_pixels,
+    write_got10k,
+    write_pytracking,
+    write_trackingnet,
+)
+
+REAL_DATA = Path(
+    os.environ.get("LORAT_REAL_DATA") or Path(__file__).parents[2].parent / "shared" / "data"
+)
+BOXES = np.array([[10.25, 20.5, 40.75, 60.0], [11.0, 21.99995, 40.00005, 60.3]])
+SECONDS = np.array([0.5, 0.0125])
+
+
+def test_pytracking_lines_are_tab_separated_with_times(tmp_path: Path) -> None:
+    write_pytracking(tmp_path, {"a-1": BOXES}, seconds={"a-1": SECONDS})
+    assert (tmp_path / "a-1.txt").read_text() == (
+        "10.250\t20.500\t30.500\t39.500\n11.000\t22.000\t29.000\t38.300\n"
+    )
+    assert (tmp_path / "a-1_time.txt").read_text() == "0.500000\n0.012500\n"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "file", "first"),
+    [
+        ("LaSOT", "a.txt", "11.250\t21.500"),
+        ("VastTrack", "a.txt", "11.250\t21.500"),
+        ("LaSOT_Extension", "a.txt", "10.250\t20.500"),
+        ("UAV123", "uav_a.txt", "10.250\t20.500"),
+        ("nfs", "nfs_a.txt", "10.250\t20.500"),
+        ("TC128", "tpl_a.txt", "10.250\t20.500"),
+    ],
+)
+def test_pytracking_names_and_origins_follow_the_data_set(
+    tmp_path: Path, dataset: str, file: str, first: str
+) -> None:
+    write_pytracking(tmp_path, {"a": BOXES}, dataset=dataset, seconds={"a": SECONDS})
+    assert (tmp_path / file).read_text().startswith(first)
+    boxes, seconds = read_pytracking(tmp_path, dataset=dataset)
+    np.testing.assert_allclose(boxes["a"], BOXES, atol=2e-3)
+    np.testing.assert_allclose(seconds["a"], SECONDS)
+
+
+def test_pytracking_reads_commas_and_integers(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("1,2,3,4\n5,6,7,8\n")
+    boxes, seconds = read_pytracking(tmp_path)
+    assert boxes["b"].tolist() == [[1, 2, 4, 6], [5, 6, 12, 14]]
+    assert seconds == {}
+
+
+def test_got10k_zip_has_the_servers_layout_and_lines(tmp_path: Path) -> None:
+    name = "GOT-10k_Test_000001"
+    runs = [{name: BOXES}, {name: BOXES + 1}]
+    path = write_got10k(
+        tmp_path / "x.zip", runs, tracker="Mine", seconds=[{name: SECONDS}, {name: SECONDS * 2}]
+    )
+    with zipfile.ZipFile(path) as archive:
+        assert sorted(archive.namelist()) == [
+            f"Mine/{name}/{name}_001.txt",
+            f"Mine/{name}/{name}_002.txt",
+            f"Mine/{name}/{name}_time.txt",
+        ]
+        assert archive.read(f"Mine/{name}/{name}_001.txt").decode().splitlines() == [
+            "10.2500,20.5000,30.5000,39.5000",
+            "11.0000,21.0000,29.0000,40.0000",
+        ]
+        assert archive.read(f"Mine/{name}/{name}_time.txt").decode().splitlines() == [
+            "0.50000000,1.00000000",
+            "0.01250000,0.02500000",
+        ]
+    read, seconds = read_got10k(path)
+    assert len(read) == 2
+    np.testing.assert_allclose(read[1][name], whole_pixels(BOXES + 1), atol=1e-4)
+    assert seconds[name].shape == (2, 2)
+
+
+def test_got10k_folder_reads_as_its_zip_does(tmp_path: Path) -> None:
+    for target in ("folder", "archive.zip"):
+        write_got10k(tmp_path / target, [{"s": BOXES}])
+    folder, archive = (read_got10k(tmp_path / t)[0] for t in ("folder", "archive.zip"))
+    np.testing.assert_array_equal(folder[0]["s"], archive[0]["s"])
+    write_got10k(tmp_path / "folder", [{"s": BOXES}], tracker="Other")
+    with pytest.raises(UserError, match="which tracker"):
+        read_got10k(tmp_path / "folder")
+    assert len(read_got10k(tmp_path / "folder", tracker="Other")[0]) == 1
+
+
+def test_trackingnet_zip_is_flat(tmp_path: Path) -> None:
+    path = write_trackingnet(tmp_path / "t.zip", {"b_0": BOXES, "-a_1": BOXES})
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == ["-a_1.txt", "b_0.txt"]
+        assert archive.read("b_0.txt").decode() == (
+            "10.25,20.50,30.50,39.50\n11.00,21.00,29.00,40.00\n"
+        )
+    np.testing.assert_allclose(read_trackingnet(path)["b_0"], whole_pixels(BOXES), atol=0.01)
+
+
+def test_equal_results_give_equal_bytes(tmp_path: Path) -> None:
+    first, second = (
+        write_trackingnet(tmp_path / name, {"b": BOXES, "a": BOXES}) for name in ("1.zip", "2.zip")
+    )
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_whole_pixels_are_those_a_box_touches() -> None:
+    boxes = np.array([[0.5, 0.5, 1.5, 1.5], [3.2, 4.0, 5.00001, 6.1], [-1.5, 0, 2, 2.0]])
+    assert whole_pixels(boxes).tolist() == [[0.5, 0.5, 1.5, 1.5], [3, 4, 5, 7], [-2, 0, 2, 2]]
+
+
+def test_written_results_score_as_those_in_memory(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    truth = np.cumsum(rng.normal(0, 1, (40, 4)), axis=0) * 0.2 + [50, 60, 90, 100]
+    predicted = truth + rng.normal(0, 3, truth.shape)
+    predicted[0] = truth[0]
+    write_pytracking(tmp_path, {"a": predicted}, dataset="LaSOT")
+    read, _ = read_pytracking(tmp_path, dataset="LaSOT", names=["a"])
+    truths = {"a": GroundTruth(boxes=truth)}
+    scores = evaluate({"a": predicted}, truths).scores
+    for name, value in evaluate(read, truths).scores.items():
+        assert value == pytest.approx(scores[name], abs=1e-3)
+
+
+def test_malformed_and_missing_files_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no result folder"):
+        read_pytracking(tmp_path / "none")
+    with pytest.raises(UserError, match="track that sequence"):
+        read_pytracking(tmp_path, names=["a"])
+    (tmp_path / "a.txt").write_text("1 2 3\n")
+    with pytest.raises(UserError, match=r"a\.txt has shape"):
+        read_pytracking(tmp_path)
+    (tmp_path / "a.txt").write_text("1 2 x 4\n")
+    with pytest.raises(UserError, match="no table of numbers"):
+        read_pytracking(tmp_path)
+    with pytest.raises(UserError, match="neither a zip nor a folder"):
+        read_trackingnet(tmp_path / "none.zip")
+    with pytest.raises(UserError, match="other sequences"):
+        write_got10k(tmp_path / "x.zip", [{"a": BOXES}, {"b": BOXES}])
+    with pytest.raises(UserError, match="no results to write"):
+        write_got10k(tmp_path / "x.zip", [])
+
+
+@pytest.mark.skipif(not (REAL_DATA / "metrics").is_dir(), reason="the devkit's zips are not here")
+def test_the_devkits_own_submission_is_read(tmp_path: Path) -> None:
+    folder = REAL_DATA / "metrics" / "trackingnet_dummy"
+    truth = read_trackingnet(folder / "GT.zip")
+    again = read_trackingnet(write_trackingnet(tmp_path / "again.zip", truth))
+    truths = {name: GroundTruth(boxes=boxes) for name, boxes in truth.items()}
+    result = evaluate(again, truths, dialect="trackingnet")
+    assert result.scores["coverage"] == 1
+    assert result.scores["SUC"] > 0.85
