@@ -7,16 +7,11 @@ path take and return Python scalars, since tiny NumPy arrays cost ten times as m
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-
-from lorat.config import SamplingConfig
-from lorat.variants import Variant
 
 Box = tuple[float, float, float, float]
 """One box as Python floats, xyxy."""
@@ -313,79 +308,3 @@ def foreground_mask(box_in_crop: Box, size: int, grid: int) -> np.ndarray:
     if not mask_HW.any():
         raise ValueError(f"Box {box_in_crop} lies outside of the {size}-pixel template crop.")
     return mask_HW
-
-
-@dataclass(frozen=True, kw_only=True)
-class CropExtent:
-    """What the crops around one box need of the frame."""
-
-    half_width: float
-    """Reach left and right of the box centre, in frame pixels."""
-    half_height: float
-    """Reach above and below the box centre, in frame pixels."""
-    scale: float
-    """Finest sampling, in crop pixels per frame pixel."""
-
-
-def crop_extent(
-    box_wh: tuple[float, float],
-    variant: Variant,
-    sampling: SamplingConfig,
-    *,
-    quantile: float = 0.99,
-) -> CropExtent:
-    """Return the window around a box that all but ``1 - quantile`` of its crops stay inside.
-
-    Computed by Monte Carlo of the very law of :func:`jittered_crop_params`, conditioned on
-    acceptance, for the aspect ratio of the box (cached in steps of 5 %); the template crop is
-    always inside.  Scale it by no less than ``scale`` when storing it.
-
-    Args:
-        box_wh: sides of the box, more than 0, in frame pixels.
-        quantile: share of search crops inside; the same share samples no finer than ``scale``.
-    """
-    w, h = box_wh
-    step = 0.05
-    side = math.sqrt(w * h)
-    bin_index = round(math.log(w / h) / step)
-    reach_x, reach_y, fineness = _unit_extent(bin_index * step, variant, sampling, quantile)
-    return CropExtent(half_width=reach_x * side, half_height=reach_y * side, scale=fineness / side)
-
-
-@functools.lru_cache(maxsize=512)
-def _unit_extent(
-    log_aspect: float, variant: Variant, sampling: SamplingConfig, quantile: float
-) -> tuple[float, float, float]:
-    """Return half width, half height and scale for a box of area 1 and that aspect ratio."""
-    w, h = math.exp(0.5 * log_aspect), math.exp(-0.5 * log_aspect)
-    box = (-0.5 * w, -0.5 * h, 0.5 * w, 0.5 * h)
-    size = variant.search_size
-    rng = np.random.default_rng(0)
-    reach = []
-    for _ in range(20_000):
-        params, accepted = jittered_crop_params(
-            box,
-            variant.search_area_factor,
-            size,
-            rng,
-            scale_jitter=sampling.scale_jitter,
-            translation_jitter=sampling.translation_jitter,
-            min_object_size=sampling.min_object_size,
-            max_tries=1,
-        )
-        if accepted:
-            x1, y1, x2, y2 = params.inverse().apply((0.0, 0.0, size, size))
-            reach.append((max(-x1, x2), max(-y1, y2), max(params.scale_x, params.scale_y)))
-    template = crop_params(box, variant.template_area_factor, variant.template_size)
-    half_template = 0.5 * variant.template_size / template.scale_x
-    if len(reach) < 100:  # such a box never makes a pair; its window is the template's
-        return half_template, half_template, template.scale_x
-    reach_N3 = np.array(reach)
-    marginal = np.quantile(reach_N3[:, :2], quantile, axis=0)
-    joint = float(np.quantile((reach_N3[:, :2] / marginal).max(axis=1), quantile))
-    margin = 1.02  # the Monte Carlo error of the tail and the step of the aspect ratio
-    return (
-        max(float(marginal[0]) * joint * margin, half_template),
-        max(float(marginal[1]) * joint * margin, half_template),
-        max(float(np.quantile(reach_N3[:, 2], quantile)), template.scale_x),
-    )

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from lorat.config import SamplingConfig
 from lorat.geometry import (
     CropParams,
     clip_box,
     clip_boxes,
-    crop_extent,
     crop_params,
     enlarge_to_minimum,
     foreground_mask,
@@ -26,7 +24,6 @@ from lorat.geometry import (
     xywh_from_xyxy,
     xyxy_from_xywh,
 )
-from lorat.variants import VARIANTS
 
 FILL = np.array([10.0, 120.0, 250.0])
 
@@ -182,45 +179,6 @@ def test_jitter_gives_up_after_its_tries() -> None:
         reference.uniform(-1, 1, 2)
     assert not accepted
     assert rng.random() == reference.random()
-
-
-@pytest.mark.parametrize("sides", [(100.0, 100.0), (30.0, 90.0), (300.0, 40.0)])
-def test_at_most_one_crop_in_a_hundred_leaves_the_window(sides: tuple[float, float]) -> None:
-    variant, sampling = VARIANTS["B-224"], SamplingConfig()
-    extent = crop_extent(sides, variant, sampling)
-    w, h = sides
-    box = (-w / 2, -h / 2, w / 2, h / 2)
-    rng = np.random.default_rng(99)
-    outside = finer = total = 0
-    while total < 6000:
-        params, accepted = jittered_crop_params(
-            box,
-            variant.search_area_factor,
-            variant.search_size,
-            rng,
-            scale_jitter=sampling.scale_jitter,
-            translation_jitter=sampling.translation_jitter,
-            min_object_size=sampling.min_object_size,
-        )
-        if not accepted:
-            continue
-        total += 1
-        x1, y1, x2, y2 = params.inverse().apply((0, 0, 224, 224))
-        outside += max(-x1, x2) > extent.half_width or max(-y1, y2) > extent.half_height
-        finer += max(params.scale_x, params.scale_y) > extent.scale
-    three_sigma = 3 * np.sqrt(0.01 * 0.99 / total)
-    assert outside / total <= 0.01 + three_sigma
-    assert finer / total <= 0.012 + three_sigma
-    template = crop_params(box, variant.template_area_factor, variant.template_size)
-    assert extent.half_width >= 56 / template.scale_x
-    assert extent.scale >= template.scale_x
-
-
-def test_the_extent_scales_with_the_box() -> None:
-    small = crop_extent((10, 20), VARIANTS["B-224"], SamplingConfig())
-    large = crop_extent((100, 200), VARIANTS["B-224"], SamplingConfig())
-    assert large.half_width == pytest.approx(10 * small.half_width)
-    assert large.scale == pytest.approx(small.scale / 10)
 
 
 def test_mask_counts_every_touched_cell() -> None:

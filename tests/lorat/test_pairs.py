@@ -5,19 +5,24 @@ from __future__ import annotations
 import pickle
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lorat import synthetic
 from lorat.augment_spec import AUGMENT_FIELDS
 from lorat.config import AugmentConfig, SamplingConfig
 from lorat.errors import UserError
-from lorat.geometry import clip_box
+from lorat.frame_index import FrameIndex
+from lorat.geometry import clip_box, resample
 from lorat.images import DamagedImage
 from lorat.mixture import DatasetSchedule
 from lorat.pairs import PairSampler, load_pairs
+from lorat.shards import ImageReader
 from lorat.variants import VARIANTS
+from lorat.windows import WindowLaw, window_of
 from tests.lorat.fake_index import FakeIndex, FakeReader
 
 
@@ -271,3 +276,46 @@ def test_a_window_stored_set_gives_the_crops_of_the_full_frames() -> None:
     assert np.abs(whole["search_box"] - part["search_box"]).max() < 2.0
     same = np.abs(whole["search_box"] - part["search_box"]).max(axis=1) < 1e-3
     assert same.any()
+
+
+@pytest.mark.parametrize("sides", [(100.0, 100.0), (30.0, 90.0), (160.0, 40.0)])
+def test_at_most_one_pair_in_a_hundred_reaches_outside_of_its_stored_window(
+    sides: tuple[float, float],
+) -> None:
+    index = FakeIndex([1] * 3000, frame_wh=(4000, 4000), seed=9)
+    index.box[:] = [2000, 2000, 2000 + sides[0], 2000 + sides[1]]
+    variant = VARIANTS["B-224"]
+    sampler = PairSampler([index], [1.0], variant, SamplingConfig(), AugmentConfig(), 5)
+    window = window_of(index.box[0], (4000, 4000), WindowLaw.for_variant(variant))
+    outside = 0
+    for number in range(3000):
+        crop = sampler.sample(number).search_params.inverse().apply((0, 0, 224, 224))
+        outside += crop[0] < window[0] or crop[1] < window[1]
+        outside += not (crop[0] < window[0] or crop[1] < window[1]) and (
+            crop[2] > window[2] or crop[3] > window[3]
+        )
+    assert outside / 3000 <= 0.01 + 3 * np.sqrt(0.01 / 3000)
+
+
+def test_pairs_of_real_shards_equal_those_of_their_index(tmp_path: Path) -> None:
+    """The same pairs come through the shards on disk as through arrays in memory."""
+    index = FrameIndex.open(synthetic.ensure(tmp_path, "val"))
+    sampler = make_sampler([index])
+    reader = ImageReader(index)
+    batch = load_pairs(sampler, [reader], range(8))
+    assert batch["bytes_read"].sum() == reader.bytes_read
+    assert not batch["damaged"].any()
+    for row in range(8):
+        spec = sampler.sample(row)
+        assert index.valid[spec.search_row]
+        crop, adjusted = resample(
+            reader.decode(spec.search_row),
+            spec.search_params,
+            112,
+            index.mean_rgb[spec.search_row],
+            exact=False,
+        )
+        np.testing.assert_array_equal(batch["search"][row], crop)
+        np.testing.assert_allclose(
+            batch["search_box"][row], adjusted.apply(spec.search_box), rtol=1e-5
+        )
