@@ -9,6 +9,7 @@ little-endian) and its bytes, so searching for both finds the value, and compari
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import struct
 import tempfile
@@ -78,7 +79,7 @@ class Frame:
 class ShardWriter:
     """Write one shard; nothing is in view under its name before :meth:`close`.
 
-    Use as a context manager: an exception inside leaves no file behind.
+    Use as a context manager: without :meth:`close` no file is left behind.
     """
 
     def __init__(self, location: storage.Location, file: str, info: dict[str, Any]):
@@ -91,7 +92,7 @@ class ShardWriter:
         self._scratch = Path(name)
         metadata = {"schema_version": SCHEMA_VERSION, **info}
         schema = SHARD_SCHEMA.with_metadata(
-            {_METADATA_PREFIX + k: str(v) for k, v in metadata.items()}
+            {_METADATA_PREFIX + k: json.dumps(v) for k, v in metadata.items()}
         )
         small = [n for n in schema.names if n != "jpeg"]
         self._writer = pq.ParquetWriter(
@@ -105,14 +106,14 @@ class ShardWriter:
         self._rows: list[dict[str, Any]] = []
         self._pending_bytes = 0
         self._track = -1
+        self.num_rows = 0
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is not None:
-            self._writer.close()
-            self._scratch.unlink(missing_ok=True)
+        self._writer.close()
+        self._scratch.unlink(missing_ok=True)
 
     def begin_track(self, sequence: str, category: str) -> None:
         """Make the following frames a new track."""
@@ -129,6 +130,7 @@ class ShardWriter:
             elif name not in row and name not in _INDEX_ONLY:
                 row[name] = getattr(frame, name)
         self._rows.append(row)
+        self.num_rows += 1
         self._pending_bytes += len(frame.jpeg)
         if self._pending_bytes >= _ROW_GROUP_BYTES:
             self._flush()
@@ -197,7 +199,7 @@ def read_rows(handle: pa.NativeFile) -> pa.Table:
     return table.append_column("length", pa.array(lengths, pa.int32()))
 
 
-def shard_info(handle: pa.NativeFile, where: str) -> dict[str, str]:
+def shard_info(handle: pa.NativeFile, where: str) -> dict[str, Any]:
     """Return what a shard says of its dataset.
 
     Raises:
@@ -208,12 +210,11 @@ def shard_info(handle: pa.NativeFile, where: str) -> dict[str, str]:
     except pa.ArrowInvalid as error:
         raise UserError(f"{where} is no Parquet file: {error}.") from error
     info = {
-        k.decode().removeprefix(_METADATA_PREFIX): v.decode()
+        k.decode().removeprefix(_METADATA_PREFIX): json.loads(v)
         for k, v in metadata.items()
         if k.startswith(_METADATA_PREFIX.encode())
     }
-    version = info.pop("schema_version", "none")
-    check_schema_version(int(version) if version.isdigit() else version, where)
+    check_schema_version(info.pop("schema_version", "none"), where)
     return info
 
 

@@ -36,7 +36,7 @@ def in_turn(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> I
     return (function(*a) for a in arguments)
 
 
-def read_shard(uri: str, file: str) -> tuple[dict[str, str], dict[str, Any], pa.Table]:
+def read_shard(uri: str, file: str) -> tuple[dict[str, Any], dict[str, Any], pa.Table]:
     """Read what the index needs of one shard.
 
     Returns:

@@ -1,0 +1,313 @@
+"""Ingest: published datasets to shards, one Ray task per shard.
+
+A shard appears under its name when it is whole, then its *receipt* (the rows of the index and
+what was found odd) in the work folder.  A run that is stopped leaves whole shards and receipts;
+the same command later does only what has no receipt.  The index and ``dataset.json`` come last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from tqdm import tqdm
+
+from lorat import shards, storage
+from lorat.conversion import convert, dataset_info, shard_name
+from lorat.datasets import DATASETS, Entry, Finding, Findings, Source
+from lorat.errors import UserError
+from lorat.frame_index import MANIFEST, WORK_FOLDER, FrameIndex
+from lorat.variants import get_variant
+from lorat.verification import index_shards
+from lorat.windows import WindowLaw
+
+log = logging.getLogger(__name__)
+
+REPORT = "report.json"
+_PLAN = "plan.json"
+_FRAMES_PER_SHARD = 8192
+_MIN_SHARDS = 64
+_MAX_TABLE_ROWS = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig:
+    """What is made of a dataset, and where."""
+
+    output: str
+    """Folder of the shards: a local path, s3://BUCKET/PATH or gs://BUCKET/PATH."""
+    full_frame: bool = False
+    """Store whole frames of training sets too, instead of windows around the target."""
+    variant: str = "B-224"
+    """Largest variant that the windows shall serve, such as B-224 or L-378."""
+    address: str | None = None
+    """Ray cluster, host:port; none means RAY_ADDRESS, or an embedded Ray."""
+
+    def __post_init__(self) -> None:
+        get_variant(self.variant)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingested:
+    """The result of an ingest."""
+
+    index: FrameIndex
+    findings: list[Finding]
+    num_shards_made: int
+    """Shards that this run wrote; the others were there already."""
+
+
+def ingest(source: Source, config: IngestConfig) -> Ingested:
+    """Make the shards of a dataset with all CPUs of the connected Ray cluster.
+
+    Raises:
+        UserError: if the source has another layout, nothing usable is in it, or the output
+            holds something else.
+    """
+    findings = Findings()
+    entries = source.entries(findings)
+    windowed = source.for_training and not config.full_frame
+    law = WindowLaw.for_variant(get_variant(config.variant)) if windowed else None
+    name = getattr(source, "name", source.label)
+    info = dataset_info(name=name, split=source.split_name, law=law)
+    groups = group_entries(entries, source.frames_hint)
+    location = storage.locate(config.output)
+    location.make()
+    plan = _describe_plan(source, info, entries)
+    if location.exists(MANIFEST):
+        return _already_there(location, plan)
+    work = location.child(WORK_FOLDER)
+    work.make()
+    _check_plan(location, work, plan)
+    receipts = set(work.names())
+    missing = [n for n in range(len(groups)) if receipt_name(n) not in receipts]
+    if len(missing) < len(groups):
+        log.info("%d of %d shards are already there.", len(groups) - len(missing), len(groups))
+    arguments = [
+        (source, groups[n], config.output, n, info, law, source.for_training) for n in missing
+    ]
+    for _ in map_tasks(write_shard, arguments, what=f"ingest {name} {source.split_name}"):
+        pass
+    return _finish(location, info, len(groups), findings, plan, len(missing))
+
+
+def group_entries(entries: Sequence[Entry], frames_hint: int) -> list[list[Entry]]:
+    """Split entries into shards: about 8,000 frames each, but at least 64 shards if there are
+    as many entries, so that small datasets use many CPUs too.
+
+    It depends on nothing but the entries, so that a resumed run makes the same shards.
+    """
+    size = max(1, min(_FRAMES_PER_SHARD // frames_hint, -(-len(entries) // _MIN_SHARDS)))
+    return [list(entries[i : i + size]) for i in range(0, len(entries), size)]
+
+
+def receipt_name(number: int) -> str:
+    """Return the file name of a shard's receipt in the work folder."""
+    return f"receipt-{number:05d}.arrow"
+
+
+def write_shard(
+    source: Source,
+    entries: list[Entry],
+    uri: str,
+    number: int,
+    info: dict[str, Any],
+    law: WindowLaw | None,
+    for_training: bool,
+) -> int:
+    """Convert some entries into one shard and leave its receipt; return the number of frames."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    location = storage.locate(uri)
+    findings = Findings()
+    file = shard_name(number)
+    with shards.ShardWriter(location, file, info) as writer:
+        for entry in entries:
+            try:
+                recordings = source.load(entry, findings)
+            except (OSError, ValueError, LookupError) as error:
+                findings.add(entry.name, "dropped", f"cannot be read: {error}")
+                continue
+            for recording in recordings:
+                convert(recording, writer, for_training=for_training, law=law, findings=findings)
+        rows = writer.close() if writer.num_rows else None
+    if rows is not None:
+        size = location.filesystem.get_file_info(location.file(file)).size
+        entry_text = json.dumps({"file": file, "bytes": size, "rows": rows.num_rows})
+    else:
+        rows, entry_text = pa.table({}), ""
+    notes = json.dumps([f.describe() for f in findings])
+    rows = rows.replace_schema_metadata({"findings": notes, "shard": entry_text})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, rows.schema) as stream:
+        stream.write_table(rows)
+    location.child(WORK_FOLDER).write_bytes(receipt_name(number), sink.getvalue().to_pybytes())
+    return rows.num_rows
+
+
+def map_tasks(
+    function: Callable[..., Any], arguments: list[tuple[Any, ...]], what: str = "shards"
+) -> Iterable[Any]:
+    """Apply a function to argument tuples as Ray tasks of one CPU each, in order, with progress.
+
+    No more tasks are under way than the cluster can soon run, so an interrupt stops at once.
+    """
+    import ray
+
+    remote = ray.remote(num_cpus=1)(function)
+    in_flight: dict[Any, int] = {}
+    results: dict[int, Any] = {}
+    waiting = list(enumerate(arguments))[::-1]
+    limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    next_result = 0
+    terminal = sys.stderr.isatty()
+    bar = tqdm(total=len(arguments), desc=what, unit="shard", mininterval=0.5 if terminal else 10)
+    try:
+        while waiting or in_flight:
+            while waiting and len(in_flight) < limit:
+                number, values = waiting.pop()
+                in_flight[remote.remote(*values)] = number
+            ready, _ = ray.wait(list(in_flight), timeout=1.0)
+            for reference in ready:
+                results[in_flight.pop(reference)] = ray.get(reference)
+                bar.update()
+            while next_result in results:
+                yield results.pop(next_result)
+                next_result += 1
+    finally:
+        bar.close()
+        for reference in in_flight:
+            ray.cancel(reference, force=True)
+
+
+def format_report(findings: Iterable[Finding]) -> str:
+    """Lay out all anomalies as one table, dropped ones first."""
+    order = {"dropped": 0, "repaired": 1, "kept": 2}
+    ordered = sorted(findings, key=lambda f: (order[f.action], f.sequence))
+    if not ordered:
+        return "No anomalies."
+    rows = [("what", "sequence", "frames", "why")]
+    for finding in ordered[:_MAX_TABLE_ROWS]:
+        numbers = ", ".join(map(str, finding.frames[:4]))
+        more = f", ... ({len(finding.frames)})" if len(finding.frames) > 4 else ""
+        rows.append((finding.action, finding.sequence or "(all)", numbers + more, finding.why))
+    widths = [max(len(row[c]) for row in rows) for c in range(3)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    if len(ordered) > _MAX_TABLE_ROWS:
+        lines.append(f"... and {len(ordered) - _MAX_TABLE_ROWS} more, all of them in {REPORT}")
+    return "\n".join(lines)
+
+
+def read_report(uri: str) -> list[Finding]:
+    """Read the anomalies saved beside the shards."""
+    content = json.loads(storage.locate(uri).read_bytes(REPORT))
+    return [_finding(f) for f in content["findings"]]
+
+
+def _finding(values: dict[str, Any]) -> Finding:
+    return Finding(**(values | {"frames": tuple(values["frames"])}))
+
+
+def _describe_plan(source: Source, info: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
+    """Describe what is being made, so that a resumed run can tell whether it is the same."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(json.dumps([entry.name, entry.values], default=str).encode())
+    options = {
+        f.name: str(getattr(source, f.name))
+        for f in dataclasses.fields(source)
+        if f.name not in ("source", "include_list")
+    }
+    dataset = next(k for k, v in DATASETS.items() if v is type(source))
+    return {
+        "dataset": dataset,
+        "info": info,
+        "options": options,
+        "num_entries": len(entries),
+        "entries": digest.hexdigest(),
+    }
+
+
+def _check_plan(location: storage.Location, work: storage.Location, plan: dict[str, Any]) -> None:
+    if not work.exists(_PLAN):
+        foreign = [n for n in location.names() if n.startswith("shard-")]
+        if foreign:
+            raise UserError(
+                f"{location.uri} has shards ({foreign[0]}, ...) of another dataset; give another "
+                "--output, or run reindex there if only the index is lost."
+            )
+        work.write_bytes(_PLAN, json.dumps(plan).encode())
+        return
+    if json.loads(work.read_bytes(_PLAN)) != plan:
+        raise UserError(
+            f"{location.uri} has the unfinished ingest of another dataset or of other options; "
+            "give another --output, or delete that folder."
+        )
+    if location.is_local:  # what an earlier run was writing when it was stopped
+        for name in location.names():
+            if name.startswith(".shard-") and name.endswith(".part"):
+                location.delete(name)
+
+
+def _already_there(location: storage.Location, plan: dict[str, Any]) -> Ingested:
+    index = FrameIndex.open(location.uri)
+    made_as = index.manifest.get("plan")
+    if made_as is not None and made_as != plan:
+        raise UserError(
+            f"{location.uri} already holds {index.name} {index.split}, made of other files or with "
+            "other options; give another --output, or delete that folder."
+        )
+    log.info("The dataset is already there; nothing to do.")
+    return Ingested(index=index, findings=read_report(location.uri), num_shards_made=0)
+
+
+def _finish(
+    location: storage.Location,
+    info: dict[str, Any],
+    num_shards: int,
+    findings: Findings,
+    plan: dict[str, Any],
+    num_made: int,
+) -> Ingested:
+    """Read all receipts, write the report and, last, the index."""
+    work = location.child(WORK_FOLDER)
+    entries, tables = [], []
+    for number in range(num_shards):
+        table = pa.ipc.open_file(pa.py_buffer(work.read_bytes(receipt_name(number)))).read_all()
+        metadata = table.schema.metadata
+        for values in json.loads(metadata[b"findings"]):
+            found = _finding(values)
+            findings.add(found.sequence, found.action, found.why, found.frames)
+        if metadata[b"shard"]:
+            entries.append(json.loads(metadata[b"shard"]))
+            tables.append(table)
+    found_all = list(findings)
+    report = {
+        "name": info["name"],
+        "split": info["split"],
+        "num_frames": sum(t.num_rows for t in tables),
+        "findings": [f.describe() for f in found_all],
+    }
+    location.write_bytes(REPORT, json.dumps(report, indent=1).encode())
+    if not tables:
+        location.delete_folder(WORK_FOLDER)
+        log.info(format_report(found_all))
+        raise UserError(
+            f"Nothing usable is left of {info['name']} {info['split']}; the table above and "
+            f"{REPORT} in {location.uri} say why."
+        )
+    index = index_shards(location, info | {"plan": plan}, entries, tables)
+    location.delete_folder(WORK_FOLDER)
+    return Ingested(index=index, findings=found_all, num_shards_made=num_made)
