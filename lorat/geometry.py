@@ -248,8 +248,9 @@ def _fill(image_HWC: np.ndarray, rgb: np.ndarray) -> None:
     if image_HWC.dtype == np.uint8:
         rgb = np.rint(rgb)
     height, width = image_HWC.shape[:2]
-    row = np.tile(np.asarray(rgb).astype(image_HWC.dtype), width)
-    image_HWC.reshape(height, width * 3)[:] = row
+    row_W3 = np.empty((width, 3), dtype=image_HWC.dtype)
+    row_W3[:] = rgb
+    image_HWC.reshape(height, width * 3)[:] = row_W3.ravel()
 
 
 def resize_bilinear(image_HWC: np.ndarray, width: int, height: int) -> np.ndarray:

@@ -169,3 +169,11 @@ def test_output_that_is_not_finite_is_a_user_error(model: LoRAT) -> None:
     tracker.init(frame, BOX)
     with pytest.raises(UserError, match="not finite"):
         tracker.update(frame)
+
+
+def test_the_package_offers_the_tracker() -> None:
+    import lorat
+
+    assert lorat.Tracker is Tracker
+    with pytest.raises(AttributeError, match="no attribute Trackers"):
+        _ = lorat.Trackers  # type: ignore[attr-defined]
