@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
@@ -82,8 +81,9 @@ def add_lora(backbone: VisionTransformer, lora: LoraConfig) -> None:
     Slices that get no adapter are taken away again.
     """
     attach_slices(backbone)
+    device = next(backbone.parameters()).device
     # peft would make the adapters on the CPU first, also those of a model without storage.
-    with torch.device(backbone.pos_embed.device):
+    with device:
         inject_adapter_in_model(peft_config(lora), backbone, adapter_name=ADAPTER)
     for block in backbone.blocks:
         for name in "qkv":

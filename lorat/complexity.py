@@ -94,7 +94,7 @@ def describe(variant: Variant | str, config: TrainConfig | None = None) -> Descr
 
 
 def merged_macs(variant: Variant, *, head_depth: int = 3) -> dict[str, int]:
-    """Return the multiply-accumulates of one pair by part: patches, linear, attention, head.
+    """Return the multiply-accumulates of one pair by part: patches, blocks, head.
 
     Matrix products alone, attention as 2 N² D (fvcore's convention, as in the paper's table).
     """
@@ -102,21 +102,25 @@ def merged_macs(variant: Variant, *, head_depth: int = 3) -> dict[str, int]:
     num_search = variant.search_grid**2
     num_tokens = variant.template_grid**2 + num_search
     ffn = (3 if variant.ffn == "swiglu" else 2) * variant.ffn_hidden * dim
+    first_weights = 2 * dim**2 if head_depth > 1 else 5 * dim
     head_weights = 2 * (head_depth - 1) * dim**2 + 5 * dim
     return {
         "patches": 3 * variant.patch_size**2 * num_tokens * dim,
         "linear": variant.depth * num_tokens * (4 * dim**2 + ffn),
         "attention": variant.depth * 2 * num_tokens**2 * dim,
-        "head": num_search * head_weights,
+        "head_first": num_search * first_weights,
+        "head_rest": num_search * (head_weights - first_weights),
     }
 
 
 def _train_flops(config: TrainConfig, macs: dict[str, int], lora_macs: int) -> int:
     forward = sum(macs.values())
+    head = macs["head_first"] + macs["head_rest"]
     if config.adaptation == "head":
-        return 2 * (forward + 2 * macs["head"])
-    blocks = macs["linear"] + macs["attention"]
-    activations = blocks + macs["attention"] + macs["head"]
+        # No gradient leaves the head, so its first layers need none of their inputs.
+        return 2 * (forward + head + macs["head_rest"])
+    # Both factors of an attention product are activations.
+    activations = macs["linear"] + 2 * macs["attention"] + head
     if config.adaptation == "full":
-        return 2 * (forward + activations + macs["linear"] + macs["patches"] + macs["head"])
-    return 2 * (forward + lora_macs + activations + lora_macs + lora_macs + macs["head"])
+        return 2 * (forward + activations + macs["linear"] + macs["patches"] + head)
+    return 2 * (forward + activations + 3 * lora_macs + head)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lorat.backbone import write_backbone
 from lorat.config import HeadConfig, LoraConfig
