@@ -15,6 +15,7 @@ from lorat import shards, storage
 from lorat.datasets.records import Findings, Recording
 from lorat.frame_index import FrameIndex, Storage, write_index
 from lorat.images import DamagedImage, decode_complete, encode_jpeg, is_jpeg, mean_rgb
+from lorat.regions import restart_interval
 from lorat.windows import WindowLaw, cut_window
 
 WINDOW_QUALITY = 88
@@ -80,7 +81,11 @@ def encode_frame(
     if raw is not None and whole:
         jpeg = raw
     else:
-        jpeg = encode_jpeg(stored, quality or (WINDOW_QUALITY if law else FULL_QUALITY))
+        jpeg = encode_jpeg(
+            stored,
+            quality or (WINDOW_QUALITY if law else FULL_QUALITY),
+            restart_interval=restart_interval(stored.shape[1]) if law else 0,
+        )
     x1, y1, x2, y2 = (float(v) for v in box)
     return shards.Frame(
         jpeg=jpeg,

@@ -63,10 +63,16 @@ def decode_complete(data: bytes) -> np.ndarray:
     return image
 
 
-def encode_jpeg(image_HWC: np.ndarray, quality: int) -> bytes:
-    """Encode an RGB uint8 image as a baseline JPEG; ``quality`` is 1 to 100."""
+def encode_jpeg(image_HWC: np.ndarray, quality: int, *, restart_interval: int = 0) -> bytes:
+    """Encode an RGB uint8 image as a baseline JPEG.
+
+    Args:
+        quality: 1 to 100.
+        restart_interval: blocks of 16x16 pixels between restart markers, 0 for none.
+    """
     bgr = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR)
-    ok, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_RST_INTERVAL, restart_interval]
+    ok, encoded = cv2.imencode(".jpg", bgr, options)
     if not ok:
         raise ValueError(f"OpenCV cannot encode an image of shape {image_HWC.shape}.")
     return encoded.tobytes()

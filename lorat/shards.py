@@ -29,6 +29,7 @@ from lorat import storage
 from lorat.errors import UserError
 from lorat.frame_index import FRAME_COLUMNS, SCHEMA_VERSION, FrameIndex, check_schema_version
 from lorat.images import DamagedImage, decode_rgb
+from lorat.regions import cut_region
 
 _ROW_GROUP_BYTES = 16 << 20
 _METADATA_PREFIX = "lorat."
@@ -338,6 +339,53 @@ class ImageReader:
                 f"the index says {width}x{height}"
             )
         return image
+
+    def decode_region(
+        self, row: int, region_px: tuple[float, float, float, float]
+    ) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+        """Read a row and decode at least the part of it that a crop needs.
+
+        Stored windows are encoded so that a part of them can be decoded alone, which costs a
+        fraction; pixels are the same.  Other images are decoded whole.
+
+        Args:
+            region_px: xyxy in pixels of the full frame.
+
+        Returns:
+            RGB uint8 (H, W, 3), and the part of the frame it shows, xyxy in its pixels.
+
+        Raises:
+            DamagedImage: as :meth:`decode`.
+        """
+        index = self.index
+        x1, y1, x2, y2 = index.window[row].tolist()
+        width, height = index.stored_wh[row].tolist()
+        if index.storage == "full":
+            return self.decode(row), (x1, y1, x2, y2)
+        data = self.read(row)
+        scale_x, scale_y = width / (x2 - x1), height / (y2 - y1)
+        stored_region = (
+            (region_px[0] - x1) * scale_x,
+            (region_px[1] - y1) * scale_y,
+            (region_px[2] - x1) * scale_x,
+            (region_px[3] - y1) * scale_y,
+        )
+        part = cut_region(data, (width, height), stored_region)
+        if part is None:
+            return self.decode(row), (x1, y1, x2, y2)
+        data, (left, top, right, bottom) = part
+        try:
+            image = decode_rgb(data)
+        except DamagedImage as error:
+            raise DamagedImage(f"{index.describe_row(row)}: {error}") from error
+        if image.shape != (bottom - top, right - left, 3):
+            raise DamagedImage(f"{index.describe_row(row)}: a part has shape {image.shape}")
+        return image, (
+            x1 + left / scale_x,
+            y1 + top / scale_y,
+            x1 + right / scale_x,
+            y1 + bottom / scale_y,
+        )
 
     def _shard(self, number: int) -> _LocalShard | _RemoteShard:
         with self._lock:

@@ -17,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from lorat.regions import SEGMENT_WIDTH
 from lorat.variants import Variant
 
 _NUM_SAMPLES = 20_000
@@ -161,9 +162,26 @@ def cut_window(
     else:
         window = window_of(box_px, (width, height), law)
         scale = needed_scale(box_px[2] - box_px[0], box_px[3] - box_px[1], law)
+        window = _widen(window, width, scale)
     x1, y1, x2, y2 = window
     patch = image_HWC[y1:y2, x1:x2]
     stored_wh = (max(math.ceil((x2 - x1) * scale), 1), max(math.ceil((y2 - y1) * scale), 1))
+    if scale < 1:
+        stored_wh = (min(_round_up(stored_wh[0]), x2 - x1), stored_wh[1])
     if stored_wh != (x2 - x1, y2 - y1):
         patch = cv2.resize(patch, stored_wh, interpolation=cv2.INTER_AREA)
     return window, np.ascontiguousarray(patch)
+
+
+def _round_up(pixels: int) -> int:
+    """Round a width up to whole segments, so that regions of the image can be decoded alone."""
+    return -(-pixels // SEGMENT_WIDTH) * SEGMENT_WIDTH
+
+
+def _widen(window: Window, frame_width: int, scale: float) -> Window:
+    """Widen a window that is not reduced to whole segments, as far as the frame goes."""
+    x1, y1, x2, y2 = window
+    if scale == 1:
+        x2 = min(x1 + _round_up(x2 - x1), frame_width)
+        x1 = max(x2 - _round_up(x2 - x1), 0)
+    return x1, y1, x2, y2
