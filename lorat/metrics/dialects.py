@@ -88,7 +88,7 @@ class Dialect:
 def family(dataset: str) -> str:
     """Return a data set's name without case, punctuation and abbreviations: LaSOT_Extension."""
     name = re.sub(r"[^a-z0-9]", "", dataset.lower())
-    for known in ("lasotextension", "lasotext", "lasot", "vasttrack", "uav", "otb"):
+    for known in ("lasotextension", "lasotext", "lasot", "vasttrack", "uav", "otb", "nfs", "tc128"):
         if name.startswith(known):
             return "lasotextension" if known == "lasotext" else known
     return name
