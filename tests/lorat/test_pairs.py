@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -319,3 +320,10 @@ def test_pairs_of_real_shards_equal_those_of_their_index(tmp_path: Path) -> None
         np.testing.assert_allclose(
             batch["search_box"][row], adjusted.apply(spec.search_box), rtol=1e-5
         )
+
+
+def test_threads_draw_what_one_thread_draws() -> None:
+    sampler = make_sampler([FakeIndex([40] * 30)])
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(sampler.sample, range(2000)))
+    assert together == [sampler.sample(i) for i in range(2000)]
