@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import mlflow.pyfunc
 import numpy as np
 import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
 
 
-class VideoTracker(mlflow.pyfunc.PythonModel):
+class VideoTracker(PythonModel):
     """Track one object through a video.
 
     Input: ``frames``, uint8 RGB (n, height, width, 3), and ``box``, float64 (4,): x1, y1, x2, y2
@@ -43,4 +44,4 @@ class VideoTracker(mlflow.pyfunc.PythonModel):
         return pd.DataFrame(rows, columns=["x1", "y1", "x2", "y2", "score"], dtype="float64")
 
 
-mlflow.models.set_model(VideoTracker())
+set_model(VideoTracker())

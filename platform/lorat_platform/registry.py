@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ def register(
     name: str = MODEL_NAME,
     datasets: Mapping[str, str] | None = None,
     scores: Mapping[str, float] | None = None,
+    benchmark: Sequence[str] = (),
     git_revision: str | None = None,
     search_run_id: str | None = None,
     tags: Mapping[str, Any] | None = None,
@@ -45,6 +46,8 @@ def register(
         name: registered model, made if it is missing.
         datasets: name -> fingerprint of what it was trained on.
         scores: results of its evaluation, such as ``{"val/ao": 0.61}``.
+        benchmark: URIs of the data sets that the scores are of; a candidate is compared with
+            this model on them.
         git_revision: of the code that trained it.
         search_run_id: the search that it is a trial of.
         tags: more tags of the version.
@@ -61,6 +64,7 @@ def register(
     about: dict[str, str] = {"variant": model.variant.name}
     about |= {f"dataset.{key}": value for key, value in (datasets or {}).items()}
     about |= {f"score.{key}": f"{value:.4f}" for key, value in (scores or {}).items()}
+    about |= {"benchmark": json.dumps(list(benchmark))} if benchmark else {}
     about |= {"git_revision": git_revision} if git_revision else {}
     about |= {"search_run_id": search_run_id} if search_run_id else {}
     about |= {key: str(value) for key, value in (tags or {}).items()}

@@ -1,0 +1,104 @@
+"""Evaluate a tracker on benchmarks and keep scores, plots, clips and result files in MLflow.
+
+python jobs/evaluate.py --model models:/lorat@champion --data URI
+python jobs/evaluate.py --model static --data synthetic
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import bootstrap
+import tyro
+
+from lorat.errors import UserError
+from lorat.home import home
+from lorat_platform import cluster, command
+from lorat_platform.evaluation import EvaluationConfig, evaluate
+from lorat_platform.mlflow_store import tracking_uri, without_password
+from lorat_platform.report import record, write_report
+from lorat_platform.subject import load_subject
+from lorat_platform.tracking import open_run
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Evaluate a tracker on benchmarks by tracking every sequence from its first box."""
+
+    model: str
+    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, a checkpoint folder, a
+    released file, or the baselines static and mil."""
+    data: tuple[str, ...] = ("synthetic",)
+    """Shards with full frames, one URI or more; synthetic means the synthetic validation set."""
+    variant: str | None = None
+    """Variant of a released file, which does not name it."""
+    output: Path | None = None
+    """Folder for reports and result files; none means one under the home folder."""
+    clips: bool = True
+    """Write annotated clips of the best and the worst sequences."""
+    experiment: str = "evaluation"
+    """MLflow experiment."""
+    address: str | None = None
+    """Ray cluster, host:port; none means RAY_ADDRESS, or an embedded Ray."""
+    evaluation: tyro.conf.OmitArgPrefixes[EvaluationConfig] = field(
+        default_factory=EvaluationConfig
+    )
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise UserError("data is empty; give at least one URI of shards with full frames.")
+
+
+def dataset_uri(name: str) -> str:
+    """Return the URI of a data set; ``synthetic`` is made on first use."""
+    if name == "synthetic":
+        from lorat import synthetic
+
+        return synthetic.ensure(None, "val")
+    return name
+
+
+def main() -> int:
+    """Run the job."""
+    options = command.parse(Options, description=__doc__)
+    subject = load_subject(options.model, variant=options.variant)
+    uris = [dataset_uri(name) for name in options.data]
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = options.output or home() / "reports" / f"{stamp}-{subject.fingerprint[:8]}"
+    with (
+        cluster.connected(options.address) as ray_cluster,
+        open_run(
+            options.experiment,
+            f"{subject.name} {stamp}",
+            folder=home() / "journals" / f"evaluate-{stamp}-{subject.fingerprint[:8]}",
+            tags={
+                "job": "evaluate",
+                "git_revision": command.git_revision(bootstrap.ROOT) or "unknown",
+            },
+        ) as run,
+    ):
+        log.info("Evaluating %s with %s.", subject.name, ray_cluster)
+        run.log_params(dataclasses.asdict(options) | {"data": uris})
+        datasets = [evaluate(subject, uri, options.evaluation) for uri in uris]
+        text = write_report(subject, datasets, folder, clips=options.clips)
+        settings = {"model": options.model, "data": uris, "variant": subject.variant}
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        record(run, subject, datasets, folder)
+        log.info("\n%s", text)
+        log.info("files   %s", folder)
+    log.info(
+        "MLflow  %s, experiment %s, run %s",
+        without_password(tracking_uri()), options.experiment, run.run_id,
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)
