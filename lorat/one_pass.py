@@ -23,9 +23,16 @@ from lorat.images import DamagedImage
 
 if TYPE_CHECKING:
     from lorat.frame_index import FrameIndex
-    from lorat.pairs import Reader
 
 _log = logging.getLogger(__name__)
+
+
+class FrameReader(Protocol):
+    """Where the frames come from, such as :class:`lorat.shards.ImageReader`."""
+
+    def decode(self, row: int) -> np.ndarray:
+        """Return a frame as RGB uint8 (H, W, 3), or raise ``DamagedImage``."""
+        ...
 
 
 class SequenceTracker(Protocol):
@@ -90,7 +97,7 @@ class _Running:
 def track_sequences(
     tracker: SequenceTracker,
     index: FrameIndex,
-    reader: Reader,
+    reader: FrameReader,
     tracks: Iterable[int],
     *,
     batch_size: int = 8,
@@ -160,7 +167,7 @@ def _open(index: FrameIndex, track: int) -> _Running:
 def _start(
     tracker: SequenceTracker,
     index: FrameIndex,
-    reader: Reader,
+    reader: FrameReader,
     runs: list[_Running],
     pool: ThreadPoolExecutor,
 ) -> None:
@@ -183,7 +190,7 @@ def _start(
 
 def _step(
     tracker: SequenceTracker,
-    reader: Reader,
+    reader: FrameReader,
     runs: list[_Running],
     pool: ThreadPoolExecutor,
 ) -> None:
@@ -205,7 +212,7 @@ def _step(
 
 
 def _decode(
-    reader: Reader, runs: list[_Running], pool: ThreadPoolExecutor
+    reader: FrameReader, runs: list[_Running], pool: ThreadPoolExecutor
 ) -> tuple[list[np.ndarray | None], float]:
     """Decode each sequence's present frame; none for a damaged one."""
 
