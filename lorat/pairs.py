@@ -61,8 +61,11 @@ class PairSpec(NamedTuple):
 class Reader(Protocol):
     """What :func:`load_pairs` needs of an image reader."""
 
-    def decode(self, row: int) -> np.ndarray:
-        """Return the stored image of a frame as RGB uint8, or raise ``DamagedImage``."""
+    def decode_region(self, row: int, region_px: Box) -> tuple[np.ndarray, Box]:
+        """Return at least a region of a frame as RGB uint8, and the part of the frame it shows.
+
+        Raises ``DamagedImage``.
+        """
         ...
 
 
@@ -262,11 +265,11 @@ def _load_pair(
     for attempt in range(MAX_REPLACEMENTS + 1):
         spec = sampler.sample(index, attempt)
         frames, reader = sampler.indexes[spec.dataset], readers[spec.dataset]
-        images = {}
+        images: dict[int, tuple[np.ndarray, Box]] = {}
         try:
-            for frame in dict.fromkeys((spec.template_row, spec.search_row)):
+            for frame, region in _needed_regions(spec, sampler.variant).items():
                 batch["bytes_read"][row] += frames.length[frame]
-                images[frame] = reader.decode(frame)
+                images[frame] = reader.decode_region(frame, region)
         except DamagedImage as error:
             _log.warning("pair %d is replaced, an image is damaged: %s", index, error)
             batch["damaged"][row] += 1
@@ -278,17 +281,30 @@ def _load_pair(
         ("template", spec.template_row, spec.template_box, spec.template_params),
         ("search", spec.search_row, spec.search_box, spec.search_params),
     ):
+        image, window = images[frame]
         batch[role][row], adjusted = resample(
-            images[frame],
+            image,
             nominal,
             batch[role].shape[1],
             frames.mean_rgb[frame],
-            window=tuple(frames.window[frame].tolist()) if frames.storage == "window" else None,
+            window=window,
             exact=False,
         )
         batch[f"{role}_box"][row] = adjusted.apply(box)
     batch["augment"][row] = spec.augment
     batch["dataset"][row] = spec.dataset
+
+
+def _needed_regions(spec: PairSpec, variant: Variant) -> dict[int, Box]:
+    """Return the part of each frame that the crops of a pair show, in frame pixels."""
+    size = float(variant.search_size)
+    search = spec.search_params.inverse().apply((0.0, 0.0, size, size))
+    size = float(variant.template_size)
+    template = spec.template_params.inverse().apply((0.0, 0.0, size, size))
+    if spec.template_row != spec.search_row:
+        return {spec.template_row: template, spec.search_row: search}
+    low = (min(template[0], search[0]), min(template[1], search[1]))
+    return {spec.search_row: (*low, max(template[2], search[2]), max(template[3], search[3]))}
 
 
 def _usable_tracks(index: FrameIndex) -> tuple[int, np.ndarray | None]:

@@ -66,3 +66,8 @@ class FakeReader:
             raise DamagedImage(f"{self.index.name} row {row}")
         width, height = self.index.stored_wh[row]
         return np.random.default_rng(row).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+    def decode_region(
+        self, row: int, region_px: tuple[float, float, float, float]
+    ) -> tuple[np.ndarray, tuple[float, ...]]:
+        return self.decode(row), tuple(self.index.window[row].tolist())
