@@ -30,6 +30,8 @@ PY
 }
 
 if ! answers; then
+  # Ray replaces 127.0.0.1 by an address that others reach, except where it may form no cluster.
+  export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
   echo "Starting a local Ray (dashboard $address; 'make stop' ends it)."
   setsid nohup ray start --head --block --disable-usage-stats --include-dashboard=true \
     --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --dashboard-port="$port" \

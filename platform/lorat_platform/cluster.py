@@ -107,7 +107,9 @@ def connect(
     embedded = address == "local"
     options: dict[str, Any] = {}
     if embedded:
-        # It listens on the loopback address only; without a mode Ray would write a token file.
+        # It listens on the loopback address only, which Ray would replace by one that others
+        # reach, except where it may form no cluster; without a mode it would write a token file.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         options = {
             "num_cpus": num_cpus or len(os.sched_getaffinity(0)),

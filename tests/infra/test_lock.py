@@ -20,8 +20,8 @@ LOCKED = {
 
 def _requirements() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"].values()
-    every = [Requirement(line) for line in project["dependencies"] + sum(extras, [])]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    every = [Requirement(line) for group in groups for line in group]
     return [requirement for requirement in every if requirement.name != project["name"]]
 
 

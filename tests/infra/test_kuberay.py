@@ -1,0 +1,333 @@
+"""The manifests: built by kustomize, read strictly, and consistent with themselves."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import kubernetes_validate
+import pytest
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "infra" / "kuberay"
+OVERLAYS = ("small", "large")
+KUBERNETES = "1.34"
+"""Version whose own schema the pods are checked against."""
+
+
+class Strict(BaseModel):
+    """A part of the KubeRay API, version ray.io/v1 of KubeRay 1.7; unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class AuthOptions(Strict):
+    mode: Literal["token"]
+    secretName: str | None = None
+
+
+class AutoscalerOptions(Strict):
+    version: Literal["v2"]
+    idleTimeoutSeconds: int = Field(gt=0)
+    upscalingMode: Literal["Default", "Aggressive", "Conservative"] | None = None
+    resources: dict[str, Any] | None = None
+    securityContext: dict[str, Any]
+
+
+class HeadGroup(Strict):
+    serviceType: Literal["ClusterIP"]
+    rayStartParams: dict[str, str]
+    labels: dict[str, str] = {}
+    template: dict[str, Any]
+
+
+class WorkerGroup(Strict):
+    groupName: str = Field(pattern="^[a-z0-9-]+$")
+    replicas: int = Field(ge=0)
+    minReplicas: int = Field(ge=0)
+    maxReplicas: int = Field(ge=1)
+    idleTimeoutSeconds: int | None = Field(None, gt=0)
+    numOfHosts: Literal[1] = 1
+    labels: dict[str, str]
+    resources: dict[str, str] = {}
+    rayStartParams: dict[str, str]
+    template: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> WorkerGroup:
+        assert self.minReplicas <= self.replicas <= self.maxReplicas
+        return self
+
+
+class RayClusterSpec(Strict):
+    rayVersion: str
+    authOptions: AuthOptions
+    enableInTreeAutoscaling: Literal[True]
+    autoscalerOptions: AutoscalerOptions
+    headGroupSpec: HeadGroup
+    workerGroupSpecs: list[WorkerGroup]
+
+
+class RayJobSpec(Strict):
+    """A job on a cluster that is there; the operator then refuses to shut it down or to retry."""
+
+    clusterSelector: dict[Literal["ray.io/cluster"], str]
+    submissionMode: Literal["HTTPMode", "K8sJobMode"]
+    entrypoint: str
+    activeDeadlineSeconds: int | None = Field(None, gt=0)
+
+
+class Metadata(Strict):
+    name: str
+    namespace: str
+    labels: dict[str, str] = {}
+
+
+class RayCluster(Strict):
+    apiVersion: Literal["ray.io/v1"]
+    kind: Literal["RayCluster"]
+    metadata: Metadata
+    spec: RayClusterSpec
+
+
+class RayJob(Strict):
+    apiVersion: Literal["ray.io/v1"]
+    kind: Literal["RayJob"]
+    metadata: Metadata
+    spec: RayJobSpec
+
+
+class Operation(Strict):
+    op: Literal["replace"]
+    path: str = Field(pattern="^/spec/")
+    value: Any
+
+
+class Patch(Strict):
+    target: dict[Literal["kind", "name"], str]
+    patch: str
+
+
+class Kustomization(Strict):
+    """What the overlays use of kustomize."""
+
+    apiVersion: Literal["kustomize.config.k8s.io/v1beta1"]
+    kind: Literal["Kustomization"]
+    namespace: str
+    resources: list[Literal["../base"]]
+    images: list[dict[Literal["name", "newName", "newTag"], str]]
+    generatorOptions: dict[Literal["disableNameSuffixHash"], Literal[True]]
+    configMapGenerator: list[dict[Literal["name", "envs"], Any]]
+    patches: list[Patch] = []
+
+
+def _built(overlay: str) -> list[dict[str, Any]]:
+    """Build an overlay with kustomize; skip where neither it nor kubectl is installed."""
+    if shutil.which("kustomize"):
+        command = ["kustomize", "build"]
+    elif shutil.which("kubectl"):
+        command = ["kubectl", "kustomize"]
+    else:
+        pytest.skip("neither kustomize nor kubectl is installed")
+    result = subprocess.run([*command, FOLDER / overlay], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return list(yaml.safe_load_all(result.stdout))
+
+
+def _cluster(overlay: str) -> RayCluster:
+    (cluster,) = [part for part in _built(overlay) if part["kind"] == "RayCluster"]
+    return RayCluster.model_validate(cluster)
+
+
+def _pods(cluster: RayCluster) -> dict[str, dict[str, Any]]:
+    """Return the pod templates by group: head, decode, train."""
+    groups = {"head": cluster.spec.headGroupSpec.template}
+    return groups | {group.groupName: group.template for group in cluster.spec.workerGroupSpecs}
+
+
+def _bytes(quantity: str) -> int:
+    units = {"Gi": 1 << 30, "Mi": 1 << 20, "": 1}
+    number, unit = re.fullmatch(r"(\d+)(\w*)", quantity).groups()  # type: ignore[union-attr]
+    return int(number) * units[unit]
+
+
+def test_the_base_is_strictly_valid_without_kustomize() -> None:
+    for name, kind in (("cluster", RayCluster), ("train", RayJob), ("tune", RayJob)):
+        part = yaml.safe_load((FOLDER / "base" / f"{name}.yaml").read_text())
+        part["metadata"]["namespace"] = "lorat"
+        kind.model_validate(part)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_replaces_only_what_is_there(overlay: str) -> None:
+    """Needs no kustomize, which would stop at a path that the base does not have."""
+    text = (FOLDER / overlay / "kustomization.yaml").read_text()
+    kustomization = Kustomization.model_validate(yaml.safe_load(text))
+    base = [yaml.safe_load(p.read_text()) for p in (FOLDER / "base").glob("[ct]*.yaml")]
+    for patch in kustomization.patches:
+        (target,) = [
+            part
+            for part in base
+            if part["kind"] == patch.target["kind"]
+            and part["metadata"]["name"] == patch.target["name"]
+        ]
+        for operation in yaml.safe_load(patch.patch):
+            value: Any = target
+            for key in Operation.model_validate(operation).path.strip("/").split("/"):
+                value = value[int(key)] if isinstance(value, list) else value[key]
+            assert type(value) is type(operation["value"]), operation["path"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_is_strictly_valid(overlay: str) -> None:
+    parts = _built(overlay)
+    kinds: dict[str, type[Strict]] = {"RayCluster": RayCluster, "RayJob": RayJob}
+    for part in parts:
+        if part["kind"] in kinds:
+            kinds[part["kind"]].model_validate(part)
+        else:
+            kubernetes_validate.validate(part, KUBERNETES, strict=True)
+    assert sorted(part["kind"] for part in parts) == ["ConfigMap", "RayCluster", "RayJob", "RayJob"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_pods_are_valid_for_kubernetes(overlay: str) -> None:
+    for group, template in _pods(_cluster(overlay)).items():
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": group}} | template
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_manifests_satisfy_the_operators_own_schema(overlay: str) -> None:
+    """With LORAT_KUBERAY_CRDS=FOLDER of the operator's ray.io_*.yaml files."""
+    folder = os.environ.get("LORAT_KUBERAY_CRDS")
+    if not folder:
+        pytest.skip("LORAT_KUBERAY_CRDS names no folder with the operator's CRD files")
+    jsonschema = pytest.importorskip("jsonschema")
+    for part in _built(overlay):
+        if part["apiVersion"] != "ray.io/v1":
+            continue
+        crd = yaml.safe_load((Path(folder) / f"ray.io_{part['kind'].lower()}s.yaml").read_text())
+        (version,) = [v for v in crd["spec"]["versions"] if v["name"] == "v1"]
+        jsonschema.validate(part, version["schema"]["openAPIV3Schema"])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_head_runs_no_work_and_the_groups_differ(overlay: str) -> None:
+    cluster = _cluster(overlay)
+    head = cluster.spec.headGroupSpec
+    assert (head.rayStartParams["num-cpus"], head.rayStartParams["num-gpus"]) == ("0", "0")
+    decode, train = cluster.spec.workerGroupSpecs
+    assert (decode.groupName, train.groupName) == ("decode", "train")
+    assert decode.rayStartParams["num-gpus"] == "0"
+    limits = train.template["spec"]["containers"][0]["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == train.rayStartParams["num-gpus"] != "0"
+    assert train.minReplicas == 0, "an idle cluster costs no GPU"
+    assert decode.minReplicas >= 1, "a training plans with the decode nodes that are there"
+    threads = 4 * int(decode.resources["decode"])
+    requests = decode.template["spec"]["containers"][0]["resources"]["requests"]
+    assert str(threads) == decode.rayStartParams["num-cpus"] == requests["cpu"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_shared_memory_holds_the_object_store(overlay: str) -> None:
+    cluster = _cluster(overlay)
+    groups = {"head": cluster.spec.headGroupSpec} | {
+        group.groupName: group for group in cluster.spec.workerGroupSpecs
+    }
+    for name, group in groups.items():
+        spec = group.template["spec"]
+        (container,) = spec["containers"]
+        (volume,) = [v for v in spec["volumes"] if v["name"] == "shm"]
+        assert volume["emptyDir"]["medium"] == "Memory"
+        assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+        size = _bytes(volume["emptyDir"]["sizeLimit"])
+        assert int(group.rayStartParams["object-store-memory"]) < size, name
+        # Shared memory counts as the container's own.
+        assert 2 * size <= _bytes(container["resources"]["limits"]["memory"]), name
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_preempted_node_tells_ray_before_it_goes(overlay: str) -> None:
+    from ray.scripts.scripts import cli
+
+    for group, template in _pods(_cluster(overlay)).items():
+        if group == "head":
+            continue
+        spec = template["spec"]
+        command = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+        announce, wait = command.split(";")
+        words = shlex.split(announce)
+        assert words[:2] == ["ray", "drain-node"]
+        parameters = cli.commands["drain-node"].make_context("drain-node", words[2:]).params
+        assert parameters["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+        deadline = parameters["deadline_remaining_seconds"]
+        assert int(wait.split()[1]) == deadline < spec["terminationGracePeriodSeconds"]
+        spot = {toleration["key"] for toleration in spec["tolerations"]}
+        assert {"cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"} <= spot
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_container_is_confined_and_takes_secrets_by_reference(overlay: str) -> None:
+    cluster = _cluster(overlay)
+    for group, template in _pods(cluster).items():
+        spec = template["spec"]
+        assert spec["securityContext"]["runAsUser"] == 1000
+        if group != "head":  # the head's autoscaler talks to Kubernetes
+            assert spec["automountServiceAccountToken"] is False
+        for container in spec["containers"]:
+            context = container["securityContext"]
+            assert context["runAsNonRoot"] is True
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert "env" not in container
+            assert container["envFrom"] == [
+                {"configMapRef": {"name": "lorat-settings"}},
+                {"secretRef": {"name": "lorat-credentials"}},
+            ]
+    assert "Secret" not in {part["kind"] for part in _built(overlay)}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_jobs_run_on_the_cluster_with_flags_that_exist(overlay: str) -> None:
+    parts = _built(overlay)
+    (settings,) = [part["data"] for part in parts if part["kind"] == "ConfigMap"]
+    cluster = _cluster(overlay)
+    for part in parts:
+        if part["kind"] != "RayJob":
+            continue
+        job = RayJob.model_validate(part)
+        assert job.spec.clusterSelector["ray.io/cluster"] == cluster.metadata.name
+        python, script, *flags = shlex.split(job.spec.entrypoint)
+        assert python == "python"
+        assert set(re.findall(r"\$(\w+)", job.spec.entrypoint)) <= set(settings)
+        if not (ROOT / script).exists():
+            pytest.skip(f"{script} is not there")
+        arguments = [os.path.expandvars(flag) for flag in flags]
+        help_text = subprocess.run(
+            [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        for flag in arguments:
+            if flag.startswith("--"):
+                assert re.search(rf"{flag}\b", help_text), f"{script} has no {flag}"
+
+
+def test_versions_are_those_of_the_lock_and_the_project() -> None:
+    lock = (ROOT / "infra" / "requirements.lock").read_text()
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    text = (FOLDER / "base" / "cluster.yaml").read_text()
+    (ray,) = re.findall(r"rayVersion: (\S+)", text)
+    assert f"ray=={ray}\n" in lock
+    assert set(re.findall(r"image: (\S+)", text)) == {
+        f"lorat-cpu:{version}",
+        f"lorat-gpu:{version}",
+    }

@@ -1,0 +1,46 @@
+"""The sizing table is computed, and what the README shows is what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "infra"))
+
+import sizing  # noqa: E402
+
+
+def test_the_readme_shows_the_computed_table() -> None:
+    printed = subprocess.run(
+        [sys.executable, ROOT / "infra" / "sizing.py"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    ).stdout.strip()  # fmt: skip
+    assert printed in (ROOT / "infra" / "README.md").read_text()
+
+
+def test_the_figures_follow_from_each_other() -> None:
+    """B-224 by hand: 144 GFLOPs a pair on 312 TFLOP/s at 30 %; 170 x 131,072 pairs on 8 GPUs."""
+    row = sizing.size("B-224", sizing.Machine())
+    assert row.pairs_per_s == pytest.approx(0.30 * 312e12 / 144e9, rel=0.01)
+    assert row.hours == pytest.approx(170 * 131_072 / (8 * row.pairs_per_s) / 3600)
+    assert row.cores == pytest.approx(row.pairs_per_s / 467)
+    assert row.read_bytes_per_s == pytest.approx(row.pairs_per_s * 110_000)
+    faster = dataclasses.replace(sizing.Machine(), peak_flops=2 * 312e12)
+    assert sizing.size("B-224", faster).hours == pytest.approx(row.hours / 2)
+
+
+def test_decoding_can_be_measured_again(tmp_path: Path) -> None:
+    from lorat.conversion import MemoryTrack, write_dataset
+    from lorat.synthetic import render
+
+    video = render("val", 0, 24)
+    track = MemoryTrack(name="0", images=video.images, box=video.box)
+    write_dataset(str(tmp_path), [track], stored="window")
+    measured = sizing.measure(str(tmp_path), "B-224", seconds=0.5)
+    assert measured.pairs_per_s > 20
+    assert measured.bytes_per_pair > 1_000
