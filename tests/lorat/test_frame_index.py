@@ -1,0 +1,125 @@
+"""The frame index: opens at once, is whole or absent, and knows its version."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lorat import storage
+from lorat.conversion import write_dataset
+from lorat.errors import UserError
+from lorat.frame_index import FRAME_COLUMNS, MANIFEST, WORK_FOLDER, FrameIndex, write_index
+from tests.lorat.small_sets import tracks
+
+
+def test_rows_tracks_and_valid_rows_fit_together(tmp_path: Path) -> None:
+    made = tracks(5, 7)
+    index = write_dataset(str(tmp_path), made, tracks_per_shard=2)
+    assert index.num_tracks == 5
+    assert index.num_frames == 35
+    assert index.track_start.tolist() == [0, 7, 14, 21, 28, 35]
+    for track in range(5):
+        rows = index.valid_rows[index.valid_start[track] : index.valid_start[track + 1]]
+        assert (rows - index.track_start[track]).tolist() == [0, 1, 3, 4, 6]
+        assert index.sequence(track) == f"track-{track}"
+        assert index.category(track) == "thing"
+        assert index.track_of(int(rows[0])) == track
+    np.testing.assert_allclose(index.box[7], made[1].box[0].astype(np.float32))
+    assert np.isnan(index.box[2]).all()
+    for name, (dtype, width) in FRAME_COLUMNS.items():
+        array = getattr(index, name)
+        assert array.dtype == dtype
+        assert array.shape == ((35, width) if width > 1 else (35,))
+        assert not array.flags.writeable
+
+
+def test_the_fingerprint_is_of_the_content_not_of_the_shards(tmp_path: Path) -> None:
+    one = write_dataset(str(tmp_path / "one"), tracks(), tracks_per_shard=1)
+    four = write_dataset(str(tmp_path / "four"), tracks(), tracks_per_shard=4)
+    other = write_dataset(str(tmp_path / "other"), tracks(seed=1))
+    assert one.fingerprint == four.fingerprint
+    assert one.fingerprint != other.fingerprint
+
+
+def test_ten_million_frames_open_in_2_seconds_and_200_megabytes(tmp_path: Path) -> None:
+    num, length = 10_000_000, 500
+    columns = {
+        name: np.zeros((num, width) if width > 1 else num, dtype)
+        for name, (dtype, width) in FRAME_COLUMNS.items()
+    }
+    columns["valid"][:] = True
+    starts = np.arange(0, num + 1, length, dtype=np.int64)
+    names = [f"sequence-{i}" for i in range(num // length)]
+    write_index(
+        storage.locate(tmp_path),
+        columns=columns,
+        track_start=starts,
+        sequences=names,
+        categories=[""] * len(names),
+        shards=[{"file": "shard-00000.parquet", "bytes": 0, "rows": num}],
+        info={"name": "large", "split": "train", "storage": "full"},
+    )
+    code = """if True:
+        import re, sys, time
+        from pathlib import Path
+        from lorat.frame_index import FrameIndex
+        start = time.perf_counter()
+        index = FrameIndex.open(sys.argv[1])
+        rows = [int(index.valid_rows[i]) for i in range(0, 10_000_000, 100_003)]
+        boxes = [index.box[r] for r in rows]
+        seconds = time.perf_counter() - start
+        peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+        print(len(index.valid_rows), seconds, int(peak.group(1)) / 1024)
+    """
+    root = str(Path(__file__).parents[2])
+    printed = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=root, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert int(printed[0]) == num
+    assert float(printed[1]) < 2.0
+    assert float(printed[2]) < 200.0  # the whole process, Python and PyArrow included
+
+
+def test_another_schema_version_is_refused_clearly(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), tracks())
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"schema_version": 99}))
+    with pytest.raises(UserError, match="version 99, this program reads version 1"):
+        FrameIndex.open(tmp_path)
+
+
+def test_what_is_no_dataset_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no dataset"):
+        FrameIndex.open(tmp_path)
+    (tmp_path / WORK_FOLDER).mkdir()
+    with pytest.raises(UserError, match="not finished"):
+        FrameIndex.open(tmp_path)
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="reindex"):
+        FrameIndex.open(tmp_path)
+    with pytest.raises(UserError, match="Cannot use the address"):
+        FrameIndex.open("gopher://somewhere/else")
+
+
+def test_a_cut_index_is_refused(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), tracks())
+    file = next(tmp_path.glob("index-*/frames.arrow"))
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(UserError, match="reindex"):
+        FrameIndex.open(tmp_path)
+
+
+def test_an_index_travels_as_its_address_and_notices_a_change(tmp_path: Path) -> None:
+    packed = pickle.dumps(write_dataset(str(tmp_path), tracks()))
+    assert len(packed) < 1000
+    assert pickle.loads(packed).num_frames == 24
+    write_dataset(str(tmp_path), tracks(seed=5))
+    with pytest.raises(UserError, match="was changed"):
+        pickle.loads(packed)
