@@ -193,13 +193,32 @@ def _pack(batch: Batch) -> np.ndarray:
     return rows
 
 
-def cached_batches(
-    cache: CropCache, batch_size: int, start_step: int, stop_step: int, *, ahead: int = 4
-) -> Iterator[Batch]:
-    """Yield the batches of steps start_step, ..., stop_step - 1; step k has pairs [kB, (k+1)B).
+class CachedSource:
+    """All pairs of a run's steps, a :class:`lorat_platform.stream.BatchSource` for one worker.
 
-    A thread makes up to ``ahead`` blocks before they are needed.  Close the generator to stop it.
+    Args:
+        cache: where the pairs are.
+        batch_size: pairs B in a step; step k has the pairs [kB, (k+1)B).
+        end_step: where the run ends.
+        ahead: blocks that a thread makes before they are needed.
     """
+
+    def __init__(self, cache: CropCache, *, batch_size: int, end_step: int, ahead: int = 4) -> None:
+        self._cache = cache
+        self._batch_size = batch_size
+        self._end_step = end_step
+        self._ahead = ahead
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Yield the batches from a step on; closing the generator stops its thread."""
+        return _cached_batches(
+            self._cache, self._batch_size, start_step, self._end_step, self._ahead
+        )
+
+
+def _cached_batches(
+    cache: CropCache, batch_size: int, start_step: int, stop_step: int, ahead: int
+) -> Iterator[Batch]:
     first = start_step * batch_size // BLOCK
     end = -(-stop_step * batch_size // BLOCK)
     changed = threading.Condition()

@@ -23,6 +23,9 @@ REPORTED = (
 )  # fmt: skip
 """Numbers of a report that the table has as columns (the last report's)."""
 
+REPORT_FIELDS = ("step", "budget", *REPORTED, "total_seconds")
+"""Everything that is kept of a report."""
+
 
 @dataclass(kw_only=True)
 class TrialRow:
@@ -72,7 +75,7 @@ class Cost:
     @property
     def share(self) -> float:
         """Steps spent / steps of full runs of the same trials."""
-        return self.steps / self.full_steps if self.full_steps else 0.0
+        return self.steps / self.full_steps if self.full_steps else 1.0
 
     @property
     def saved(self) -> float:

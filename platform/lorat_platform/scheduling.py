@@ -8,7 +8,6 @@ history and a restored trial tells it to the scheduler again.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import typing
 from collections.abc import Sequence
@@ -124,6 +123,16 @@ class ResumableHyperBandForBOHB(_Synchronous, HyperBandForBOHB):
     """Hyperband in the order that BOHB (Falkner et al. 2018) expects."""
 
 
+class PausableOptuna(OptunaSearch):
+    """Optuna under Hyperband in BOHB's order, which tells the searcher about pauses."""
+
+    def on_pause(self, trial_id: str) -> None:
+        """A paused trial changes nothing for Optuna."""
+
+    def on_unpause(self, trial_id: str) -> None:
+        """Nor does one that goes on."""
+
+
 class ParetoHalving(FIFOScheduler):
     """Asynchronous successive halving for several objectives.
 
@@ -217,7 +226,9 @@ def build_scheduler(
         )
     if name == "median":
         return ResumableMedian(time_attr=BUDGET, grace_period=1, min_samples_required=3, **metric)
-    kind = ResumableHyperBandForBOHB if searcher == "bohb" else ResumableHyperBand
+    # Proposals come one by one but for random search; only BOHB's order of filling the brackets
+    # compares trials that are not all there from the beginning.
+    kind = ResumableHyperBand if searcher == "random" else ResumableHyperBandForBOHB
     return kind(
         time_attr=BUDGET, max_t=rungs.max_budget, reduction_factor=rungs.reduction, **metric
     )
@@ -256,7 +267,7 @@ def build_searcher(
         n_startup_trials=max(4, min(10, num_trials // 3)),
         seed=seed,
     )
-    return OptunaSearch(
+    return PausableOptuna(
         space={path: distribution(d) for path, d in space.dimensions.items()},
         metric=list(objectives) if several else objectives[0],
         mode=modes if several else modes[0],
@@ -280,12 +291,14 @@ def distribution(dimension: Dimension) -> Any:
 def _bohb(
     space: SearchSpace, objectives: Sequence[str], *, prior: list[dict[str, Any]], seed: int
 ) -> Searcher:
-    missing = [m for m in ("ConfigSpace", "hpbandster") if importlib.util.find_spec(m) is None]
-    if missing:
+    try:
+        import ConfigSpace  # noqa: F401
+        from hpbandster.optimizers.config_generators.bohb import BOHB  # noqa: F401
+    except ImportError as error:
         raise UserError(
-            f"--searcher bohb needs {' and '.join(missing)}, which this environment lacks; "
-            "install hpbandster and ConfigSpace, or use --searcher tpe --scheduler hyperband."
-        )
+            f"--searcher bohb needs hpbandster and ConfigSpace ({error}); install them, or use "
+            "--searcher tpe --scheduler hyperband."
+        ) from error
     if len(objectives) > 1:
         raise UserError("--searcher bohb takes one objective; use --searcher tpe for several.")
     from ray.tune.search.bohb import TuneBOHB

@@ -5,7 +5,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import pytest
 
 from lorat_platform.crop_cache import (
     BLOCK,
+    CachedSource,
     CropCache,
     cache_root,
-    cached_batches,
     content_key,
     remove_cache,
     remove_stale_caches,
@@ -36,6 +36,10 @@ def load(indices: Sequence[int]) -> dict[str, np.ndarray]:
     }
 
 
+def batches(cache: CropCache, size: int, start: int, end: int) -> Iterator[dict[str, np.ndarray]]:
+    return CachedSource(cache, batch_size=size, end_step=end).batches(start)
+
+
 def assert_same(batch: dict[str, np.ndarray], start: int, stop: int) -> None:
     expected = load(range(start, stop))
     assert batch.keys() == expected.keys()
@@ -47,17 +51,17 @@ def assert_same(batch: dict[str, np.ndarray], start: int, stop: int) -> None:
 @pytest.mark.parametrize("batch_size", [1, 24, 32, 100])
 def test_batches_are_what_decoding_gives(tmp_path: Path, batch_size: int) -> None:
     with CropCache(tmp_path / "c", "k", load, max_bytes=10**9) as cache:
-        for step, batch in enumerate(cached_batches(cache, batch_size, 3, 9), start=3):
+        for step, batch in enumerate(batches(cache, batch_size, 3, 9), start=3):
             assert_same(batch, step * batch_size, (step + 1) * batch_size)
 
 
 def test_the_second_trial_decodes_nothing(tmp_path: Path) -> None:
     with CropCache(tmp_path / "c", "k", load, max_bytes=10**9) as cache:
-        list(cached_batches(cache, 64, 0, 8))
+        list(batches(cache, 64, 0, 8))
         assert cache.num_decoded == 512
         assert cache.hit_rate == 0
     with CropCache(tmp_path / "c", "k", load, max_bytes=10**9) as cache:
-        list(cached_batches(cache, 64, 0, 8))
+        list(batches(cache, 64, 0, 8))
         assert cache.num_decoded == 0
         assert cache.hit_rate == 1
 
@@ -84,7 +88,7 @@ def test_the_bound_holds_and_low_blocks_displace_high_ones(tmp_path: Path) -> No
 
 def test_without_room_every_trial_decodes_for_itself(tmp_path: Path) -> None:
     with CropCache(tmp_path / "c", "k", load, max_bytes=0) as cache:
-        for step, batch in enumerate(cached_batches(cache, 48, 0, 4)):
+        for step, batch in enumerate(batches(cache, 48, 0, 4)):
             assert_same(batch, step * 48, (step + 1) * 48)
         assert not list((tmp_path / "c").glob("*.npy"))
         assert len(cache._own) <= 6
@@ -96,7 +100,7 @@ def _reader(folder: Path, results: Any) -> None:
         return load(indices)
 
     with CropCache(folder, "k", slow, max_bytes=10**9) as cache:
-        for step, batch in enumerate(cached_batches(cache, 40, 0, 16)):
+        for step, batch in enumerate(batches(cache, 40, 0, 16)):
             assert_same(batch, step * 40, (step + 1) * 40)
         results.put(cache.num_decoded)
 
@@ -139,7 +143,7 @@ def _full_disk(folder: Path, results: Any) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     with CropCache(folder, "k", load, max_bytes=10**9) as cache:
-        for step, batch in enumerate(cached_batches(cache, 40, 0, 4)):
+        for step, batch in enumerate(batches(cache, 40, 0, 4)):
             assert_same(batch, step * 40, (step + 1) * 40)
     results.put([f.name for f in folder.glob("*.npy")] + [f.name for f in folder.glob("*.tmp")])
 
@@ -162,7 +166,7 @@ def test_a_decoding_error_reaches_the_trial(tmp_path: Path) -> None:
 
     cache = CropCache(tmp_path / "c", "k", broken, max_bytes=10**9)
     with cache, pytest.raises(OSError, match="the disk is gone"):
-        list(cached_batches(cache, 32, 0, 8))
+        list(batches(cache, 32, 0, 8))
 
 
 def test_stopping_a_trial_ends_its_thread(tmp_path: Path) -> None:
@@ -170,9 +174,9 @@ def test_stopping_a_trial_ends_its_thread(tmp_path: Path) -> None:
 
     before = threading.active_count()
     with CropCache(tmp_path / "c", "k", load, max_bytes=10**9) as cache:
-        batches = cached_batches(cache, 32, 0, 1000)
-        next(batches)
-        batches.close()  # type: ignore[attr-defined]
+        stream = batches(cache, 32, 0, 1000)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
 
 

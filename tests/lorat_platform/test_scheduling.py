@@ -102,7 +102,7 @@ def test_combinations_that_do_not_work_are_errors() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("hpbandster") is not None, reason="it is installed")
 def test_bohb_without_its_packages_says_what_to_do() -> None:
     space = build_space(TrainConfig())
-    with pytest.raises(UserError, match="needs ConfigSpace and hpbandster"):
+    with pytest.raises(UserError, match="needs hpbandster and ConfigSpace"):
         build_searcher("bohb", space, ["ao"], num_trials=8, seed=0, max_concurrent=0)
 
 

@@ -1,0 +1,84 @@
+"""Search over LoRA rank, learning rate, head depth and any other field of the configuration.
+
+python jobs/tune.py --trials 32
+python jobs/tune.py --variant B-224 --data lasot=URI,got10k=URI --val-data URI --address HOST:PORT
+python jobs/tune.py --resume NAME
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import bootstrap
+import tyro
+
+from lorat.config import TrainConfig
+from lorat_platform import cluster, command
+from lorat_platform.mlflow_store import tracking_uri, without_password
+from lorat_platform.search import (
+    SearchOptions,
+    SearchOutcome,
+    describe,
+    make_plan,
+    read_plan,
+    resume_search,
+    run_search,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Search for a good configuration and write it to a file that jobs/train.py takes."""
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    search: tyro.conf.OmitArgPrefixes[SearchOptions] = field(default_factory=SearchOptions)
+    resume: str | None = None
+    """Go on with the search of this name; of the other options only --storage and --address
+    count."""
+    dry_run: bool = False
+    """Check everything, print the plan and exit."""
+    address: str | None = None
+    """Ray cluster, host:port; none means RAY_ADDRESS, or an embedded Ray."""
+
+
+def main() -> int:
+    """Run the job."""
+    options = command.parse(Options, description=__doc__)
+    if options.resume is not None:
+        plan = read_plan(options.resume, options.search.storage)
+    else:
+        plan = make_plan(options.config, options.search)
+    log.info("%s", plan.text())
+    if options.dry_run:
+        return 0
+    with cluster.connected(options.address) as ray_cluster:
+        log.info("Searching with %s.", ray_cluster)
+        if options.resume is not None:
+            outcome = resume_search(options.resume, options.search.storage)
+        else:
+            outcome = run_search(plan, git_revision=command.git_revision(bootstrap.ROOT))
+        return _conclude(outcome)
+
+
+def _conclude(outcome: SearchOutcome) -> int:
+    log.info("\n%s\n", describe(outcome.plan, outcome.board).replace("\n\n", "\n"))
+    log.info("table   %s", outcome.plan.folder / "results" / "trials.csv")
+    if outcome.best_config_file is not None:
+        log.info("best    python jobs/train.py --config %s", outcome.best_config_file)
+    log.info(
+        "MLflow  %s, experiment %s, run %s",
+        without_password(tracking_uri()), outcome.plan.options.experiment, outcome.run_id,
+    )  # fmt: skip
+    if outcome.interrupted:
+        storage = outcome.plan.options.storage
+        where = f" --storage {storage}" if storage else ""
+        log.info("go on   python jobs/tune.py --resume %s%s", outcome.plan.name, where)
+        return command.EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)

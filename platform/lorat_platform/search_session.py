@@ -1,0 +1,260 @@
+"""A search while it runs: every event of a trial goes to the table, the console and MLflow.
+
+:class:`SearchCallback` is what Ray Tune stores with the search and calls; it finds the session of
+this process by name, since a session holds threads and files that cannot be stored.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Callback
+
+from lorat_platform.command import user_message
+from lorat_platform.leaderboard import REPORT_FIELDS, Leaderboard, TrialRow
+from lorat_platform.scheduling import BUDGET
+from lorat_platform.search_console import SearchConsole
+from lorat_platform.tracking import Run, Status, open_run
+
+log = logging.getLogger(__name__)
+
+_SESSIONS: dict[str, SearchSession] = {}
+
+
+class SearchSession:
+    """What one process keeps of the search that it drives.
+
+    Args:
+        name: of the search.
+        folder: the search's local folder.
+        board: table to fill; a resumed search replaces its rows by the snapshot's.
+        parent: MLflow run of the search.
+        experiment: name of the MLflow experiment.
+        num_trials: trials to propose in all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        folder: Path,
+        board: Leaderboard,
+        parent: Run,
+        experiment: str,
+        num_trials: int,
+    ) -> None:
+        self.name = name
+        self.folder = folder
+        self.board = board
+        self.parent = parent
+        self.experiment = experiment
+        self.console = SearchConsole(board, num_trials=num_trials)
+        self.num_trials = num_trials
+        self._runs: dict[str, Run] = {}
+        self._run_ids: dict[str, str] = {}
+        self._closer = ThreadPoolExecutor(1, "close-runs")
+        self._closing: list[Future[bool]] = []
+        _SESSIONS[name] = self
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether trials are left to run."""
+        return self.board.count("waiting", "running") > 0 or len(self.board.rows) < self.num_trials
+
+    def end(self) -> None:
+        """Stop showing, and close the trials' MLflow runs (interrupted ones as killed)."""
+        self.console.stop()
+        for trial_id in list(self._runs):
+            self._close(trial_id, "KILLED")
+        self._closer.shutdown(wait=True)
+        for future in self._closing:
+            future.result()
+        _SESSIONS.pop(self.name, None)
+
+    # -- events ----------------------------------------------------------------------------------
+
+    def begin(self, trial: Any, trials: list[Any]) -> None:
+        """A trial starts, or goes on from a checkpoint; ``trials`` are all in their order."""
+        for proposed in trials:
+            self.board.add(proposed.trial_id, proposed.config)
+        row = self.board.add(trial.trial_id, trial.config)
+        row.status = "running"
+        row.started_at = row.started_at or time.time()
+        self._open(row)
+
+    def report(self, trial: Any, result: dict[str, Any]) -> None:
+        """A trial reached a rung."""
+        row = self.board.add(trial.trial_id, trial.config)
+        row.report({k: _plain(result[k]) for k in REPORT_FIELDS if k in result})
+        self._open(row).log_metrics(row.reports[-1], row.steps)
+        best = self.board.best()
+        if best is row:
+            objectives = {f"best_{n}": row.last(n) for n in self.board.objectives}
+            self.parent.log_metrics(objectives, self.board.cost().steps)
+        reached = ", ".join(f"{n} {row.last(n):.4g}" for n in self.board.objectives)
+        self.console.line(row, f"rung {row.num_rungs}/{self.board.rungs.num_rungs}, {reached}")
+
+    def wait_for_others(self, paused: set[str]) -> None:
+        """Trials that a synchronous scheduler paused wait."""
+        for trial_id in paused & self.board.rows.keys():
+            self.board.rows[trial_id].status = "waiting"
+
+    def finish(self, trial: Any) -> None:
+        """A trial ended by itself or was stopped by the scheduler."""
+        row = self.board.rows[trial.trial_id]
+        completed = row.steps >= self.board.rungs.max_steps
+        row.status = "completed" if completed else "stopped"
+        row.ended_at = time.time()
+        self.console.line(row, f"{row.status} after {row.steps} steps")
+        self._open(row).set_tags({"lorat.trial_status": row.status})
+        self._close(trial.trial_id, "FINISHED")
+
+    def fail(self, trial: Any) -> None:
+        """A trial raised or its process died."""
+        row = self.board.add(trial.trial_id, trial.config)
+        row.status = "failed"
+        row.ended_at = time.time()
+        row.reason = failure_reason(trial)
+        self.console.line(row, f"failed: {row.reason}")
+        run = self._open(row)
+        run.set_tags({"lorat.trial_status": "failed", "lorat.failure": row.reason})
+        run.set_description(f"Failed: {row.reason}")
+        self._close(trial.trial_id, "FAILED")
+
+    # -- MLflow ----------------------------------------------------------------------------------
+
+    def _open(self, row: TrialRow) -> Run:
+        """Return the trial's run, a nested child of the search's."""
+        run = self._runs.get(row.trial_id)
+        if run is None:
+            run = open_run(
+                self.experiment,
+                f"trial-{row.number:03d}",
+                folder=self.folder / "mlflow" / row.trial_id,
+                run_id=self._run_ids.get(row.trial_id),
+                parent_run_id=self.parent.reference,
+                tags={
+                    "lorat.search": self.name,
+                    "lorat.trial": row.number,
+                    "lorat.trial_id": row.trial_id,
+                    "lorat.trial_status": row.status,
+                },
+            )
+            run.log_params(row.values)
+            self._runs[row.trial_id] = run
+        return run
+
+    def _close(self, trial_id: str, status: Status) -> None:
+        run = self._runs.pop(trial_id, None)
+        if run is not None:
+            self._closing.append(self._closer.submit(run.close, status))
+
+    def close_forgotten(self) -> None:
+        """Mark the runs of trials that started after the last snapshot: they will be redone."""
+        for folder in (self.folder / "mlflow").glob("*"):
+            if folder.name not in self.board.rows:
+                run = open_run(self.experiment, folder.name, folder=folder)
+                run.set_tags({"lorat.trial_status": "redone after the restart"})
+                self._closing.append(self._closer.submit(run.close, "KILLED"))
+
+    # -- snapshot --------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed search needs."""
+        for trial_id, run in self._runs.items():
+            if run.run_id:
+                self._run_ids[trial_id] = run.run_id
+        return {
+            "board": self.board.to_dict(),
+            "run_ids": dict(self._run_ids),
+            "parent_run_id": self.parent.run_id,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the rows of a snapshot."""
+        self.board.rows = Leaderboard.from_dict(state["board"]).rows
+        for row in self.board.rows.values():
+            if row.status == "running":
+                row.status = "waiting"
+        self._run_ids = dict(state["run_ids"])
+        self.close_forgotten()
+
+
+class SearchCallback(Callback):
+    """Brings Ray Tune's events to the session of this process."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def _session(self) -> SearchSession:
+        return _SESSIONS[self.name]
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        """Begin to show; called once the trials of a snapshot are back."""
+        self._session.console.start()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Note which trials wait for others, and redraw."""
+        self._session.wait_for_others({t.trial_id for t in trials if t.status == "PAUSED"})
+        self._session.console.refresh()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Pass on."""
+        self._session.begin(trial, trials)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Pass on the report of a rung."""
+        if BUDGET in result:
+            self._session.report(trial, result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Pass on."""
+        self._session.finish(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Pass on."""
+        self._session.fail(trial)
+
+    def get_state(self) -> dict[str, Any] | None:
+        """Return the session's part of the snapshot."""
+        return self._session.state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Give the session its part of the snapshot."""
+        self._session.restore(state)
+
+
+def failure_reason(trial: Any) -> str:
+    """Say in one line why a trial failed."""
+    error: BaseException | None = None
+    path = trial.pickled_error_file
+    if path and Path(path).exists():
+        error = pickle.loads(Path(path).read_bytes())
+    if error is None:
+        text = Path(trial.error_file).read_text() if trial.error_file else ""
+        return _last_line(text) or "unknown"
+    message = user_message(error)
+    if message is not None:
+        return message
+    cause = getattr(error, "cause", None) or error
+    if type(cause).__name__ in ("ActorDiedError", "ActorUnavailableError", "RayActorError"):
+        return f"the trial's process died: {_last_line(str(cause))}"
+    return f"{type(cause).__name__}: {_last_line(str(cause))}"
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
+
+
+def _plain(value: Any) -> Any:
+    """Return a NumPy number as Python's own."""
+    return value.item() if hasattr(value, "item") else value
