@@ -137,7 +137,7 @@ def annotate(
     for box, color in ((truth, TRUTH_RGB), (predicted, PREDICTED_RGB)):
         if box is not None and np.isfinite(box).all():
             x1, y1, x2, y2 = (round(float(value)) for value in box)
-            cv2.rectangle(drawn, (x1, y1), (x2, y2), color, thickness, cv2.LINE_AA)
+            cv2.rectangle(drawn, (x1, y1), (x2, y2), color, thickness)
     if text:
         scale = max(0.4, width / 1000)
         place = (round(8 * scale), round(26 * scale))

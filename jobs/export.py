@@ -1,0 +1,55 @@
+"""Export a tracker's network: safetensors bundle, ONNX, torch.export program; with parity report.
+
+python jobs/export.py --model models:/lorat@champion --output export
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import bootstrap  # noqa: F401
+
+from lorat.export import FORMATS, TOLERANCE, export
+from lorat_platform import command, registry
+from lorat_platform.report import markdown_table
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write deployable files of a model and compare each with PyTorch."""
+
+    model: str = "models:/lorat@champion"
+    """Registered model, run, checkpoint folder, or released file."""
+    variant: str | None = None
+    """Variant of a released file, which does not name it."""
+    output: Path = Path("export")
+    """Folder for bundle/, model.onnx, model.pt2, parity.json and parity.md."""
+    formats: tuple[Literal["bundle", "onnx", "program"], ...] = FORMATS  # type: ignore[assignment]
+    """What to write."""
+
+
+def main() -> int:
+    """Run the job; 1 if a file differs from PyTorch by more than the tolerance."""
+    options = command.parse(Options, description=__doc__)
+    model = registry.load(options.model, variant=options.variant)
+    reports = export(model, options.output, options.formats)
+    rows = [
+        [r.format, r.file, f"{r.megabytes:.2f}", f"{r.max_score_error:.2e}",
+         f"{r.max_box_error:.2e}", f"{r.milliseconds:.1f}", "yes" if r.passed else "NO"]
+        for r in reports
+    ]  # fmt: skip
+    header = ["format", "file", "MB", "score error", "box error", "ms per pair", "same"]
+    text = f"{options.model} ({model.variant.name}), tolerance {TOLERANCE:g}\n\n"
+    text += markdown_table(header, rows) + "\n"
+    (options.output / "parity.md").write_text(text)
+    log.info("%s\nfiles   %s", text, options.output)
+    return 0 if all(report.passed for report in reports) else command.EXIT_FAILURE
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,52 @@
+"""Videos, folders and cameras give frames in order, or one clear sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from lorat.clips import ClipWriter
+from lorat.errors import UserError
+from lorat.video_source import VideoSource
+
+
+def test_folder_is_sorted_by_number_not_by_text(tmp_path: Path) -> None:
+    for number in (10, 9, 1):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), np.full((8, 8, 3), number, np.uint8))
+    (tmp_path / "groundtruth.txt").touch()
+    source = VideoSource(str(tmp_path))
+    assert source.num_frames == 3
+    assert [int(frame[0, 0, 0]) for frame in source] == [1, 9, 10]
+
+
+def test_video_file_gives_rgb_frames_and_its_rate(tmp_path: Path) -> None:
+    with ClipWriter(tmp_path / "v.mp4", fps=10) as clip:
+        for _ in range(5):
+            clip.write(np.tile(np.array([200, 30, 30], np.uint8), (32, 48, 1)))
+    source = VideoSource(str(tmp_path / "v.mp4"))
+    frames = list(source)
+    assert source.fps == pytest.approx(10)
+    assert len(frames) == source.num_frames == 5
+    assert frames[0].shape == (32, 48, 3)
+    assert frames[0][0, 0, 0] > 150 > frames[0][0, 0, 2]
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "1.jpg").write_bytes(b"no image")
+    for source, message in (
+        ("empty", "holds no image"),
+        ("text.mp4", "cannot be read as a video"),
+        ("nothing.mp4", "There is no"),
+    ):
+        with pytest.raises(UserError, match=message):
+            VideoSource(str(tmp_path / source))
+    with pytest.raises(UserError, match=r"1\.jpg cannot be read"):
+        list(VideoSource(str(tmp_path / "bad")))
+    with pytest.raises(UserError, match="camera cannot be opened"):
+        VideoSource("camera:97")
