@@ -18,7 +18,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from timm.layers import Mlp, SwiGLUPacked
+from timm.layers import Mlp, SwiGLUPacked, build_sincos2d_pos_embed
 from timm.layers.attention import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
@@ -162,6 +162,34 @@ def build_backbone(
         assert isinstance(block, Block)
         block.drop_path = drop_path
     return backbone
+
+
+def initialise_from_scratch(backbone: VisionTransformer) -> None:
+    """Draw weights that let a transformer without pretraining match template and search early.
+
+    Tokens attend to similar tokens from the first step on (equal query and key projections and
+    transposed value and output projections: Trockman and Kolter, "Mimetic Initialization of
+    Self-Attention Layers", 2023); positions are fixed sines at half the usual amplitude.  With
+    timm's own draw the same training stood still at the loss of a constant box.
+
+    Args:
+        backbone: changed in place, with weights from the global generator.
+    """
+    dim = backbone.embed_dim
+    position_1ND: Any = backbone.pos_embed
+    grid = math.isqrt(position_1ND.shape[1])
+    with torch.no_grad():
+        sines = build_sincos2d_pos_embed([grid, grid], dim)
+        position_1ND.copy_(0.5 * sines.view(1, grid * grid, dim))
+        for block in backbone.blocks:
+            assert isinstance(block, Block)
+            attention: Any = block.attn
+            similar, value = (nn.init.orthogonal_(torch.empty(dim, dim)) for _ in range(2))
+            attention.qkv.weight.copy_(torch.cat([similar, similar, value]))
+            attention.proj.weight.copy_(0.5 * value.T)
+            for module in block.mlp.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight, gain=0.75)
 
 
 def source_of(setting: str, variant: Variant) -> str:

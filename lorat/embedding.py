@@ -40,10 +40,12 @@ def template_position(position_1ND: Tensor, grid: int) -> Tensor:
 class TokenEmbedding(nn.Module):
     """Adds position and token type to template and search tokens and joins them."""
 
-    def __init__(self, dim: int, *, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, dim: int, *, init_std: float = 0.02, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         self.token_type = nn.Parameter(torch.empty(3, dim, device=device))
-        nn.init.trunc_normal_(self.token_type, std=0.02)
+        nn.init.trunc_normal_(self.token_type, std=init_std)
 
     def forward(
         self,

@@ -17,7 +17,13 @@ class MLP(nn.Module):
     """Linear layers with an exact GELU between them, none after the last."""
 
     def __init__(
-        self, dim: int, out_dim: int, depth: int, *, device: torch.device | str | None = None
+        self,
+        dim: int,
+        out_dim: int,
+        depth: int,
+        *,
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         widths = [dim] * depth + [out_dim]
@@ -26,7 +32,7 @@ class MLP(nn.Module):
         )
         for layer in self.layers:
             assert isinstance(layer, nn.Linear)
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.trunc_normal_(layer.weight, std=init_std)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,11 +47,16 @@ class Head(nn.Module):
     """Scores every cell of the search region and regresses a box from its centre."""
 
     def __init__(
-        self, dim: int, depth: int = 3, *, device: torch.device | str | None = None
+        self,
+        dim: int,
+        depth: int = 3,
+        *,
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.cls_mlp = MLP(dim, 1, depth, device=device)
-        self.reg_mlp = MLP(dim, 4, depth, device=device)
+        self.cls_mlp = MLP(dim, 1, depth, init_std=init_std, device=device)
+        self.reg_mlp = MLP(dim, 4, depth, init_std=init_std, device=device)
 
     def forward(self, search_BND: Tensor) -> dict[str, Tensor]:
         """Return ``score_map`` (B, H, W) logits and ``boxes`` (B, H, W, 4), both float32.

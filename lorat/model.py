@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lorat.backbone import (
     build_backbone,
     fit_position,
+    initialise_from_scratch,
     plain_weights,
     read_backbone,
     source_of,
@@ -60,8 +61,8 @@ class LoRAT(nn.Module):
             initialise=initialise,
             device=device,
         )
-        self.embedding = TokenEmbedding(variant.dim, device=device)
-        self.head = Head(variant.dim, head_depth, device=device)
+        self.embedding = TokenEmbedding(variant.dim, init_std=variant.init_std, device=device)
+        self.head = Head(variant.dim, head_depth, init_std=variant.init_std, device=device)
 
     def patch_tokens(self, image_BCHW: Tensor) -> Tensor:
         """Embed an image's patches, row-major: (B, 3, 14·h, 14·w) -> (B, h·w, D)."""
@@ -199,7 +200,9 @@ def assemble(
             initialise=weights is None,
             activation_checkpointing=config.activation_checkpointing,
         )
-        if weights is not None:
+        if weights is None:
+            initialise_from_scratch(model.backbone)
+        else:
             fitted = fit_position(weights, variant.search_grid)
             load_weights(model.backbone, fitted, what=f"the backbone of {variant.name}")
         model.adapt(config.adaptation, config.lora)
