@@ -17,13 +17,15 @@ from lorat.errors import UserError
 
 log = logging.getLogger(__name__)
 
-QUIET_ENVIRONMENT = {
+ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Otherwise every task without a GPU warns about a future change of Ray.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Without it everything that a training worker prints appears twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # Threads of torch share CPUs with those that decode; spinning at barriers would halve both.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 """Environment of the driver and of every worker."""
 
@@ -68,7 +70,7 @@ def runtime_env(*, embedded: bool, extra: dict[str, str] | None = None) -> dict[
     Workers of an embedded Ray share this file system, so a path is enough.  A cluster may have
     nodes without the project, so the two packages are shipped.
     """
-    env_vars = dict(QUIET_ENVIRONMENT)
+    env_vars = dict(ENVIRONMENT)
     env_vars |= {name: os.environ[name] for name in FORWARDED if name in os.environ}
     env_vars |= extra or {}
     if not embedded:
@@ -102,7 +104,7 @@ def connect(
     Raises:
         UserError: if no cluster answers at the address.
     """
-    os.environ |= {k: v for k, v in QUIET_ENVIRONMENT.items() if k not in os.environ}
+    os.environ |= {k: v for k, v in ENVIRONMENT.items() if k not in os.environ}
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     embedded = address == "local"
     options: dict[str, Any] = {}

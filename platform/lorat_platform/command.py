@@ -66,7 +66,7 @@ def _one_sentence(words: str, kind: Any) -> str:
         words = words.split(border)[0].strip()
     words = re.sub(r"^.*?(?:Value error|Invalid choice|Missing argument) ", "", words)
     words = re.sub(r"^Error parsing [\w.]+: (?=.*;)", "", words)
-    return X
+    return words if ";" in words else f"{words.rstrip(chr(46))}; --help explains every option."
 
 
 def _flags(kind: Any) -> list[str]:

@@ -1,0 +1,196 @@
+"""Checkpoints in a run's storage folder: complete or absent, whatever fails while they are written.
+
+A checkpoint is a folder ``step-00001200``.  On a file system it is written beside its place and
+renamed; in an object store, which cannot rename, ``complete.json`` is written last.  In both it
+lists the files with their sizes, and a folder without it, or with other files, is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import tenacity
+
+from lorat.errors import UserError
+from lorat.storage import Location
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "complete.json"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's own list of the checkpoints of a run."""
+ATTEMPTS = 3
+_NAME = re.compile(r"step-(\d{8,})")
+
+T = TypeVar("T")
+
+
+def name_of(step: int) -> str:
+    """Return the folder name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """Return the step of a checkpoint's folder name, or none."""
+    match = _NAME.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+def upload(local: Path, run: Location, name: str) -> None:
+    """Copy a checkpoint into the run's folder; afterwards it is complete there.
+
+    Raises:
+        UserError: if the storage refuses, is full or cannot be reached; nothing else is harmed.
+    """
+    files = {
+        str(path.relative_to(local)): path.stat().st_size
+        for path in sorted(local.rglob("*"))
+        if path.is_file()
+    }
+    if is_complete(run, name, files):
+        return
+    try:
+        _again(lambda: _copy(local, run, name, files))
+    except (OSError, pa.ArrowException) as error:
+        last = newest(run)
+        kept = f"; {last} is intact" if last else ""
+        raise UserError(
+            f"The checkpoint {name} cannot be written to {run.uri}: {reason(error)}{kept}; make "
+            "room or restore the connection and give the same command again."
+        ) from error
+
+
+def _copy(local: Path, run: Location, name: str, files: dict[str, int]) -> None:
+    manifest = json.dumps({"files": files}, indent=1).encode()
+    if run.is_local:
+        part = Path(run.file(f".part-{name}"))
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            shutil.copytree(local, part)
+            (part / MANIFEST).write_bytes(manifest)
+            target = Path(run.file(name))
+            if target.exists():  # an earlier, broken one
+                shutil.rmtree(target)
+            part.rename(target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return
+    run.filesystem.create_dir(run.file(name), recursive=True)
+    pafs.copy_files(
+        str(local), run.file(name), destination_filesystem=run.filesystem, use_threads=False
+    )
+    with run.filesystem.open_output_stream(run.file(f"{name}/{MANIFEST}")) as stream:
+        stream.write(manifest)
+
+
+def is_complete(run: Location, name: str, files: dict[str, int] | None = None) -> bool:
+    """Tell whether a checkpoint is there with all its files (and has exactly ``files``)."""
+    try:
+        listed = json.loads(run.child(name).read_bytes(MANIFEST))["files"]
+    except (FileNotFoundError, ValueError, KeyError, NotADirectoryError):
+        return False
+    if files is not None and listed != files:
+        return False
+    infos = run.filesystem.get_file_info([run.file(f"{name}/{file}") for file in listed])
+    return all(info.size == listed[file] for file, info in zip(listed, infos, strict=True))
+
+
+def names(run: Location) -> list[str]:
+    """List the complete checkpoints, oldest first."""
+    selector = pafs.FileSelector(run.path, allow_not_found=True)
+    found = [
+        info.base_name
+        for info in run.filesystem.get_file_info(selector)
+        if info.type == pafs.FileType.Directory and step_of(info.base_name) is not None
+    ]
+    return sorted(name for name in found if is_complete(run, name))
+
+
+def newest(run: Location) -> str | None:
+    """Return the complete checkpoint with the most steps, or none."""
+    complete = names(run)
+    return complete[-1] if complete else None
+
+
+def download(run: Location, name: str, target: Path) -> Path:
+    """Return a local folder with a checkpoint's files: the place itself if it is local."""
+    if run.is_local:
+        return Path(run.file(name))
+    target.mkdir(parents=True, exist_ok=True)
+    _again(
+        lambda: pafs.copy_files(
+            run.file(name), str(target), source_filesystem=run.filesystem, use_threads=False
+        )
+    )
+    return target
+
+
+def repair(run: Location) -> None:
+    """Make the run's folder fit to go on after any kind of death.
+
+    Half-written parts are removed.  Ray Train's list of checkpoints, which it does not write
+    atomically, is removed if it cannot be read or names a folder that is gone; training then
+    resumes from the newest complete checkpoint all the same.
+    """
+    if run.is_local:
+        for part in Path(run.path).glob(".part-step-*"):
+            shutil.rmtree(part, ignore_errors=True)
+    if not run.exists(SNAPSHOT):
+        return
+    try:
+        listed = json.loads(run.read_bytes(SNAPSHOT))["checkpoint_results"]
+        missing = [
+            entry["checkpoint_dir_name"]
+            for entry in listed
+            if not run.exists(entry["checkpoint_dir_name"])
+        ]
+    except (ValueError, KeyError, TypeError):
+        missing = ["(unreadable)"]
+    if missing:
+        log.warning("the list of checkpoints in %s is damaged and is made anew", run.uri)
+        run.delete(SNAPSHOT)
+
+
+def _again(call: Callable[[], T]) -> T:
+    """Try a storage call a few times; a full disk is not tried again."""
+    return tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=5),
+        retry=tenacity.retry_if_exception(_may_pass),
+        reraise=True,
+    )(call)
+
+
+def _may_pass(error: BaseException) -> bool:
+    import errno
+
+    lasting = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR)
+    if isinstance(error, OSError) and error.errno in lasting:
+        return False
+    return isinstance(error, OSError | pa.ArrowException)
+
+
+def reason(error: BaseException) -> str:
+    """Return the cause of a storage error in a few words."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        return str(error.args[0][0][-1])
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def registered(run: Location) -> dict[str, dict[str, Any]]:
+    """Return the metrics of every checkpoint that Ray Train keeps, by name."""
+    if not run.exists(SNAPSHOT):
+        return {}
+    entries = json.loads(run.read_bytes(SNAPSHOT))["checkpoint_results"]
+    return {entry["checkpoint_dir_name"]: entry["metrics"] for entry in entries}

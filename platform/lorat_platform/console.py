@@ -1,0 +1,107 @@
+"""Lines from workers anywhere in the cluster, printed by the driver in order."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from typing import Any
+
+POLL_S = 0.25
+KEPT = 10_000
+
+
+class _Lines:
+    """The actor: keeps lines until the driver has fetched them."""
+
+    def __init__(self) -> None:
+        self._lines: list[tuple[int, str]] = []
+        self._dropped = 0
+
+    def write(self, level: int, line: str) -> None:
+        """Append a line."""
+        if len(self._lines) >= KEPT:
+            self._dropped += 1
+            return
+        self._lines.append((level, line))
+
+    def take(self) -> list[tuple[int, str]]:
+        """Return and forget all lines."""
+        lines, self._lines = self._lines, []
+        if self._dropped:
+            lines.append((logging.WARNING, f"{self._dropped} lines of the workers were dropped"))
+            self._dropped = 0
+        return lines
+
+
+class Console(logging.Handler):
+    """A logging handler that can be sent to any worker; what it gets is printed by the driver."""
+
+    def __init__(self, actor: Any) -> None:
+        super().__init__()
+        self.actor = actor
+        self.setFormatter(logging.Formatter("%(message)s"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Console, (self.actor,)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send a record of a worker's log."""
+        try:
+            self.actor.write.remote(record.levelno, self.format(record))
+        except Exception:
+            self.handleError(record)
+
+    def line(self, text: str) -> None:
+        """Send a line."""
+        self.actor.write.remote(logging.INFO, text)
+
+    def install(self, level: int = logging.INFO) -> None:
+        """Let the logs of both packages in this process go here."""
+        self.setLevel(level)
+        for name in ("lorat", "lorat_platform"):
+            logger = logging.getLogger(name)
+            logger.handlers = [h for h in logger.handlers if not isinstance(h, Console)]
+            logger.addHandler(self)
+            logger.setLevel(min(level, logging.INFO))
+            logger.propagate = False
+
+
+class ConsolePrinter:
+    """The driver's end: makes the actor, and prints in a thread while it is entered."""
+
+    def __init__(self) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(_Lines).options(num_cpus=0, scheduling_strategy=here).remote()
+        self.console = Console(actor)
+        self._log = logging.getLogger("lorat_platform.workers")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="console", daemon=True)
+
+    def __enter__(self) -> Console:
+        self._thread.start()
+        return self.console
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5.0)
+        with contextlib.suppress(Exception):  # the cluster may be gone; its error is told elsewhere
+            self._print()
+
+    def _loop(self) -> None:
+        import ray
+
+        while not self._stop.wait(POLL_S):
+            try:
+                self._print()
+            except ray.exceptions.RayError:
+                return
+
+    def _print(self) -> None:
+        import ray
+
+        for level, line in ray.get(self.console.actor.take.remote(), timeout=10.0):
+            self._log.log(level, "%s", line)

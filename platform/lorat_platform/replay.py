@@ -1,0 +1,84 @@
+"""Batches that gave a loss or gradient that is not finite: written, and tried again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from lorat import checkpoint
+from lorat.augment import augment, foreground_mask
+from lorat.errors import UserError
+from lorat_platform.checkpoint_store import reason
+
+if TYPE_CHECKING:
+    from lorat_platform.learner import Learner
+
+
+def dump(learner: Learner, batch: dict[str, np.ndarray], folder: Path) -> Path:
+    """Write the batch, the weights that it met, and where that was; return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: np.ascontiguousarray(v) for k, v in batch.items()}, folder / "batch.safetensors")
+    checkpoint.save(learner.model, learner.config, folder / "checkpoint")
+    content = {
+        "step": learner.step - 1,
+        "rank": learner.world.rank,
+        "pairs": batch["index"].tolist(),
+        "precision": str(learner.amp_dtype or torch.float32).removeprefix("torch."),
+    }
+    (folder / "dump.json").write_text(json.dumps(content, indent=2) + "\n")
+    return folder
+
+
+def replay(folder: Path) -> str:
+    """Run a dump forward and backward, pair by pair, and say which pairs are at fault.
+
+    Raises:
+        UserError: if the folder holds no dump.
+    """
+    try:
+        content = json.loads((folder / "dump.json").read_text())
+        arrays = load_file(folder / "batch.safetensors")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} holds no dump ({reason(error)}); give the folder that the message named."
+        ) from error
+    from lorat.criterion import Criterion
+
+    model = checkpoint.load(folder / "checkpoint")
+    variant, criterion = model.variant, Criterion()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device).train()
+    dtype = getattr(torch, content["precision"])
+    enabled = dtype is not torch.float32 and (device.type == "cuda" or dtype is torch.bfloat16)
+    lines = [f"step {content['step']}, worker {content['rank']}, {content['precision']}"]
+    broken = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
+    if broken:
+        lines.append(f"weights that are not finite: {', '.join(broken)}")
+    num_bad = 0
+    for row, pair in enumerate(content["pairs"]):
+        one = {k: torch.from_numpy(v[row : row + 1].copy()).to(device) for k, v in arrays.items()}
+        template, search, template_box, search_box = augment(one)
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype, enabled=enabled):
+            outputs = model(template, search, foreground_mask(template_box, variant))
+        losses = criterion(outputs, search_box / variant.search_size)
+        losses["loss"].backward()
+        gradients = [p.grad for p in model.trainable_parameters() if p.grad is not None]
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        fine = bool(torch.isfinite(losses["loss"]) and torch.isfinite(norm))
+        num_bad += not fine
+        if not fine:
+            lines.append(
+                f"pair {pair}: loss {float(losses['loss'].detach()):g}, gradient norm "
+                f"{float(norm):g}, template box {one['template_box'][0].tolist()}, search box "
+                f"{one['search_box'][0].tolist()}"
+            )
+    lines.append(
+        f"{num_bad} of {len(content['pairs'])} pairs give a loss or gradient that is not finite"
+    )
+    return "\n".join(lines)

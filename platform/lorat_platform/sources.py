@@ -1,0 +1,122 @@
+"""Which datasets a run draws its pairs from, and opening them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorat.config import TrainConfig
+from lorat.errors import UserError
+
+if TYPE_CHECKING:
+    from lorat.frame_index import FrameIndex
+    from lorat.pairs import PairSampler
+    from lorat.shards import ImageReader
+
+SYNTHETIC = "synthetic"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One dataset of a mixture."""
+
+    name: str
+    uri: str
+    weight: float = 1.0
+
+
+def parse_sources(text: str) -> tuple[Source, ...]:
+    """Read ``URI`` or ``NAME=URI,NAME=URI``, each with an optional ``*WEIGHT``.
+
+    Raises:
+        UserError: for an empty part, a weight that is no positive number, or a name given twice.
+    """
+    sources = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(?:([\w.-]+)=)?(.+?)(?:\*([^*/]*))?", part.strip())
+        if match is None:
+            raise UserError(
+                f"data is {text!r}, which has an empty part; give URI or NAME=URI,NAME=URI, each "
+                "with an optional *WEIGHT."
+            )
+        name, uri, weight = match.groups()
+        try:
+            number = 1.0 if weight is None else float(weight)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < float("inf"):
+            raise UserError(f"The weight of {uri} is {weight!r}; give a number above 0.")
+        sources.append(Source(name=name or _last_part(uri), uri=uri, weight=number))
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"data names {name} twice; give every dataset its own NAME=URI.")
+    return tuple(sources)
+
+
+def _last_part(uri: str) -> str:
+    path = uri.split("?")[0].rstrip("/")
+    return re.sub(r"[^\w.-]+", "-", path.rpartition("/")[2]) or "data"
+
+
+def resolve_sources(text: str, split: str) -> tuple[Source, ...]:
+    """Parse a mixture and make the synthetic dataset if it is named and missing.
+
+    Args:
+        text: as for :func:`parse_sources`; ``synthetic`` may stand for an address.
+        split: ``train`` or ``val``, of the synthetic dataset.
+    """
+    resolved = []
+    for source in parse_sources(text):
+        if source.uri == SYNTHETIC:
+            from lorat import synthetic
+
+            uri = synthetic.ensure(None, split)  # type: ignore[arg-type]
+            source = Source(name=source.name, uri=uri, weight=source.weight)
+        resolved.append(source)
+    return tuple(resolved)
+
+
+def open_indexes(sources: tuple[Source, ...]) -> list[FrameIndex]:
+    """Open the frame index of every source.
+
+    Raises:
+        UserError: if one is missing or damaged.
+    """
+    from lorat.frame_index import FrameIndex
+
+    return [FrameIndex.open(source.uri) for source in sources]
+
+
+def open_pairs(
+    config: TrainConfig, sources: tuple[Source, ...], *, seed: int | None = None
+) -> tuple[PairSampler, list[ImageReader]]:
+    """Open everything that :func:`lorat.pairs.load_pairs` needs; no torch is imported.
+
+    Args:
+        config: variant, sampling and augmentation.
+        sources: the mixture.
+        seed: instead of the configuration's.
+    """
+    from lorat.pairs import PairSampler
+    from lorat.shards import ImageReader
+
+    indexes = open_indexes(sources)
+    sampler = PairSampler(
+        indexes,
+        [source.weight for source in sources],
+        config.model_variant,
+        config.sampling,
+        config.augment,
+        config.seed if seed is None else seed,
+    )
+    return sampler, [ImageReader(index) for index in indexes]
+
+
+def fingerprints(sources: tuple[Source, ...]) -> dict[str, str]:
+    """Return name -> fingerprint of every dataset."""
+    return {
+        source.name: index.fingerprint
+        for source, index in zip(sources, open_indexes(sources), strict=True)
+    }

@@ -1,0 +1,435 @@
+"""The stream of training pairs: decoded by any CPU of the cluster, the same for any workers.
+
+One stream serves a whole run, since starting a Ray Data pipeline takes seconds.  Optimiser step k
+consumes exactly the pairs [k·B, (k+1)·B), B being the global batch, whatever the number W of
+workers; resuming at step k needs nothing but k.
+
+A row of the Ray dataset is a whole *block* of pairs, one tensor cell per array.  Row j goes to
+worker j mod W: with ``preserve_order`` and an equal ``streaming_split`` Ray Data deals rows round
+robin, however fast tasks and workers are.  That one row is one block also keeps Ray Data from
+cutting or merging blocks, and lets a single read task name all blocks of a run while it runs
+(one read task per block would take a millisecond each before the first batch).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from lorat.config import TrainConfig
+from lorat.variants import Variant
+from lorat_platform.console import Console
+from lorat_platform.sources import Source, open_pairs
+
+if TYPE_CHECKING:
+    from lorat.pairs import PairSampler
+    from lorat.shards import ImageReader
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, np.ndarray]
+
+PAIRS_PER_BLOCK = 128
+"""Pairs that a block aims at; with 32 the cost per task is felt (0.6 of the bare speed)."""
+BLOCK_BYTES = 48 * 2**20
+"""Most bytes of one block."""
+BLOCKS_AHEAD = 3
+"""Blocks that are kept decoded ahead, per worker, beside those in the making."""
+
+
+class BatchSource(Protocol):
+    """Where a training worker gets its batches from."""
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Yield this worker's part of every global step from ``start_step`` on.
+
+        A batch is what :func:`lorat.pairs.load_pairs` gives, without padding rows.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Which pairs are in which block; a pure function, so that every process agrees."""
+
+    batch_size: int
+    """Pairs in a global step, B."""
+    num_workers: int
+    """Workers W, at most B."""
+    start_step: int
+    end_step: int
+    pairs_per_block: int
+
+    @classmethod
+    def plan(cls, config: TrainConfig, num_workers: int, start_step: int, end_step: int) -> Layout:
+        """Choose the block length: whole steps of a worker, or a whole part of one."""
+        assert config.batch_size is not None
+        local = math.ceil(config.batch_size / num_workers)
+        limit = max(1, min(PAIRS_PER_BLOCK, BLOCK_BYTES // pair_bytes(config.model_variant)))
+        if local <= limit:
+            pairs = local * max(1, min(limit // local, end_step - start_step))
+        else:
+            pairs = math.ceil(local / math.ceil(local / limit))
+        return cls(
+            batch_size=config.batch_size,
+            num_workers=num_workers,
+            start_step=start_step,
+            end_step=end_step,
+            pairs_per_block=pairs,
+        )
+
+    @property
+    def local_batch(self) -> int:
+        """Rows of a step in a worker's blocks; workers with fewer pairs have padding."""
+        return math.ceil(self.batch_size / self.num_workers)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the whole stream, a multiple of W."""
+        rows = (self.end_step - self.start_step) * self.local_batch
+        return math.ceil(rows / self.pairs_per_block) * self.num_workers
+
+    def indices(self, block: int) -> np.ndarray:
+        """Return the pairs of a block, int64 (pairs_per_block,), -1 for padding."""
+        group, rank = divmod(block, self.num_workers)
+        position = group * self.pairs_per_block + np.arange(self.pairs_per_block, dtype=np.int64)
+        step = self.start_step + position // self.local_batch
+        first, last = local_range(self.batch_size, self.num_workers, rank)
+        pair = first + position % self.local_batch
+        inside = (pair < last) & (step < self.end_step)
+        return np.where(inside, step * self.batch_size + pair, -1)
+
+
+def local_range(batch_size: int, num_workers: int, rank: int) -> tuple[int, int]:
+    """Return the part [first, last) of a global batch that a worker takes; never empty."""
+    return rank * batch_size // num_workers, (rank + 1) * batch_size // num_workers
+
+
+def pair_bytes(variant: Variant) -> int:
+    """Return the bytes of one decoded pair."""
+    return 3 * (variant.template_size**2 + variant.search_size**2) + 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodePool:
+    """Processes that read, decode and crop."""
+
+    actors: int
+    threads: int
+    """Threads in each; OpenCV works outside Python's lock."""
+    num_cpus: float
+    """CPUs that each asks Ray for; 0 where the training workers ask for all."""
+    resources: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Custom resources that each asks for, such as a share of ``decode`` on CPU nodes."""
+
+    @classmethod
+    def plan(
+        cls,
+        *,
+        worker_cpus: float,
+        cluster_cpus: float,
+        decode_nodes: float = 0.0,
+        actors: int | None = None,
+        threads: int | None = None,
+    ) -> DecodePool:
+        """Fit the pool into what the training workers leave, and say so.
+
+        Workers that ask for every CPU would keep decode actors pending for ever, without an
+        error, so the actors then ask for none and share the CPUs.
+
+        Args:
+            worker_cpus: CPUs that all training workers together ask for.
+            cluster_cpus: CPUs of the cluster.
+            decode_nodes: amount of the custom resource ``decode`` in the cluster; if there is
+                any, actors run only on nodes that have it.
+            actors: instead of what fits.
+            threads: instead of what fits.
+        """
+        free = max(0.0, cluster_cpus - worker_cpus)
+        if decode_nodes:
+            actors = actors or max(1, int(decode_nodes))
+            pool = cls(
+                actors=actors,
+                threads=threads or 4,
+                num_cpus=0.0,
+                resources={"decode": decode_nodes / actors},
+            )
+            why = f"on nodes with the resource decode ({decode_nodes:g})"
+        elif free >= 1:
+            actors = actors or max(1, min(int(free), 64))
+            share = math.floor(100 * 0.9 * free / actors) / 100
+            pool = cls(actors=actors, threads=threads or max(1, round(free / actors)),
+                       num_cpus=min(share, 1.0))  # fmt: skip
+            why = f"with {pool.num_cpus:g} of {free:g} free CPUs each"
+        else:
+            actors = actors or max(1, int(cluster_cpus) // 2)
+            pool = cls(actors=actors, threads=threads or 2, num_cpus=0.0)
+            why = "sharing the CPUs of the training workers, which ask for all"
+        log.info("decoding: %d actors of %d threads, %s", pool.actors, pool.threads, why)
+        return pool
+
+
+class Decoder:
+    """Load pairs with the threads of one process.
+
+    Args:
+        sampler: draws the pairs.
+        readers: read its datasets' images.
+        threads: that share the pairs of a call.
+    """
+
+    def __init__(
+        self, sampler: PairSampler, readers: Sequence[ImageReader], threads: int = 1
+    ) -> None:
+        import cv2
+
+        cv2.setNumThreads(1)
+        self._sampler, self._readers = sampler, readers
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
+
+    def load(self, indices: np.ndarray) -> Batch:
+        """Return what :func:`lorat.pairs.load_pairs` gives."""
+        from lorat.pairs import load_pairs
+
+        if self._pool is None or len(indices) < 2:
+            return load_pairs(self._sampler, self._readers, indices)
+        parts = list(
+            self._pool.map(
+                lambda part: load_pairs(self._sampler, self._readers, part),
+                np.array_split(indices, min(self._threads, len(indices))),
+            )
+        )
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class BlockDecoder:
+    """Decode the blocks of a stream; one per decode actor."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        sources: tuple[Source, ...],
+        layout: Layout,
+        threads: int,
+        console: Console | None,
+    ) -> None:
+        if console is not None:
+            console.install(logging.WARNING)
+        self._layout = layout
+        self._decoder = Decoder(*open_pairs(config, sources), threads)
+
+    def __call__(self, row: Batch) -> Batch:
+        """Decode the one block that ``row`` names; every array gets a leading axis of 1."""
+        (block,) = row["block"].tolist()
+        return {k: v[None] for k, v in self._decoder.load(self._layout.indices(block)).items()}
+
+
+def split_stream(
+    config: TrainConfig,
+    sources: tuple[Source, ...],
+    layout: Layout,
+    pool: DecodePool,
+    console: Console | None = None,
+) -> list[Any]:
+    """Start the stream and return one iterator of blocks per worker, to be sent to them.
+
+    Args:
+        config: variant, sampling, augmentation, seed.
+        sources: the datasets.
+        layout: which pairs are in which block.
+        pool: who decodes.
+        console: where damaged images are named.
+    """
+    import ray.data
+    from ray.data import ActorPoolStrategy, DataContext
+
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = 1  # one row, one block
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    # What may be decoded ahead; without a limit it is half of the object store.
+    block = layout.pairs_per_block * pair_bytes(config.model_variant)
+    ahead = BLOCKS_AHEAD * layout.num_workers + 3 * pool.actors
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+        object_store_memory=2 * ahead * block
+    )
+    previous = DataContext.get_current()
+    DataContext._set_current(context)
+    try:
+        blocks = ray.data.read_datasource(
+            _block_numbers(layout.num_blocks),
+            override_num_blocks=1,
+            num_cpus=0,
+            memory=1,  # differs from the decoders' request, or Ray would fuse both into one task
+        )
+        dataset = blocks.map_batches(
+            BlockDecoder,
+            fn_constructor_args=(config, sources, layout, pool.threads, console),
+            batch_size=None,
+            compute=ActorPoolStrategy(size=pool.actors, max_tasks_in_flight_per_actor=2),
+            num_cpus=pool.num_cpus,
+            resources=pool.resources or None,
+        )
+        return dataset.streaming_split(layout.num_workers, equal=True)
+    finally:
+        DataContext._set_current(previous)
+
+
+def _block_numbers(count: int) -> Any:
+    """Return a Ray datasource whose single read task names the blocks 0, ..., count - 1."""
+    import pyarrow as pa
+    from ray.data import Datasource, ReadTask
+    from ray.data.block import BlockMetadata
+
+    class BlockNumbers(Datasource):
+        """All block numbers of a stream."""
+
+        def get_read_tasks(
+            self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+        ) -> list[Any]:
+            size = BlockMetadata(
+                num_rows=count, size_bytes=8 * count, input_files=None, exec_stats=None
+            )
+            return [ReadTask(lambda: (pa.table({"block": [i]}) for i in range(count)), size)]
+
+        def estimate_inmemory_data_size(self) -> int | None:
+            return 8 * count
+
+    return BlockNumbers()
+
+
+class RayStream:
+    """One worker's end of the stream, a :class:`BatchSource`.
+
+    It begins to fetch when it is made, so that the pipeline starts while the model is built.
+    """
+
+    def __init__(self, iterator: Any, layout: Layout, rank: int) -> None:
+        self._layout = layout
+        self._rank = rank
+        self._blocks: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=1)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._fetch, args=(iterator,), name="pair-stream", daemon=True
+        )
+        self._thread.start()
+
+    def _fetch(self, iterator: Any) -> None:
+        try:
+            rows = iterator.iter_batches(
+                batch_size=None, batch_format="numpy", prefetch_batches=BLOCKS_AHEAD - 1
+            )
+            for row in rows:
+                self._put({name: cell[0] for name, cell in row.items()})
+                if self._stop.is_set():
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException | None) -> None:
+        while not self._stop.is_set():
+            try:
+                self._blocks.put(item, timeout=0.5)
+            except queue.Full:
+                continue
+            return
+
+    def _take(self) -> Iterator[Batch]:
+        while (item := self._blocks.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """End the stream."""
+        self._stop.set()
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Yield this worker's batches; the stream was made for one starting step."""
+        if start_step != self._layout.start_step:
+            raise ValueError(f"the stream starts at {self._layout.start_step}, not {start_step}")
+        first, last = local_range(self._layout.batch_size, self._layout.num_workers, self._rank)
+        steps = self._layout.end_step - self._layout.start_step
+        try:
+            yield from rebatch(self._take(), self._layout.local_batch, last - first, steps)
+        finally:
+            self.close()
+
+
+def rebatch(
+    blocks: Iterator[Batch], rows_per_step: int, num_pairs: int, num_steps: int
+) -> Iterator[Batch]:
+    """Cut blocks into steps and drop the padding at the end of each; copies only across blocks."""
+    left: Batch | None = None
+    for _ in range(num_steps):
+        while left is None or len(left["index"]) < rows_per_step:
+            block = next(blocks, None)
+            if block is None:
+                raise RuntimeError("the pair stream ended early")
+            if left is None or len(left["index"]) == 0:
+                left = block
+            else:
+                left = {k: np.concatenate([v, block[k]]) for k, v in left.items()}
+        yield {k: v[:num_pairs] for k, v in left.items()}
+        left = {k: v[rows_per_step:] for k, v in left.items()}
+
+
+class LocalSource:
+    """Pairs decoded by threads of this process, a :class:`BatchSource` without Ray Data.
+
+    Args:
+        load: gives the pairs of an int64 array of indices, such as ``Decoder.load``.
+        batch_size: pairs in a global step.
+        end_step: where the run ends.
+        rank: this worker, of ``num_workers``.
+        threads: batches that are loaded at the same time, ahead of the consumer.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[np.ndarray], Batch],
+        *,
+        batch_size: int,
+        end_step: int,
+        rank: int = 0,
+        num_workers: int = 1,
+        threads: int = 2,
+    ) -> None:
+        self._load = load
+        self._batch_size = batch_size
+        self._end_step = end_step
+        self._range = local_range(batch_size, num_workers, rank)
+        self._threads = threads
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Yield this worker's batches, loaded ahead in order."""
+        first, last = self._range
+        steps = range(start_step, self._end_step)
+
+        def load(step: int) -> Batch:
+            base = step * self._batch_size
+            return self._load(np.arange(base + first, base + last))
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            ahead = [pool.submit(load, step) for step in steps[: self._threads + 1]]
+            try:
+                for step in steps:
+                    batch = ahead.pop(0).result()
+                    following = step + self._threads + 1
+                    if following < self._end_step:
+                        ahead.append(pool.submit(load, following))
+                    yield batch
+            finally:
+                for waiting in ahead:
+                    waiting.cancel()

@@ -1,0 +1,241 @@
+"""What one training worker does, whatever started it and wherever its batches come from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lorat.complexity import describe
+from lorat.config import TrainConfig
+from lorat.errors import UserError
+from lorat_platform.learner import Learner, StepResult, World
+from lorat_platform.stream import BatchSource
+from lorat_platform.telemetry import PARTS, memory_bytes, peak_flops, summarise
+
+log = logging.getLogger(__name__)
+
+FEWEST_IMAGES = 500
+"""Images that are read before their damaged share can stop the training."""
+
+
+@dataclass(kw_only=True)
+class Hooks:
+    """What happens around the steps.  Every worker calls every hook."""
+
+    log_every: int = 20
+    """Steps in a reporting interval."""
+    on_interval: Callable[[int, dict[str, float]], bool | None] | None = None
+    """Called with (steps taken, metrics of the interval over all workers); true ends the loop,
+    and must be the same on every worker."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; none means only at the end."""
+    on_checkpoint: Callable[[Learner, dict[str, float]], None] | None = None
+    """Called when a checkpoint is due, at the end too, with the last interval's metrics."""
+    on_step: Callable[[int], bool | None] | None = None
+    """Called after every step with the steps taken; true asks for a checkpoint now."""
+    dump_folder: Path | None = None
+    """Where a batch that gives a loss or gradient that is not finite is written."""
+
+
+@dataclass
+class _Interval:
+    """Sums since the last report."""
+
+    steps: int = 0
+    pairs: int = 0
+    skipped: int = 0
+    losses: torch.Tensor = field(default_factory=lambda: torch.zeros(3))
+    grad_norm: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    damaged: int = 0
+    images: int = 0
+    bytes_read: int = 0
+
+
+def run(
+    config: TrainConfig,
+    source: BatchSource,
+    *,
+    world: World | None = None,
+    hooks: Hooks | None = None,
+    learner: Learner | None = None,
+    end_step: int | None = None,
+) -> Learner:
+    """Train until ``end_step`` or until a hook ends it.
+
+    Args:
+        config: resolved.
+        source: this worker's batches.
+        world: this worker's place.
+        hooks: reports, checkpoints, stopping.
+        learner: to go on with; none means a new one from ``config``.
+        end_step: optimiser steps at the end; none means ``config.total_steps``.
+
+    Raises:
+        UserError: if too many images are damaged, or a loss is not finite and the configuration
+            says to stop.
+    """
+    world = world or World()
+    hooks = hooks or Hooks()
+    learner = learner or Learner(config, world=world)
+    end_step = config.total_steps if end_step is None else end_step
+    clock = learner.clock
+    flops = float(describe(config.model_variant, config).train_flops)
+    peak, _ = peak_flops(world.device)
+    interval = _Interval()
+    damaged_total = images_total = 0
+    metrics: dict[str, float] = {}
+    saved_step = learner.step if learner.step else -1
+    batches = iter(source.batches(learner.step))
+    stop = False
+    clock.reset()
+    while learner.step < end_step and not stop:
+        with clock.part("data"):
+            batch = next(batches)
+        _count(interval, batch)
+        with clock.part("copy"):
+            on_device = learner.to_device(batch)
+        result = learner.train_step(on_device)
+        _add(interval, result, world.device)
+        if not result.finite:
+            _handle_nonfinite(learner, batch, hooks, world)
+        save_now = bool(hooks.on_step and hooks.on_step(learner.step))
+        due = learner.step % hooks.log_every == 0 or learner.step == end_step
+        if due:
+            metrics = _report(interval, learner, world, flops, peak)
+            damaged_total += int(metrics.pop("_damaged"))
+            images_total += int(metrics.pop("_images"))
+            metrics["data/damaged_share"] = damaged_total / max(images_total, 1)
+            _check_damage(config, damaged_total, images_total)
+            interval = _Interval()
+            stop = bool(hooks.on_interval and hooks.on_interval(learner.step, metrics))
+        every = hooks.checkpoint_every
+        at_end = learner.step == end_step or stop
+        wanted = at_end or save_now or (every is not None and learner.step % every == 0)
+        if wanted and hooks.on_checkpoint and saved_step != learner.step:
+            with clock.part("checkpoint"):
+                hooks.on_checkpoint(learner, metrics)
+            saved_step = learner.step
+    if hasattr(batches, "close"):
+        batches.close()
+    return learner
+
+
+def _count(interval: _Interval, batch: dict[str, np.ndarray]) -> None:
+    interval.damaged += int(batch["damaged"].sum())
+    interval.images += 2 * len(batch["index"]) + int(batch["damaged"].sum())
+    interval.bytes_read += int(batch["bytes_read"].sum())
+
+
+def _add(interval: _Interval, result: StepResult, device: torch.device) -> None:
+    interval.steps += 1
+    interval.pairs += result.num_pairs
+    interval.skipped += not result.finite
+    if result.finite:
+        losses = torch.stack([result.loss, result.loss_cls, result.loss_reg])
+        interval.losses = interval.losses.to(device) + losses
+        interval.grad_norm = interval.grad_norm.to(device) + torch.where(
+            torch.isfinite(result.grad_norm), result.grad_norm, 0.0
+        )
+
+
+def _report(
+    interval: _Interval, learner: Learner, world: World, flops: float, peak: float
+) -> dict[str, float]:
+    """Sum the interval over the workers and turn it into metrics; a collective call."""
+    wall_s, parts_s = learner.clock.read()
+    memory = memory_bytes(world.device)
+    sums = torch.tensor(
+        [
+            float(interval.pairs),
+            float(interval.damaged),
+            float(interval.images),
+            float(interval.bytes_read),
+            wall_s,
+            *(parts_s[name] for name in PARTS),
+            *memory.values(),
+        ],
+        dtype=torch.float64,
+    )
+    values = torch.cat([sums.to(world.device), interval.losses.to(world.device).double()])
+    if world.size > 1:
+        dist.all_reduce(values)
+    numbers = values.tolist()
+    pairs, damaged, images, num_bytes, wall_s = numbers[:5]
+    parts = {k: v / world.size for k, v in zip(PARTS, numbers[5:], strict=False)}
+    held = numbers[5 + len(PARTS) : 5 + len(PARTS) + len(memory)]
+    counted = max(interval.steps - interval.skipped, 1)
+    loss, loss_cls, loss_reg = (v / (counted * world.size) for v in numbers[-3:])
+    metrics = {
+        "train/loss": loss,
+        "train/loss_cls": loss_cls,
+        "train/loss_reg": loss_reg,
+        "train/grad_norm": float(interval.grad_norm) / counted,
+        "train/lr": learner.optimizer.param_groups[0]["lr"],
+        "train/skipped_steps": float(learner.num_skipped),
+        "train/epoch": learner.step / learner.config.steps_per_epoch,
+        "data/bytes_per_pair": num_bytes / max(pairs, 1),
+        "_damaged": damaged,
+        "_images": images,
+    }
+    if learner.scaler is not None:
+        metrics["train/loss_scale"] = float(learner.scaler.get_scale())
+    metrics |= summarise(
+        wall_s=wall_s / world.size,
+        parts_s=parts,
+        num_steps=interval.steps,
+        num_pairs=int(pairs),
+        num_workers=world.size,
+        flops_per_pair=flops,
+        peak=peak,
+    )
+    metrics |= {f"memory_gb/{k}": v / world.size / 2**30 for k, v in zip(memory, held, strict=True)}
+    return metrics
+
+
+def _check_damage(config: TrainConfig, damaged: int, images: int) -> None:
+    if images >= FEWEST_IMAGES and damaged > config.max_damaged * images:
+        raise UserError(
+            f"{damaged} of {images} images are damaged, more than the allowed share "
+            f"{config.max_damaged:g} (max_damaged); their names are in the log: ingest the data "
+            "again, or check it with 'python jobs/ingest.py verify URI'."
+        )
+
+
+def _handle_nonfinite(
+    learner: Learner, batch: dict[str, np.ndarray], hooks: Hooks, world: World
+) -> None:
+    step = learner.step - 1
+    first, last = int(batch["index"].min()), int(batch["index"].max())
+    where = ""
+    if hooks.dump_folder is not None:
+        from lorat_platform.replay import dump
+
+        folder = dump(learner, batch, hooks.dump_folder / f"step-{step:08d}-rank-{world.rank}")
+        where = f"; replay it with: python jobs/train.py --replay {folder}"
+    message = (
+        f"The loss or a gradient is not finite at step {step} (pairs {first} to {last}){where}"
+    )
+    if learner.config.nonfinite == "stop":
+        raise UserError(f"{message}; --nonfinite skip leaves such steps out.")
+    log.warning("%s; the step is left out", message)
+
+
+def metrics_line(step: int, end_step: int, metrics: dict[str, Any], seconds_left: float) -> str:
+    """Write the steady progress line: step, loss, samples/s, time left."""
+    from lorat_platform.telemetry import duration
+
+    width = len(str(end_step))
+    return (
+        f"step {step:{width}d}/{end_step}  loss {metrics['train/loss']:.4f}  "
+        f"lr {metrics['train/lr']:.2e}  grad {metrics['train/grad_norm']:.2f}  "
+        f"{metrics['throughput/samples_per_s']:.1f} samples/s  "
+        f"stall {100 * metrics['throughput/data_stall_share']:.0f} %  "
+        f"left {duration(seconds_left)}"
+    )

@@ -1,0 +1,162 @@
+"""Validation of a checkpoint beside the training: pair loss and real tracking."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lorat import checkpoint
+from lorat.augment import augment, foreground_mask
+from lorat.config import TrainConfig
+from lorat.criterion import Criterion
+from lorat.frame_index import FrameIndex
+from lorat.metrics import evaluate as score
+from lorat.one_pass import track_sequences
+from lorat.shards import ImageReader
+from lorat.tracker import Tracker
+from lorat_platform.console import Console
+from lorat_platform.sources import Source
+from lorat_platform.stream import Decoder
+
+if TYPE_CHECKING:
+    from lorat.model import LoRAT
+    from lorat_platform.tracking import Recorder
+
+log = logging.getLogger(__name__)
+
+VALIDATION_SEED = 1_000_003
+"""Seed of the held-out pairs, the same in every run."""
+CHUNK = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationPlan:
+    """What a validation does."""
+
+    config: TrainConfig
+    sources: tuple[Source, ...]
+    num_pairs: int
+    """Held-out pairs whose loss is taken; 0 for none."""
+    num_sequences: int
+    """Sequences tracked, spread evenly over the set; 0 for none."""
+    threads: int = 1
+
+
+def validate(model: LoRAT, plan: ValidationPlan) -> dict[str, float]:
+    """Return ``val/loss``, and ``val/ao``, ``val/sr50``, ``val/sr75`` of tracking."""
+    metrics: dict[str, float] = {}
+    if plan.num_pairs:
+        metrics |= pair_loss(model, plan)
+    if plan.num_sequences:
+        metrics |= tracking_scores(model, plan)
+    return metrics
+
+
+def pair_loss(model: LoRAT, plan: ValidationPlan) -> dict[str, float]:
+    """Return the loss on the first held-out pairs, prepared as for training."""
+    from lorat_platform.sources import open_pairs
+
+    sampler, readers = open_pairs(plan.config, plan.sources, seed=VALIDATION_SEED)
+    decoder = Decoder(sampler, readers, plan.threads)
+    device = next(model.parameters()).device
+    criterion, variant = Criterion(), model.variant
+    sums, positives = np.zeros(3), 0.0
+    model.eval()
+    with torch.inference_mode():
+        for first in range(0, plan.num_pairs, CHUNK):
+            arrays = decoder.load(np.arange(first, min(first + CHUNK, plan.num_pairs)))
+            tensors = {
+                name: torch.from_numpy(value).to(device)
+                for name, value in arrays.items()
+                if name in ("template", "search", "template_box", "search_box", "augment")
+            }
+            template, search, template_box, search_box = augment(tensors)
+            outputs = model(template, search, foreground_mask(template_box, variant))
+            one = torch.ones((), device=device)
+            box_norm = search_box / variant.search_size
+            losses = criterion(outputs, box_norm, num_positive=one)
+            sums += [float(losses[k]) for k in ("loss", "loss_cls", "loss_reg")]
+            positives += float(criterion.count_positives(box_norm, variant.search_grid))
+    loss, loss_cls, loss_reg = sums / max(positives, 1.0)
+    return {"val/loss": loss, "val/loss_cls": loss_cls, "val/loss_reg": loss_reg}
+
+
+def tracking_scores(model: LoRAT, plan: ValidationPlan) -> dict[str, float]:
+    """Track validation sequences from their first boxes and return the mean scores."""
+    from lorat_platform.evaluation import ground_truth
+
+    predictions, truths = {}, {}
+    tracker = Tracker(model, device=next(model.parameters()).device)
+    share = -(-plan.num_sequences // len(plan.sources))
+    for source in plan.sources:
+        index = FrameIndex.open(source.uri)
+        tracks = evenly(usable_tracks(index), share)
+        results = track_sequences(
+            tracker, index, ImageReader(index), tracks, decode_threads=plan.threads
+        )
+        for result in results:
+            name = f"{source.name}/{result.name}"
+            predictions[name] = result.boxes
+            truths[name] = ground_truth(index, result.track)
+    scores = score(predictions, truths).scores
+    return {"val/ao": scores["AO"], "val/sr50": scores["SR0.5"], "val/sr75": scores["SR0.75"]}
+
+
+def usable_tracks(index: FrameIndex) -> list[int]:
+    """List the tracks whose first frame has a usable box."""
+    first = index.track_start[:-1]
+    fine = np.isfinite(index.box[first]).all(axis=1) & index.valid[first]
+    return np.flatnonzero(fine).tolist()
+
+
+def evenly(items: Sequence[int], count: int) -> list[int]:
+    """Return at most ``count`` items, spread over all."""
+    if count >= len(items):
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointValidation:
+    """The function that Ray Train runs as a task of its own for a checkpoint."""
+
+    plan: ValidationPlan
+    run: Recorder | None
+    console: Console | None
+
+    def __call__(self, checkpoint: Any) -> dict[str, float]:
+        """Validate a Ray Train checkpoint and return its metrics."""
+        try:
+            with checkpoint.as_directory() as folder:
+                return self.of_folder(Path(folder))
+        except Exception as error:
+            if self.console is not None:
+                self.console.line(f"the validation of {checkpoint.path} failed: {error!r}")
+            raise
+
+    def of_folder(self, folder: Path) -> dict[str, float]:
+        """Validate the checkpoint in a local folder, and tell MLflow and the console."""
+        torch.set_num_threads(self.plan.threads)
+        began = time.perf_counter()
+        step = json.loads((folder / "training_state.json").read_text())["step"]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        metrics = validate(checkpoint.load(folder).to(device), self.plan)
+        metrics["val/seconds"] = time.perf_counter() - began
+        if self.run is not None:
+            self.run.log_metrics(metrics, step)
+        if self.console is not None:
+            shown = {k.removeprefix("val/"): v for k, v in metrics.items() if k != "val/seconds"}
+            text = "  ".join(
+                f"{k} {shown[k]:.4f}" for k in ("loss", "ao", "sr50", "sr75") if k in shown
+            )
+            took = metrics["val/seconds"]
+            self.console.line(f"validation of step {step}: {text}  ({took:.0f} s)")
+        return metrics
