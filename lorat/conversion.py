@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,12 +229,18 @@ def _pictures(
             yield t, "the image is missing"
             continue
         try:
-            data = Path(path).read_bytes()
-            yield t, (decode_complete(data), data if is_jpeg(data) else None)
+            state = os.stat(path)
+            yield t, _read_picture(path, state.st_mtime_ns, state.st_size)
         except DamagedImage as error:
             yield t, f"the image is damaged: {error}"
         except OSError as error:
             yield t, f"the image cannot be read: {error.strerror}"
+
+
+@functools.lru_cache(maxsize=1)  # several targets of one image follow each other
+def _read_picture(path: str, mtime_ns: int, size: int) -> tuple[np.ndarray, bytes | None]:
+    data = Path(path).read_bytes()
+    return decode_complete(data), data if is_jpeg(data) else None
 
 
 def _video_pictures(

@@ -1,0 +1,129 @@
+"""``jobs/ingest.py`` as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import pytest
+
+from lorat.frame_index import FrameIndex
+from tests.lorat import layouts
+
+ROOT = Path(__file__).parents[2]
+REAL_DATA = Path(os.environ.get("LORAT_REAL_DATA", ROOT.parent / "shared" / "data"))
+JOB = [sys.executable, str(ROOT / "jobs" / "ingest.py")]
+
+
+def environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*JOB, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(), timeout=300, check=False
+    )
+
+
+@pytest.mark.skipif(not (REAL_DATA / "sequences").is_dir(), reason=f"no {REAL_DATA}/sequences")
+def test_real_sequences_are_ingested_verified_reindexed_and_shown(tmp_path: Path) -> None:
+    root = tmp_path / "got"
+    root.mkdir()
+    for split in ("train", "val"):
+        (root / split).symlink_to(REAL_DATA / "sequences")
+    (tmp_path / "names.txt").write_text("Crossing\nCouple\nball1\n")
+    uri = tmp_path / "shards"
+    done = run(
+        "got10k", "--source", root, "--output", uri, "--include-list", tmp_path / "names.txt"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 tracks, 365 frames" in done.stdout
+    index = FrameIndex.open(uri)
+    assert index.storage == "window"
+
+    checked = run("verify", uri)
+    assert checked.returncode == 0, checked.stderr
+    assert "365 images" in checked.stdout
+
+    for file in uri.glob("index-*/*"):
+        file.unlink()
+    assert run("reindex", uri).returncode == 0
+    assert FrameIndex.open(uri).fingerprint == index.fingerprint
+
+    shown = run("preview", uri, "--output", tmp_path / "grid.png", "--num-pairs", 3)
+    assert shown.returncode == 0, shown.stderr
+    assert cv2.imread(str(tmp_path / "grid.png")).shape[0] > 3 * 224
+
+    shard = next(uri.glob("shard-*.parquet"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    shard.write_bytes(data)
+    damaged = run("verify", uri)
+    assert damaged.returncode == 1
+    assert shard.name in damaged.stdout
+
+
+def test_an_interrupt_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    root = tmp_path / "source"
+    names = [f"GOT-10k_Train_{n:06d}" for n in range(1, 161)]
+    picture = tmp_path / "frame.jpg"
+    layouts.write_image(picture, 1, (1280, 720))
+    for name in names:
+        (root / "train" / name).mkdir(parents=True)
+        for t in range(5):
+            (root / "train" / name / f"{t + 1:08d}.jpg").symlink_to(picture)
+        layouts.write_rows(root / "train" / name / "groundtruth.txt", layouts.boxes(5))
+    (root / "train" / "list.txt").write_text("\n".join(names))
+    uri = tmp_path / "out"
+    command = ["got10k", "--source", str(root), "--output", str(uri)]
+    job = subprocess.Popen(
+        [*JOB, *command], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(uri.glob("shard-*.parquet")) and time.monotonic() < deadline:
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 130, errors
+    assert "Traceback" not in errors
+    made = {p.name: p.stat().st_mtime_ns for p in uri.glob("_ingest/receipt-*.arrow")}
+    assert 0 < len(made) < 54
+
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(made)} of 54 shards are already there" in done.stdout
+    assert FrameIndex.open(uri).num_frames == 160 * 5
+    assert sorted(p.suffix for p in uri.iterdir() if p.is_file()).count(".parquet") == 54
+    assert not [p for p in uri.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "/nowhere/at/all"], "no dataset at /nowhere/at/all"),
+        (["preview", "/nowhere/at/all"], "no dataset"),
+        (["got10k", "--output", "x"], "--source"),
+        (["got10k", "--source", ".", "--output", "x", "--variant", "Q-1"], "no variant Q-1"),
+        (["got11k", "--source", ".", "--output", "x"], "got11k"),
+    ],
+)
+def test_a_users_error_is_one_sentence(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_help_names_every_dataset() -> None:
+    printed = run("--help").stdout
+    for name in ("got10k", "lasot_ext", "trackingnet", "video", "verify", "reindex", "preview"):
+        assert name in printed
+    assert "Folder of the dataset as published" in run("coco", "--help").stdout
