@@ -165,11 +165,11 @@ import os, sys, types
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "platform")!r}, {str(ROOT / "infra")!r}]
 from lorat_platform import cluster
 cluster.connect("local", num_cpus=1)
-import ray, small_cluster
-ray.get(ray.remote(int).remote())
-processes = small_cluster.Processes(small_cluster.Path("."), {{}})
-processes.running["this"] = types.SimpleNamespace(pid=os.getpid())
-print(sorted(processes.listening()["this"]))
+import ray, processes
+ray.get(ray.remote(lambda: 1).remote())
+started = processes.Processes(processes.Path("."), {{}})
+started.running["this"] = types.SimpleNamespace(pid=os.getpid())
+print(sorted(started.listening()["this"]))
 cluster.disconnect()
 """
     printed = subprocess.run(

@@ -1,0 +1,156 @@
+"""Servers of a test as processes: started with their own log, watched, and stopped by their id."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+
+class Failure(Exception):
+    """What went wrong, in one sentence."""
+
+
+def say(message: str) -> None:
+    """Print a line with the seconds since the start."""
+    print(f"[{time.monotonic() - STARTED:6.1f} s] {message}", flush=True)
+
+
+STARTED = time.monotonic()
+
+
+def free_port() -> int:
+    """Return a port of the loopback address that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def family(pid: int) -> list[int]:
+    """Return a process and all its descendants."""
+    children: dict[int, list[int]] = {}
+    for stat in glob.glob("/proc/[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = Path(stat).read_text().rpartition(")")[2].split()
+            children.setdefault(int(fields[1]), []).append(int(stat.split("/")[2]))
+    members = [pid]
+    for member in members:
+        members += children.get(member, [])
+    return members
+
+
+def wait_for(what: str, ready: Callable[[], bool], *, seconds: float) -> None:
+    """Poll until ``ready`` is true.
+
+    Raises:
+        Failure: if it is not in time.
+    """
+    end = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > end:
+            raise Failure(f"{what} took longer than {seconds:.0f} s.")
+        time.sleep(0.5)
+
+
+def answers(url: str) -> bool:
+    """Tell whether a server answers at all."""
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+class Processes:
+    """Started processes by name, each with its own log file and process group."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        self.environment = environment
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, *command: str | Path, user: str | None = None) -> None:
+        """Start a process; its output goes to ``NAME.log``."""
+        with open(self.folder / f"{name}.log", "wb") as log:
+            self.running[name] = subprocess.Popen(
+                [str(word) for word in command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                cwd=self.folder,
+                user=user,
+                start_new_session=True,
+            )
+
+    def run(self, *command: str | Path, user: str | None = None) -> str:
+        """Run a command to its end and return what it printed.
+
+        Raises:
+            Failure: if it fails.
+        """
+        result = subprocess.run(
+            [str(word) for word in command],
+            capture_output=True,
+            text=True,
+            env=self.environment,
+            cwd=self.folder,
+            user=user,
+        )
+        if result.returncode:
+            raise Failure(f"{command[0]} failed: {result.stdout[-2000:]}{result.stderr[-2000:]}")
+        return result.stdout
+
+    def kill(self, name: str) -> None:
+        """Kill a process and all its descendants at once, as a lost machine would."""
+        for pid in family(self.running.pop(name).pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def listening(self) -> dict[str, set[str]]:
+        """Return the addresses on which each process and its descendants listen."""
+        by_inode: dict[str, str] = {}
+        for table in ("tcp", "tcp6"):
+            for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A":
+                    by_inode[f"socket:[{fields[9]}]"] = _readable(fields[1].partition(":")[0])
+        found: dict[str, set[str]] = {}
+        for name, process in self.running.items():
+            for pid in family(process.pid):
+                for handle in glob.glob(f"/proc/{pid}/fd/*"):
+                    with contextlib.suppress(OSError):
+                        address = by_inode.get(os.readlink(handle))
+                        if address:
+                            found.setdefault(name, set()).add(address)
+        return found
+
+    def stop(self) -> None:
+        """Stop everything, the last first."""
+        for name, process in reversed(self.running.items()):
+            members = family(process.pid)
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=15)
+            for pid in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+            say(f"stopped {name}")
+
+
+def _readable(address: str) -> str:
+    """Turn the hexadecimal address of /proc/net/tcp into the usual notation."""
+    packed = b"".join(bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8))
+    family_ = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
+    return socket.inet_ntop(family_, packed)

@@ -1,0 +1,29 @@
+"""A real cluster on this machine: see the script."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.timeout(660)
+def test_a_training_survives_the_loss_of_a_node_and_registers_its_model() -> None:
+    if not glob.glob("/usr/lib/postgresql/*/bin/initdb") and os.geteuid() != 0:
+        pytest.skip("PostgreSQL is not installed and only root can install it")
+    before = set(glob.glob("/tmp/lorat-small-*"))
+    result = subprocess.run(
+        [sys.executable, ROOT / "infra" / "small_cluster.py"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
+    assert "the node train2 is killed" in result.stdout
+    seconds = float(re.findall(r"\[ *([\d.]+) s\] done", result.stdout)[0])
+    assert seconds < 600
+    assert set(glob.glob("/tmp/lorat-small-*")) <= before
