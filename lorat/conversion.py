@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from lorat import shards, storage
+from lorat import shard_rows, shards, storage
 from lorat.datasets.records import Findings, Recording
 from lorat.frame_index import FrameIndex, Storage, write_index
 from lorat.images import DamagedImage, decode_complete, encode_jpeg, is_jpeg, mean_rgb
@@ -303,7 +303,7 @@ def write_dataset(
             flush()
     if pending:
         flush()
-    columns, track_start, sequences, categories = shards.index_columns(tables)
+    columns, track_start, sequences, categories = shard_rows.index_columns(tables)
     return write_index(
         location,
         columns=columns,

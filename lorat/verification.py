@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lorat import shards, storage
+from lorat import shard_rows, storage
 from lorat.conversion import usable
 from lorat.errors import UserError
 from lorat.frame_index import FRAME_COLUMNS, FrameIndex, content_fingerprint, write_index
@@ -48,9 +48,9 @@ def read_shard(uri: str, file: str) -> tuple[dict[str, Any], dict[str, Any], pa.
     location = storage.locate(uri)
     where = storage.join(location.uri, file)
     with location.filesystem.open_input_file(location.file(file)) as handle:
-        info = shards.shard_info(handle, where)
+        info = shard_rows.shard_info(handle, where)
         try:
-            rows = shards.read_rows(handle)
+            rows = shard_rows.read_rows(handle)
         except (ValueError, OSError) as error:
             raise UserError(f"{where} is damaged: {error}; ingest the dataset again.") from error
         entry = {"file": file, "bytes": handle.size(), "rows": rows.num_rows}
@@ -85,7 +85,7 @@ def index_shards(
     tables: list[pa.Table],
 ) -> FrameIndex:
     """Write the index of shards whose rows are known; the order is that of the shards."""
-    columns, track_start, sequences, categories = shards.index_columns(tables)
+    columns, track_start, sequences, categories = shard_rows.index_columns(tables)
     return write_index(
         location,
         columns=columns,
@@ -130,14 +130,14 @@ def verify_shard(uri: str, number: int) -> list[Problem]:
         for row in rows:
             problems += _check_image(index, int(row), handle)
         try:
-            shards.shard_info(handle, file)
-            table = shards.read_rows(handle)
+            shard_rows.shard_info(handle, file)
+            table = shard_rows.read_rows(handle)
         except (UserError, ValueError, OSError) as error:
             return [*problems, Problem(where=file, what=f"Parquet cannot read it: {error}")]
     if table.num_rows != len(rows):
         what = f"the shard has {table.num_rows} rows, the index {len(rows)}"
         return [*problems, Problem(where=file, what=what)]
-    columns = shards.index_columns([table])[0]
+    columns = shard_rows.index_columns([table])[0]
     for name in FRAME_COLUMNS:
         if name == "shard":
             continue

@@ -9,7 +9,14 @@ from typing import ClassVar, Literal
 import cv2
 import numpy as np
 
-from lorat.datasets import labels
+from lorat.datasets.labels import (
+    align_in_order,
+    align_numbered,
+    list_images,
+    natural_key,
+    read_rows,
+    xyxy_from_xywh,
+)
 from lorat.datasets.records import Entry, Findings, Recording, Source
 from lorat.errors import UserError
 
@@ -37,10 +44,10 @@ class _OwnData(Source):
         """Read the boxes as xyxy, 0-based; a row of zeros means that the target is absent."""
         if not file.is_file():
             raise UserError(f"There is no annotation file {file}; give it with --annotation.")
-        rows = labels.read_rows(file, 4, sequence, findings)
+        rows = read_rows(file, 4, sequence, findings)
         absent = (rows == 0).all(axis=1)
         if self.box_format == "xywh":
-            box = labels.xyxy_from_xywh(rows, one_based=self.one_based)
+            box = xyxy_from_xywh(rows, one_based=self.one_based)
         else:
             box = rows - (1.0 if self.one_based else 0.0)
         box[absent] = np.nan
@@ -56,7 +63,7 @@ class Folder(_OwnData):
     def entries(self, findings: Findings) -> list[Entry]:
         """Return the folder as one sequence."""
         root = self.folder()
-        if not labels.list_images(root):
+        if not list_images(root):
             raise self.wrong_layout("image files (.jpg, .png, .bmp), one per frame", root)
         truth = self.annotation or next(
             (root / n for n in _TRUTH_NAMES if (root / n).is_file()), root / _TRUTH_NAMES[0]
@@ -72,10 +79,10 @@ class Folder(_OwnData):
     def load(self, entry: Entry, findings: Findings) -> list[Recording]:
         """Read the sequence."""
         box = self.read_box(Path(entry.values), entry.name, findings)
-        images = labels.list_images(self.source)
+        images = list_images(self.source)
         numbered = all(Path(p).stem.isdigit() for p in images)
         first = int(Path(images[0]).stem) if numbered else 1
-        align = labels.align_numbered if numbered else labels.align_in_order
+        align = align_numbered if numbered else align_in_order
         aligned = align(images, len(box), first, entry.name, findings)
         if aligned is None:
             return []
@@ -106,7 +113,7 @@ class Video(_OwnData):
             folder = self.folder()
             files = sorted(
                 (p for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES),
-                key=lambda p: labels.natural_key(p.name),
+                key=lambda p: natural_key(p.name),
             )
             if not files:
                 raise self.wrong_layout("video files and an annotation .txt beside each", folder)

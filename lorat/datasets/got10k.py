@@ -8,7 +8,15 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from lorat.datasets import labels
+from lorat.datasets.labels import (
+    align_numbered,
+    first_box_only,
+    list_folders,
+    list_images,
+    read_flags,
+    read_rows,
+    xyxy_from_xywh,
+)
 from lorat.datasets.records import Entry, Findings, Recording, Source, read_lines
 from lorat.errors import UserError
 
@@ -36,7 +44,7 @@ class Got10k(Source):
         if list_file.is_file():
             names = read_lines(list_file)
         else:
-            present = labels.list_folders(folder)
+            present = list_folders(folder)
             names = [n for n in present if (folder / n / "groundtruth.txt").is_file()]
             if names:
                 findings.add("", "repaired", f"{self.split}/list.txt is missing; folders are used")
@@ -67,17 +75,17 @@ class Got10k(Source):
         if not truth.is_file():
             findings.add(name, "dropped", "groundtruth.txt is missing")
             return []
-        box = labels.xyxy_from_xywh(labels.read_rows(truth, 4, name, findings))
-        images = labels.list_images(folder)
+        box = xyxy_from_xywh(read_rows(truth, 4, name, findings))
+        images = list_images(folder)
         if self.split == "test" and len(box) <= 1:
-            box = labels.first_box_only(box, len(images))
-        aligned = labels.align_numbered(images, len(box), 1, name, findings)
+            box = first_box_only(box, len(images))
+        aligned = align_numbered(images, len(box), 1, name, findings)
         if aligned is None:
             return []
         paths, numbers = aligned
         count = len(paths)
-        absent = labels.read_flags(folder / "absence.label", len(box), name, findings, default=0)
-        cover = labels.read_flags(folder / "cover.label", len(box), name, findings, default=8)
+        absent = read_flags(folder / "absence.label", len(box), name, findings, default=0)
+        cover = read_flags(folder / "cover.label", len(box), name, findings, default=8)
         visible = np.ones(count, bool) if absent is None else absent[:count] == 0
         return [
             Recording(

@@ -8,7 +8,14 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from lorat.datasets import labels
+from lorat.datasets.labels import (
+    align_numbered,
+    list_folders,
+    list_images,
+    read_flags,
+    read_rows,
+    xyxy_from_xywh,
+)
 from lorat.datasets.records import Entry, Findings, Recording, Source, read_lines
 
 
@@ -17,16 +24,16 @@ def _load(folder: Path, name: str, *, one_based: bool, findings: Findings) -> li
     if not truth.is_file():
         findings.add(name, "dropped", "groundtruth.txt is missing")
         return []
-    rows = labels.read_rows(truth, 4, name, findings)
-    box = labels.xyxy_from_xywh(rows, one_based=one_based)
-    aligned = labels.align_numbered(labels.list_images(folder / "img"), len(box), 1, name, findings)
+    rows = read_rows(truth, 4, name, findings)
+    box = xyxy_from_xywh(rows, one_based=one_based)
+    aligned = align_numbered(list_images(folder / "img"), len(box), 1, name, findings)
     if aligned is None:
         return []
     paths, numbers = aligned
     count = len(paths)
     visible = np.ones(count, bool)
     for flag in ("full_occlusion.txt", "out_of_view.txt"):
-        values = labels.read_flags(folder / flag, len(box), name, findings, default=0)
+        values = read_flags(folder / flag, len(box), name, findings, default=0)
         if values is None:
             findings.add(name, "repaired", f"{flag} is missing; taken as all visible")
         else:
@@ -52,8 +59,8 @@ def _walk(root: Path) -> list[str]:
     """List the sequences of all categories."""
     return [
         name
-        for category in labels.list_folders(root)
-        for name in labels.list_folders(root / category)
+        for category in list_folders(root)
+        for name in list_folders(root / category)
         if (root / category / name / "groundtruth.txt").is_file()
     ]
 

@@ -10,7 +10,14 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from lorat.datasets import labels
+from lorat.datasets.labels import (
+    align_in_order,
+    align_numbered,
+    list_folders,
+    list_images,
+    read_rows,
+    xyxy_from_xywh,
+)
 from lorat.datasets.records import Entry, Findings, Recording, Source
 
 _RATIO = 8
@@ -37,9 +44,7 @@ class Nfs(Source):
         if repacked and (root / "sequences").is_dir():
             names = [f.stem.removeprefix("nfs_") for f in repacked]
         else:
-            names = [
-                n for n in labels.list_folders(root) if (root / n / self.fps / f"{n}.txt").is_file()
-            ]
+            names = [n for n in list_folders(root) if (root / n / self.fps / f"{n}.txt").is_file()]
             repacked = []
         if not names:
             expected = (
@@ -55,8 +60,8 @@ class Nfs(Source):
         if entry.values:
             folder = self.source / "sequences" / name
             truth = self.source / "anno" / f"nfs_{name}.txt"
-            rows = labels.read_rows(truth, 4, name, findings)
-            box = labels.xyxy_from_xywh(rows)
+            rows = read_rows(truth, 4, name, findings)
+            box = xyxy_from_xywh(rows)
             visible = np.isfinite(box).all(axis=1)
         else:
             folder = self.source / name / self.fps / name
@@ -69,9 +74,9 @@ class Nfs(Source):
                 box[first - 1 :], visible[first - 1 :] = np.nan, False
                 if len(wrong):
                     findings.add(name, "dropped", "known to be annotated wrongly", wrong)
-        images = labels.list_images(folder)
+        images = list_images(folder)
         counts_differ_by_one = abs(len(images) - len(box)) == 1  # as they do in some sequences
-        align = labels.align_in_order if counts_differ_by_one else labels.align_numbered
+        align = align_in_order if counts_differ_by_one else align_numbered
         aligned = align(images, len(box), 1, name, findings)
         if aligned is None:
             return []

@@ -8,7 +8,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from lorat.datasets import labels
+from lorat.datasets.labels import (
+    align_numbered,
+    list_folders,
+    list_images,
+    read_rows,
+    xyxy_from_xywh,
+)
 from lorat.datasets.records import Entry, Findings, Recording, Source
 
 FRAME_WINDOWS: dict[str, tuple[int, int]] = {
@@ -42,7 +48,7 @@ class Otb100(Source):
         """List the targets of all folders that have an annotation."""
         root = self.folder()
         entries = []
-        for name in labels.list_folders(root):
+        for name in list_folders(root):
             files = sorted(p.name for p in (root / name).glob("groundtruth_rect*.txt"))
             for file in files:
                 target = file.removeprefix("groundtruth_rect").removesuffix(".txt").lstrip(".")
@@ -57,20 +63,20 @@ class Otb100(Source):
     def load(self, entry: Entry, findings: Findings) -> list[Recording]:
         """Read one target."""
         folder, file = entry.values
-        rows = labels.read_rows(self.source / folder / file, 4, entry.name, findings)
+        rows = read_rows(self.source / folder / file, 4, entry.name, findings)
         first, last = FRAME_WINDOWS.get(folder, (1, None))
         rows = rows if last is None else rows[: last - first + 1]
-        images = labels.list_images(self.source / folder / "img")
+        images = list_images(self.source / folder / "img")
         if last is not None:
             in_window = [
                 p for p in images if _number(p) is None or first <= (_number(p) or 0) <= last
             ]
             images = in_window or images
-        aligned = labels.align_numbered(images, len(rows), first, entry.name, findings)
+        aligned = align_numbered(images, len(rows), first, entry.name, findings)
         if aligned is None:
             return []
         paths, numbers = aligned
-        box = labels.xyxy_from_xywh(rows[: len(paths)], one_based=True)
+        box = xyxy_from_xywh(rows[: len(paths)], one_based=True)
         omitted = OMITTED_ROWS.get(folder, 0)
         return [
             Recording(

@@ -7,7 +7,13 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from lorat.datasets import labels
+from lorat.datasets.labels import (
+    align_in_order,
+    list_folders,
+    list_images,
+    read_rows,
+    xyxy_from_xywh,
+)
 from lorat.datasets.records import Entry, Findings, Recording, Source
 
 
@@ -24,7 +30,7 @@ class Tnl2k(Source):
     def entries(self, findings: Findings) -> list[Entry]:
         """List the folders that have images."""
         root = self.folder()
-        names = [n for n in labels.list_folders(root) if (root / n / "imgs").is_dir()]
+        names = [n for n in list_folders(root) if (root / n / "imgs").is_dir()]
         if not names:
             raise self.wrong_layout("folders <sequence>/imgs and <sequence>/groundtruth.txt", root)
         return self.selected([Entry(name=n) for n in names], findings)
@@ -37,10 +43,8 @@ class Tnl2k(Source):
         if not truth.is_file():
             findings.add(name, "dropped", "groundtruth.txt is missing")
             return []
-        rows = labels.read_rows(truth, 4, name, findings)
-        aligned = labels.align_in_order(
-            labels.list_images(folder / "imgs"), len(rows), 1, name, findings
-        )
+        rows = read_rows(truth, 4, name, findings)
+        aligned = align_in_order(list_images(folder / "imgs"), len(rows), 1, name, findings)
         if aligned is None:
             return []
         paths, numbers = aligned
@@ -50,7 +54,7 @@ class Tnl2k(Source):
                 name=name,
                 images=paths,
                 frame_number=numbers,
-                box=labels.xyxy_from_xywh(rows),
+                box=xyxy_from_xywh(rows),
                 visible=(rows[:, 2:] != 0).any(axis=1) & np.isfinite(rows).all(axis=1),
             )
         ]

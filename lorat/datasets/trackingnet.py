@@ -8,7 +8,13 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from lorat.datasets import labels
+from lorat.datasets.labels import (
+    align_numbered,
+    first_box_only,
+    list_images,
+    read_rows,
+    xyxy_from_xywh,
+)
 from lorat.datasets.records import Entry, Findings, Recording, Source, read_lines
 from lorat.errors import UserError
 
@@ -62,12 +68,12 @@ class TrackingNet(Source):
         """Read one sequence."""
         name = entry.name
         part, category = entry.values
-        rows = labels.read_rows(self.source / part / "anno" / f"{name}.txt", 4, name, findings)
-        box = labels.xyxy_from_xywh(rows)
-        images = labels.list_images(self.source / part / "frames" / name)
+        rows = read_rows(self.source / part / "anno" / f"{name}.txt", 4, name, findings)
+        box = xyxy_from_xywh(rows)
+        images = list_images(self.source / part / "frames" / name)
         if self.split == "test" and len(box) <= 1:
-            box = labels.first_box_only(box, len(images))
-        aligned = labels.align_numbered(images, len(box), 0, name, findings)
+            box = first_box_only(box, len(images))
+        aligned = align_numbered(images, len(box), 0, name, findings)
         if aligned is None:
             return []
         paths, numbers = aligned

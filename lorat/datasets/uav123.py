@@ -11,7 +11,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from lorat.datasets import labels
+from lorat.datasets.labels import (
+    align_numbered,
+    list_images,
+    natural_key,
+    read_rows,
+    xyxy_from_xywh,
+)
 from lorat.datasets.records import Entry, Findings, Recording, Source
 
 # First and last frame of each sequence; "car1_2" is a window of the video "car1", while names
@@ -64,7 +70,7 @@ class Uav123(Source):
         root = self.folder()
         notes = root / "anno" / "UAV123"
         expected = "anno/UAV123/<sequence>.txt and data_seq/UAV123/<video>/000001.jpg, ..."
-        files = sorted(notes.glob("*.txt"), key=lambda p: labels.natural_key(p.stem))
+        files = sorted(notes.glob("*.txt"), key=lambda p: natural_key(p.stem))
         if not files or not (root / "data_seq" / "UAV123").is_dir():
             raise self.wrong_layout(expected, root)
         return self.selected([Entry(name=f.stem) for f in files], findings)
@@ -72,22 +78,22 @@ class Uav123(Source):
     def load(self, entry: Entry, findings: Findings) -> list[Recording]:
         """Read one sequence."""
         name = entry.name
-        rows = labels.read_rows(self.source / "anno" / "UAV123" / f"{name}.txt", 4, name, findings)
+        rows = read_rows(self.source / "anno" / "UAV123" / f"{name}.txt", 4, name, findings)
         video, first, last = SEQUENCES.get(name, (name, 1, None))
         if name not in SEQUENCES:
             findings.add(
                 name, "kept", "not one of the 123 sequences; frames taken from the first on"
             )
-        images = labels.list_images(self.source / "data_seq" / "UAV123" / video)
+        images = list_images(self.source / "data_seq" / "UAV123" / video)
         if last is not None:
             rows = rows[: last - first + 1]
             inside = {str(n) for n in range(first, last + 1)}
             images = [p for p in images if _stem_number(p) in inside]
-        aligned = labels.align_numbered(images, len(rows), first, name, findings)
+        aligned = align_numbered(images, len(rows), first, name, findings)
         if aligned is None:
             return []
         paths, numbers = aligned
-        box = labels.xyxy_from_xywh(rows[: len(paths)])
+        box = xyxy_from_xywh(rows[: len(paths)])
         return [
             Recording(
                 name=name,

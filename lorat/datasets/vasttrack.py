@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from lorat.datasets import labels
+from lorat.datasets.labels import (
+    align_numbered,
+    list_folders,
+    list_images,
+    read_rows,
+    xyxy_from_xywh,
+)
 from lorat.datasets.records import Entry, Findings, Recording, Source
 
 _TRUTH_FILES = ("Groundtruth.txt", "groundtruth.txt")
@@ -26,8 +32,8 @@ class VastTrack(Source):
         root = self.folder()
         entries = [
             Entry(name=name, values=category)
-            for category in labels.list_folders(root)
-            for name in labels.list_folders(root / category)
+            for category in list_folders(root)
+            for name in list_folders(root / category)
             if (root / category / name / "imgs").is_dir()
         ]
         if not entries:
@@ -43,10 +49,8 @@ class VastTrack(Source):
         if truth is None:
             findings.add(name, "dropped", "Groundtruth.txt is missing")
             return []
-        rows = labels.read_rows(truth, 4, name, findings)
-        aligned = labels.align_numbered(
-            labels.list_images(folder / "imgs"), len(rows), 1, name, findings
-        )
+        rows = read_rows(truth, 4, name, findings)
+        aligned = align_numbered(list_images(folder / "imgs"), len(rows), 1, name, findings)
         if aligned is None:
             return []
         paths, numbers = aligned
@@ -59,7 +63,7 @@ class VastTrack(Source):
                 category=entry.values,
                 images=paths,
                 frame_number=numbers,
-                box=labels.xyxy_from_xywh(rows, one_based=True),
+                box=xyxy_from_xywh(rows, one_based=True),
                 visible=(rows != 0).any(axis=1),
             )
         ]

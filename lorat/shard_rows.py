@@ -1,0 +1,155 @@
+"""The rows of a shard: its columns, where its images lie, and how they become an index.
+
+The column ``jpeg`` is not null, uncompressed, plain-encoded and without dictionary, so that any
+reader of Parquet reads it and every image lies in the file as its own bytes.  Where those bytes
+are is found by walking the raw column chunk: a plain byte array is stored as its length (4 bytes,
+little-endian) and its bytes, so searching for both finds the value, and comparing proves it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorat.errors import UserError
+from lorat.frame_index import FRAME_COLUMNS, check_schema_version
+
+METADATA_PREFIX = "lorat."
+"""Prefix of our keys in the metadata of a Parquet file."""
+_BOX = ("x1", "y1", "x2", "y2")
+SPREAD: dict[str, tuple[str, ...]] = {
+    "box": tuple(f"box_{c}" for c in _BOX),
+    "size_wh": ("width", "height"),
+    "mean_rgb": ("mean_r", "mean_g", "mean_b"),
+    "window": tuple(f"window_{c}" for c in _BOX),
+    "stored_wh": ("stored_width", "stored_height"),
+}
+"""Index columns that are several plain columns in a shard."""
+INDEX_ONLY = ("shard", "offset", "length")
+"""Columns of the index that no shard has."""
+
+
+def _shard_schema() -> pa.Schema:
+    fields = [
+        pa.field("track", pa.int32(), nullable=False),
+        pa.field("sequence", pa.string(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+    ]
+    for name, (dtype, _) in FRAME_COLUMNS.items():
+        if name not in INDEX_ONLY:
+            kind = pa.from_numpy_dtype(np.dtype(dtype))
+            fields += [pa.field(n, kind, nullable=False) for n in SPREAD.get(name, (name,))]
+    return pa.schema([*fields, pa.field("jpeg", pa.binary(), nullable=False)])
+
+
+SHARD_SCHEMA = _shard_schema()
+
+
+def iterate_images(handle: pa.NativeFile) -> Iterator[tuple[int, bytes]]:
+    """Yield byte offset and bytes of every image of a shard, in row order.
+
+    Raises:
+        ValueError: if the column is not stored plainly or a value is not where it must be.
+    """
+    parquet = pq.ParquetFile(handle)
+    column_number = parquet.schema_arrow.get_field_index("jpeg")
+    for group in range(parquet.num_row_groups):
+        chunk = parquet.metadata.row_group(group).column(column_number)
+        if chunk.compression != "UNCOMPRESSED" or chunk.dictionary_page_offset is not None:
+            raise ValueError("the column jpeg is compressed or has a dictionary")
+        start = chunk.data_page_offset
+        values = parquet.read_row_group(group, columns=["jpeg"], use_threads=False).column(0)
+        raw = handle.read_at(chunk.total_compressed_size, start)
+        view = memoryview(raw)
+        position = 0
+        for value in itertools.chain.from_iterable(c for c in values.chunks):
+            data = value.as_buffer()
+            needle = struct.pack("<I", data.size)
+            end = position + 4 + data.size
+            if view[position : position + 4] != needle or view[position + 4 : end] != memoryview(
+                data
+            ):
+                whole = data.to_pybytes()
+                position = raw.find(needle + whole, position)
+                if position < 0:
+                    raise ValueError(f"an image of row group {group} is not stored plainly")
+                end = position + 4 + data.size
+            yield start + position + 4, raw[position + 4 : end]
+            position = end
+
+
+def read_rows(handle: pa.NativeFile) -> pa.Table:
+    """Read all columns of a shard but the images, and add ``offset`` and ``length``."""
+    places = [(offset, len(data)) for offset, data in iterate_images(handle)]
+    columns = [n for n in SHARD_SCHEMA.names if n != "jpeg"]
+    table = pq.ParquetFile(handle).read(columns=columns, use_threads=False)
+    offsets, lengths = zip(*places, strict=True) if places else ((), ())
+    table = table.append_column("offset", pa.array(offsets, pa.int64()))
+    return table.append_column("length", pa.array(lengths, pa.int32()))
+
+
+def shard_info(handle: pa.NativeFile, where: str) -> dict[str, Any]:
+    """Return what a shard says of its dataset.
+
+    Raises:
+        UserError: if it is no shard of ours or of another schema version.
+    """
+    try:
+        metadata = pq.ParquetFile(handle).schema_arrow.metadata or {}
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{where} is no Parquet file: {error}.") from error
+    info = {
+        k.decode().removeprefix(METADATA_PREFIX): json.loads(v)
+        for k, v in metadata.items()
+        if k.startswith(METADATA_PREFIX.encode())
+    }
+    check_schema_version(info.pop("schema_version", "none"), where)
+    return info
+
+
+def index_columns(
+    tables: list[pa.Table],
+) -> tuple[dict[str, np.ndarray], np.ndarray, list[str], list[str]]:
+    """Turn the rows of all shards, in shard order, into the arrays of the index.
+
+    Returns:
+        Columns, ``track_start``, sequence and category of each track.
+    """
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in FRAME_COLUMNS}
+    starts: list[np.ndarray] = []
+    sequences: list[str] = []
+    categories: list[str] = []
+    total = 0
+    for shard, table in enumerate(tables):
+        count = table.num_rows
+        for name, (dtype, _) in FRAME_COLUMNS.items():
+            if name == "shard":
+                values = np.full(count, shard, dtype)
+            elif name in SPREAD:
+                values = np.stack([_column(table, n, dtype) for n in SPREAD[name]], axis=1)
+            else:
+                values = _column(table, name, dtype)
+            parts[name].append(values)
+        track = _column(table, "track", "int32")
+        first = np.flatnonzero(np.diff(track, prepend=-1))
+        starts.append(first + total)
+        sequences += table.column("sequence").take(pa.array(first)).to_pylist()
+        categories += table.column("category").take(pa.array(first)).to_pylist()
+        total += count
+    columns = {
+        name: np.concatenate(values) if values else np.zeros(0, FRAME_COLUMNS[name][0])
+        for name, values in parts.items()
+    }
+    track_start = np.concatenate([*starts, [total]]).astype(np.int64)
+    return columns, track_start, sequences, categories
+
+
+def _column(table: pa.Table, name: str, dtype: str) -> np.ndarray:
+    return table.column(name).to_numpy().astype(dtype)
