@@ -202,10 +202,10 @@ class Decoder:
         from lorat.pairs import load_pairs
 
         if self._pool is None or len(indices) < 2:
-            return load_pairs(self._sampler, self._readers, indices)
+            return load_pairs(self._sampler, self._readers, indices.tolist())
         parts = list(
             self._pool.map(
-                lambda part: load_pairs(self._sampler, self._readers, part),
+                lambda part: load_pairs(self._sampler, self._readers, part.tolist()),
                 np.array_split(indices, min(self._threads, len(indices))),
             )
         )

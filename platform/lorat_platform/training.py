@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
-import math
 import os
 import re
 import tempfile
@@ -432,8 +432,6 @@ def _open_run(
             "val_data": {s.name: dataclasses.asdict(s) for s in val_sources},
         }
     )
-    import json
-
     run.log_bytes(json.dumps(record.config, indent=2).encode(), "config.json")
     threading.Thread(target=_keep_run_id, args=(run, record, folder), daemon=True).start()
     return run
@@ -518,8 +516,14 @@ def _fit(
     run: RemoteRun,
     console: Console,
 ) -> TrainingResult:
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import (
+        CheckpointConfig,
+        FailureConfig,
+        LoggingConfig,
+        RunConfig,
+        ScalingConfig,
+    )
     from ray.train.v2.api.validation_config import ValidationConfig
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -564,9 +568,10 @@ def _fit(
     resources: dict[str, float] = {"CPU": place.cpus}
     if place.use_gpu:
         resources["GPU"] = 1
-    trainer = TorchTrainer(
+    make_trainer: Any = TorchTrainer  # its stub describes the version before
+    trainer = make_trainer(
         train_worker,
-        train_loop_config=setup,  # type: ignore[arg-type]  # handed over as it is
+        train_loop_config=setup,
         scaling_config=ScalingConfig(
             num_workers=place.low if place.low == place.high else (place.low, place.high),
             use_gpu=place.use_gpu,
@@ -586,7 +591,7 @@ def _fit(
             )
             if validated
             else CheckpointConfig(num_to_keep=options.keep),
-            callbacks=[_StopAtUserErrors(console)],
+            callbacks=[_stop_at_user_errors(console)],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
         validation_config=validation,
@@ -636,14 +641,12 @@ def _in_thread(fit: Callable[[], Any]) -> None:
         raise failure[0]
 
 
-def _stop_callback() -> type:
+def _stop_at_user_errors(console: Console) -> Any:
+    """Return Ray Train's callback that looks at what workers raised."""
     from ray.train import UserCallback
 
     class StopAtUserErrors(UserCallback):
         """End the run at once, without a retry, when a worker says what the user can mend."""
-
-        def __init__(self, console: Console) -> None:
-            self._console = console
 
         def after_exception(
             self, run_context: Any, worker_exceptions: dict[int, Exception]
@@ -654,13 +657,9 @@ def _stop_callback() -> type:
                 if message is not None:
                     raise UserError(message)
                 lines = str(error).strip().splitlines()
-                self._console.line(f"worker {rank} failed: {lines[-1] if lines else repr(error)}")
+                console.line(f"worker {rank} failed: {lines[-1] if lines else repr(error)}")
 
-    return StopAtUserErrors
-
-
-def _StopAtUserErrors(console: Console) -> Any:
-    return _stop_callback()(console)
+    return StopAtUserErrors()
 
 
 def _finish(
@@ -740,7 +739,8 @@ def evaluate_beside_baselines(model: Any, sources: tuple[Source, ...]) -> dict[s
     from lorat_platform.evaluation import evaluate
     from lorat_platform.subject import load_subject, subject_of
 
-    rows, metrics = [], {}
+    rows: list[str] = []
+    metrics: dict[str, float] = {}
     for source in sources:
         for subject in (subject_of(model, "LoRAT"), load_subject("static"), load_subject("mil")):
             scores = evaluate(subject, source.uri, progress=False).scores
@@ -758,12 +758,4 @@ def evaluate_beside_baselines(model: Any, sources: tuple[Source, ...]) -> dict[s
 
 def resolved_text(config: TrainConfig) -> str:
     """Return the resolved configuration as JSON."""
-    import json
-
     return json.dumps(to_dict(config), indent=2)
-
-
-def expected_seconds(config: TrainConfig, samples_per_s: float) -> float:
-    """Return how long the steps take at a rate."""
-    assert config.batch_size is not None
-    return math.ceil(config.total_steps * config.batch_size / max(samples_per_s, 1e-9))

@@ -132,7 +132,7 @@ class CheckpointValidation:
     run: Recorder | None
     console: Console | None
 
-    def __call__(self, checkpoint: Any) -> dict[str, float]:
+    def __call__(self, checkpoint: Any, **_: Any) -> dict[str, float]:
         """Validate a Ray Train checkpoint and return its metrics."""
         try:
             with checkpoint.as_directory() as folder:
