@@ -6,12 +6,16 @@ the model.  The weights are safetensors; nothing is pickled.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
+
+# MLflow would take type hints of ``predict`` for a schema, which only lists of rows can have.
+warnings.filterwarnings("ignore", ".*Add type hints to the `predict` method")
 
 
 class VideoTracker(PythonModel):
@@ -30,10 +34,7 @@ class VideoTracker(PythonModel):
         self._tracker = Tracker(load_merged(context.artifacts["bundle"]))
 
     def predict(self, context, model_input, params=None):
-        """Return columns x1, y1, x2, y2 and score, one row per frame.
-
-        It has no type hints: MLflow reads them as a schema, which only lists of rows can have.
-        """
+        """Return columns x1, y1, x2, y2 and score, one row per frame."""
         frames = np.asarray(model_input["frames"], dtype=np.uint8)
         box = [float(value) for value in np.asarray(model_input["box"]).reshape(-1)]
         targets = self._tracker.start([frames[0]], [box])
