@@ -35,7 +35,7 @@ class _Thing:
         self._high = np.array([WIDTH - margin, HEIGHT - margin])
         self._position = rng.uniform(self._low, self._high)
         heading = rng.uniform(0, 2 * np.pi)
-        self._speed = side * rng.uniform(0.08, 0.25)
+        self._speed = side * rng.uniform(0.03, 0.14)
         self._velocity = self._speed * np.array([np.cos(heading), np.sin(heading)])
         self._rng = rng
 
@@ -110,7 +110,7 @@ class Scene:
         self._target = _Thing(rng, kind, palette, rng.uniform(34, 66))
         self._others = [
             _Thing(
-                rng, kind, np.clip(palette + rng.normal(0, 25, (3, 3)), 0, 255).astype(np.float32),
+                rng, kind, np.clip(palette + rng.normal(0, 60, (3, 3)), 0, 255).astype(np.float32),
                 self._target.side * rng.uniform(0.8, 1.25),
             )
             for _ in range(int(rng.integers(1, 4)))

@@ -31,7 +31,7 @@ from lorat.verification import rebuild_index
 from lorat.windows import WindowLaw
 
 Split = Literal["train", "val", "pretrain"]
-VERSION = 1
+VERSION = 2
 """Part of the folder's name; raise it when a change alters any pixel."""
 _QUALITY = 90
 
