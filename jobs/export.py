@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Literal
 
 import bootstrap  # noqa: F401
+import torch
 
+from lorat.checkpoint import save_backbone
 from lorat.export import FORMATS, TOLERANCE, export
 from lorat_platform import command, registry
 from lorat_platform.report import markdown_table
@@ -31,12 +33,18 @@ class Options:
     """Folder for bundle/, model.onnx, model.pt2, parity.json and parity.md."""
     formats: tuple[Literal["bundle", "onnx", "program"], ...] = FORMATS  # type: ignore[assignment]
     """What to write."""
+    backbone: Path | None = None
+    """Also write the transformer alone to this .safetensors file, in float16 and DINOv2's layout:
+    what --backbone of jobs/train.py takes."""
 
 
 def main() -> int:
     """Run the job; 1 if a file differs from PyTorch by more than the tolerance."""
     options = command.parse(Options, description=__doc__)
     model = registry.load(options.model, variant=options.variant)
+    if options.backbone is not None:
+        options.backbone.parent.mkdir(parents=True, exist_ok=True)
+        save_backbone(model, options.backbone, dtype=torch.float16)
     reports = export(model, options.output, options.formats)
     rows = [
         [r.format, r.file, f"{r.megabytes:.2f}", f"{r.max_score_error:.2e}",

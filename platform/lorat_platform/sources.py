@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lorat.shards import ImageReader
 
 SYNTHETIC = "synthetic"
+SYNTHETIC_PRETRAIN = "synthetic-pretrain"
+"""The split that the shipped small backbone was pretrained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +66,17 @@ def resolve_sources(text: str, split: str) -> tuple[Source, ...]:
     """Parse a mixture and make the synthetic dataset if it is named and missing.
 
     Args:
-        text: as for :func:`parse_sources`; ``synthetic`` may stand for an address.
+        text: as for :func:`parse_sources`; ``synthetic`` and ``synthetic-pretrain`` may stand for
+            an address.
         split: ``train`` or ``val``, of the synthetic dataset.
     """
     resolved = []
     for source in parse_sources(text):
-        if source.uri == SYNTHETIC:
+        if source.uri in (SYNTHETIC, SYNTHETIC_PRETRAIN):
             from lorat import synthetic
 
-            uri = synthetic.ensure(None, split)  # type: ignore[arg-type]
+            made = split if source.uri == SYNTHETIC else "pretrain"
+            uri = synthetic.ensure(None, made)  # type: ignore[arg-type]
             source = Source(name=source.name, uri=uri, weight=source.weight)
         resolved.append(source)
     return tuple(resolved)
