@@ -135,18 +135,20 @@ class Processes:
                             found.setdefault(name, set()).add(address)
         return found
 
-    def stop(self) -> None:
-        """Stop everything, the last first."""
-        for name, process in reversed(self.running.items()):
-            members = family(process.pid)
+    def stop(self, *, seconds: float = 15.0) -> None:
+        """Ask everything to end; kill what has not after that time, and every descendant."""
+        members = [pid for process in self.running.values() for pid in family(process.pid)]
+        for process in reversed(self.running.values()):
             process.terminate()
+        end = time.monotonic() + seconds
+        for process in self.running.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=15)
-            for pid in members:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                process.wait(timeout=max(0.0, end - time.monotonic()))
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in self.running.values():
             process.wait()
-            say(f"stopped {name}")
 
 
 def _readable(address: str) -> str:

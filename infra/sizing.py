@@ -3,8 +3,8 @@
     python infra/sizing.py                                  print the table
     python infra/sizing.py --measure DATA --variant B-224   measure decoding on this machine
 
-Work and parameters come from :mod:`lorat.complexity`; everything assumed is a field of
-:class:`Machine`, everything measured a value of :data:`DECODING`.
+Work and memory are the same estimates that ``jobs/train.py --dry-run`` prints; what is measured
+is in :data:`DECODING`.
 """
 
 from __future__ import annotations
@@ -14,23 +14,14 @@ import time
 from dataclasses import dataclass
 
 from lorat.complexity import describe
-from lorat.config import RECIPES, TrainConfig
-from lorat.variants import VARIANTS, Variant
+from lorat.config import RECIPES, TrainConfig, resolve
+from lorat.variants import VARIANTS
+from lorat_platform.estimate import ASSUMED_MFU, FORECAST_GPU, training_memory
+from lorat_platform.telemetry import PEAK_FLOPS
 
 GIB = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """The GPU that the table assumes."""
-
-    name: str = "A100 80 GB"
-    peak_flops: float = 312e12
-    """Dense fp16 of the maker's data sheet, in floating-point operations per second."""
-    mfu: float = 0.3
-    """Share of the peak that training reaches."""
-    overhead_bytes: int = 2 * GIB
-    """CUDA context, library work space and what the allocator cannot use."""
+OVERHEAD_BYTES = 2 * GIB
+"""CUDA context, library work space, and what the allocator cannot use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,33 +62,18 @@ class Sizing:
     """Of the paper's recipe on 8 GPUs."""
 
 
-def memory_bytes(variant: Variant, machine: Machine, *, pairs: int = BATCH_PER_GPU) -> float:
-    """Estimate the GPU memory of LoRA training with fp16 autocast.
-
-    Weights 4 bytes and their fp16 copies 2; gradients 4 and AdamW 8 for what is trained.
-    Activations per token and block: 34 D bytes (Korthikanti et al. 2022, equation 2, with
-    attention that keeps no N x N map), and 12 r for each of the six adapters' inner products,
-    kept in fp16 and fp32 with their inputs shared.
-    """
-    config = TrainConfig(variant=variant.name)
-    size = describe(variant, config)
-    tokens = variant.template_grid**2 + variant.search_grid**2
-    weights = 6 * size.total_training_params + 12 * size.trainable_params
-    per_token = variant.depth * (34 * variant.dim + 6 * 2 * config.lora.rank)
-    return weights + pairs * tokens * per_token + machine.overhead_bytes
-
-
-def size(name: str, machine: Machine) -> Sizing:
-    """Compute one row."""
-    variant = VARIANTS[name]
-    flops = describe(variant, TrainConfig(variant=name)).train_flops
-    pairs_per_s = machine.peak_flops * machine.mfu / flops
-    decoding = DECODING[variant.search_size]
+def size(name: str, *, peak_flops: float = PEAK_FLOPS[FORECAST_GPU]) -> Sizing:
+    """Compute one row, for a GPU of that peak."""
+    config = resolve(TrainConfig(variant=name))
+    about = describe(config.model_variant, config)
+    memory = training_memory(config, about, BATCH_PER_GPU)
+    pairs_per_s = peak_flops * ASSUMED_MFU / about.train_flops
+    decoding = DECODING[config.model_variant.search_size]
     recipe = RECIPES["paper"]
     total = recipe["epochs"] * recipe["pairs_per_epoch"]
     return Sizing(
         variant=name,
-        memory_bytes=memory_bytes(variant, machine),
+        memory_bytes=sum(memory.values()) + OVERHEAD_BYTES,
         pairs_per_s=pairs_per_s,
         cores=pairs_per_s / decoding.pairs_per_s,
         read_bytes_per_s=pairs_per_s * decoding.bytes_per_pair,
@@ -105,16 +81,15 @@ def size(name: str, machine: Machine) -> Sizing:
     )
 
 
-def table(machine: Machine | None = None) -> str:
+def table() -> str:
     """Return the table in Markdown."""
-    machine = machine or Machine()
     lines = [
         f"| variant | GPU memory, {BATCH_PER_GPU} pairs | pairs/s per GPU | decode cores per GPU "
         "| storage per GPU | full recipe, 8 GPUs |",
         "|---|---|---|---|---|---|",
     ]
     for name in (f"{letter}-{side}" for side in (224, 378) for letter in "SBLg"):
-        row = size(name, machine)
+        row = size(name)
         lines.append(
             f"| {name} | {row.memory_bytes / GIB:.0f} GiB | {row.pairs_per_s:,.0f} "
             f"| {row.cores:.1f} | {row.read_bytes_per_s / 1e6:,.0f} MB/s | {row.hours:,.1f} h |"

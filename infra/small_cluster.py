@@ -31,7 +31,7 @@ from servers import BUCKET, dependencies_only, start_mlflow, start_postgres, sta
 
 ROOT = Path(__file__).resolve().parents[1]
 DISCOVERY = "prom_metrics_service_discovery.json"
-LIMIT_S = 540
+LIMIT_S = 590
 """Longest time of all."""
 
 
@@ -39,7 +39,8 @@ def start_ray_node(processes: Processes, python: Path, name: str, *options: str)
     """Start one Ray node, a machine of its own as far as Ray can tell."""
     processes.start(
         name, python, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
-        "--object-store-memory=200000000", "--min-worker-port=0", "--max-worker-port=0", *options,
+        "--object-store-memory=200000000", "--min-worker-port=0", "--max-worker-port=0",
+        f"--temp-dir={processes.folder}/{name}", *options,
     )  # fmt: skip
 
 
@@ -52,23 +53,25 @@ class Ray:
         self.url = f"http://127.0.0.1:{dashboard}"
         # Ray replaces 127.0.0.1 by an address that other machines reach, but not 127.0.0.2.
         self.address = f"127.0.0.2:{free_port()}"
-        self._machines = 2
+        self.addresses = {"head": "127.0.0.2"}
         processes.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         start_ray_node(
             processes, python, "head", "--head", "--node-ip-address=127.0.0.2",
             f"--port={self.address.split(':')[1]}", "--num-cpus=0", "--include-dashboard=true",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-            f"--temp-dir={processes.folder}/nodes",
         )  # fmt: skip
 
     def join(self, name: str) -> None:
         """Start a node with an address of its own; its role is the name up to the number."""
-        self._machines += 1
+        self.addresses[name] = f"127.0.0.{2 + len(self.addresses)}"
         role = name.rstrip("0123456789")
+        # A decode node offers no CPU but the resource "decode": no training worker goes there.
+        offer = (
+            ["--num-cpus=0", '--resources={"decode": 1}'] if role == "decode" else ["--num-cpus=1"]
+        )
         start_ray_node(
             self.processes, self.python, name, f"--address={self.address}",
-            f"--node-ip-address=127.0.0.{self._machines}", "--num-cpus=1",
-            f"--labels=lorat-role={role}", f"--resources={json.dumps({role: 1})}",
+            f"--node-ip-address={self.addresses[name]}", f"--labels=lorat-role={role}", *offer,
         )  # fmt: skip
 
     def get(self, path: str) -> dict[str, object]:
@@ -80,10 +83,26 @@ class Ray:
         with urllib.request.urlopen(request, timeout=10) as answer:
             return json.load(answer)
 
+    def alive(self) -> dict[str, str]:
+        """Return the address of every living node with its id."""
+        summary = self.get("/nodes?view=summary")["data"]["summary"]
+        return {
+            node["raylet"]["nodeManagerAddress"]: node["raylet"]["nodeId"]
+            for node in summary
+            if node["raylet"].get("state") == "ALIVE"
+        }
+
     def nodes(self) -> int:
         """Count the nodes that are alive."""
-        summary = self.get("/nodes?view=summary")["data"]["summary"]
-        return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
+        return len(self.alive())
+
+    def announce_end(self, name: str) -> None:
+        """Announce that a node will end, as the pods of infra/kuberay do in their preStop."""
+        self.processes.run(
+            self.python, "-m", "ray.scripts.scripts", "drain-node", f"--address={self.address}",
+            f"--node-id={self.alive()[self.addresses[name]]}", "--reason-message=test",
+            "--reason=DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds=60",
+        )  # fmt: skip
 
     def submit(self, *entrypoint: str) -> str:
         """Submit a job from the repository; return its id."""
@@ -104,7 +123,7 @@ class Ray:
 
     def exported_metrics(self) -> set[str]:
         """Return the names that Prometheus would read from the nodes."""
-        listed = json.loads((self.processes.folder / "nodes" / DISCOVERY).read_text())
+        listed = json.loads((self.processes.folder / "head" / DISCOVERY).read_text())
         names = set()
         for target in {target for group in listed for target in group["targets"]}:
             with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
@@ -219,7 +238,7 @@ def lose_a_node(ray: Ray, job: str) -> None:
         with urllib.request.urlopen(prefix, timeout=10) as answer:
             return b"complete.json" in answer.read()
 
-    wait_for("the first checkpoint", saved, seconds=150)
+    wait_for("the first checkpoint", saved, seconds=240)
     say("a checkpoint is in the object store; the node train2 is killed")
     ray.processes.kill("train2")
     wait_for("noticing the loss", lambda: ray.nodes() == 3, seconds=60)
@@ -289,6 +308,9 @@ def run(folder: Path) -> None:
         print(logs)
         require(ray.status(job) == "SUCCEEDED", f"the training is {ray.status(job)}.")
         check_result(processes, python, logs)
+        ray.announce_end("decode1")
+        wait_for("the node decode1 to leave", lambda: ray.nodes() == 3, seconds=60)
+        say("a node that was told of its end has left by itself")
     except BaseException:
         for log in sorted(folder.glob("*.log")):
             print(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}", file=sys.stderr)
