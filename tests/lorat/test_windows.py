@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from lorat.config import AugmentConfig, SamplingConfig
+from lorat.conversion import write_dataset
 from lorat.geometry import crop_params, jittered_crop_params
+from lorat.pairs import PairSampler, load_pairs
+from lorat.shards import ImageReader
 from lorat.variants import VARIANTS
 from lorat.windows import SEGMENT_WIDTH, WindowLaw, cut_window, needed_scale, window_of
+from tests.lorat import small_sets
 
 FRAME_WH = (1280, 720)
 
@@ -89,6 +98,23 @@ def test_odd_boxes_have_a_window_inside_the_frame(box: tuple[float, ...]) -> Non
     x1, y1, x2, y2 = window_of(np.array(box), FRAME_WH, WindowLaw())
     assert 0 <= x1 < x2 <= 1280
     assert 0 <= y1 < y2 <= 720
+
+
+def test_windows_give_three_times_the_pairs_of_full_720p_frames(tmp_path: Path) -> None:
+    made = []
+    for track in small_sets.tracks(2, 8, size_wh=FRAME_WH):
+        corner = np.random.default_rng(1).uniform(200, 500, (8, 2))
+        made.append(dataclasses.replace(track, box=np.concatenate([corner, corner + 70], axis=1)))
+    variant, seconds = VARIANTS["B-224"], {}
+    for stored in ("full", "window"):
+        index = write_dataset(str(tmp_path / stored), made, stored=stored)  # type: ignore[arg-type]
+        sampler = PairSampler([index], [1.0], variant, SamplingConfig(), AugmentConfig(), 3)
+        readers = [ImageReader(index)]
+        load_pairs(sampler, readers, range(4))
+        start = time.process_time()
+        load_pairs(sampler, readers, range(60))
+        seconds[stored] = time.process_time() - start
+    assert seconds["full"] / seconds["window"] >= 3
 
 
 def test_a_law_serves_smaller_variants_only() -> None:

@@ -83,6 +83,16 @@ def test_training_sets_are_windowed_and_evaluation_sets_are_full(
         assert verify(result.index.uri, functools.partial(map_tasks, what="verify")) == []
 
 
+def test_ray_data_reads_the_shards_as_they_are(got10k: datasets.Got10k, tmp_path: Path) -> None:
+    import ray
+
+    index = ingest(got10k, IngestConfig(output=str(tmp_path / "out"))).index
+    files = [str(tmp_path / "out" / name) for name in index.shard_files]
+    table = ray.data.read_parquet(files, columns=["sequence", "jpeg"]).to_pandas()
+    assert len(table) == index.num_frames
+    assert sorted(table["jpeg"].map(len)) == sorted(index.length.tolist())
+
+
 def test_windows_can_serve_the_larger_variants(got10k: datasets.Got10k, tmp_path: Path) -> None:
     config = IngestConfig(output=str(tmp_path / "large"), variant="L-378")
     assert ingest(got10k, config).index.manifest["window"]["search_size"] == 378
