@@ -193,9 +193,10 @@ def write_down(
         rows = zip(comparison.names, comparison.differences, strict=True)
         table = "sequence,difference\n" + "".join(f"{n},{d:.6f}\n" for n, d in rows)
         run.log_bytes(table.encode(), "comparison.csv")
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "comparison.png").write_bytes(plots.png(figure))
-            client.log_model_artifacts(stored.model_id, folder, artifact_path="promotion")
+        if model_id := stored.tags.get("model_id"):
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, "comparison.png").write_bytes(plots.png(figure))
+                client.log_model_artifacts(model_id, folder, artifact_path="promotion")
     log.info("\n%s", text)
 
 

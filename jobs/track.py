@@ -188,7 +188,7 @@ def main() -> int:
                     break
         except KeyboardInterrupt:  # what was tracked so far is written
             interrupted = True
-    about = {"source": options.source, "model": options.model, "variant": subject.variant}
+    about = {"source": options.source, "model": subject.name, "variant": subject.variant}
     write_boxes(options.output, boxes, scores, about)
     fps = (len(boxes) - 1) / seconds if seconds else 0.0
     log.info(

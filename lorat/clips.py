@@ -140,8 +140,8 @@ def annotate(
             cv2.rectangle(drawn, (x1, y1), (x2, y2), color, thickness)
     if text:
         scale = max(0.4, width / 1000)
-        place = (round(8 * scale), round(26 * scale))
-        for color, width_px in (((0, 0, 0), 3 * thickness), (TEXT_RGB, thickness)):
+        place = (round(10 * scale), round(34 * scale))
+        for color, width_px in (((0, 0, 0), thickness + 2), (TEXT_RGB, thickness)):
             cv2.putText(
                 drawn, text, place, cv2.FONT_HERSHEY_SIMPLEX, scale, color, width_px, cv2.LINE_AA
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,8 +59,10 @@ class VideoSource:
             )
 
     def _open_capture(self, target: str | int, message: str) -> None:
+        # OpenCV and FFmpeg print what they think of a file that is no video; one error is enough.
+        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
         level = cv2.utils.logging.getLogLevel()
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it prints tracebacks
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         try:
             capture = cv2.VideoCapture(target)
         finally:

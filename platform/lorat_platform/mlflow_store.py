@@ -19,6 +19,9 @@ REQUEST_RETRIES = "1"
 REQUEST_TIMEOUT_S = "60"
 """Longest wait for one answer; a server that needs 10 s per call still works."""
 
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Makes the UI open an experiment as one of trained models, not of language-model traces."""
+
 
 def tracking_uri() -> str:
     """Return ``MLFLOW_TRACKING_URI``, or the SQLite file ``mlflow.db`` in the home folder."""
@@ -92,7 +95,7 @@ def ensure_experiment(client: MlflowClient, name: str, uri: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return client.create_experiment(name, artifact_location=artifact_location(uri, name))
+            return client.create_experiment(name, artifact_location(uri, name), EXPERIMENT_TAGS)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

@@ -89,6 +89,7 @@ def register(
         raise
     client.finalize_logged_model(logged.model_id, "READY")
     _link_to_run(client, run_id, logged.model_id, scores or {})
+    about["model_id"] = logged.model_id  # MLflow's own field is empty when a version is read
     ensure_registered_model(client, name)
     version = client.create_model_version(
         name,

@@ -21,7 +21,7 @@ class Subject:
     """A tracker that can be sent to workers and built there."""
 
     name: str
-    """How people call it: the URI that was given, or ``static`` or ``mil``."""
+    """How people call it: the URI, with a version instead of an alias, or ``static`` or ``mil``."""
     fingerprint: str
     """Hash of the weights and of the code that tracks; results are kept under it."""
     variant: str | None
@@ -51,6 +51,8 @@ def load_subject(uri: str, *, variant: str | None = None) -> Subject:
         return Subject(name=uri, fingerprint=_digest([uri]), variant=None, model=None)
     from lorat_platform import registry
 
+    if uri.startswith("models:/") and "@" in uri:  # an alias may move while we work
+        uri = "models:/{}/{}".format(*registry.version_of(uri))
     return subject_of(registry.load(uri, variant=variant), uri)
 
 

@@ -1,0 +1,283 @@
+"""What a person does in MLflow's pages, done by a real browser on a real server."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import pytest
+
+from lorat import synthetic
+from lorat_platform import cluster, registry
+from lorat_platform.evaluation import EvaluationConfig, evaluate
+from lorat_platform.report import record, write_report
+from lorat_platform.subject import load_subject
+from lorat_platform.tracking import open_run
+from tests.constant_trackers import shrinking_tracker, staying_tracker
+from tests.mlflow_server import running_server
+from tests.small_shards import make_shards
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+WAIT_S = 60.0
+
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER),
+    reason="chromium and chromedriver are not installed (apt-get install chromium chromium-driver)",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A server with two registered versions, a training run and an evaluation run."""
+
+    uri: str
+    experiment_id: str
+    training_run: str
+    evaluation_experiment_id: str
+    evaluation_run: str
+    worse: str
+    better: str
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    folder = tmp_path_factory.mktemp("ui")
+    with running_server(folder / "server") as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAT_HOME", str(folder / "home"))
+        patch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        data = make_shards(folder / "val")
+        versions = []
+        for model in (shrinking_tracker(), staying_tracker()):
+            with open_run("lorat", "training", description="# A training") as run:
+                for step in range(40):
+                    run.log_metrics({"train/loss": 1 / (step + 1), "val/ao": step / 80}, step)
+                run.log_params({"lora": {"rank": 8}})
+                scores = {"val/ao": 0.1}
+                version = registry.register(
+                    model, run_id=run.wait_for_id(), scores=scores, benchmark=[data]
+                )
+                versions.append(version)
+        with cluster.connected("local", num_cpus=2):
+            subject = load_subject("models:/lorat@candidate")
+            datasets = [evaluate(subject, data, EvaluationConfig(), progress=False)]
+        with open_run("evaluation", "candidate on synthetic") as evaluation:
+            write_report(subject, datasets, folder / "report")
+            record(evaluation, subject, datasets, folder / "report")
+        yield Stage(
+            uri=server.uri,
+            experiment_id=run.journal.header()["experiment_id"],
+            training_run=run.wait_for_id(),
+            evaluation_experiment_id=evaluation.journal.header()["experiment_id"],
+            evaluation_run=evaluation.wait_for_id(),
+            worse=versions[0],
+            better=versions[1],
+        )
+
+
+class Page:
+    """A headless browser that waits for what it looks for and keeps screenshots."""
+
+    def __init__(self, driver: Chrome, base: str, pictures: Path) -> None:
+        self.driver = driver
+        self._base = base
+        self._pictures = pictures
+
+    def open(self, place: str) -> None:
+        """Go to ``#PLACE`` of the server."""
+        self.driver.get("about:blank")  # only the part behind # differs: make it a real load
+        self.driver.get(f"{self._base}/#{place}")
+
+    def find(self, xpath: str) -> Any:
+        """Return the first displayed element, waiting for it."""
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            for element in self.driver.find_elements("xpath", xpath):
+                try:
+                    if element.is_displayed():
+                        return element
+                except StaleElementReferenceException:
+                    continue
+            if time.monotonic() > deadline:
+                self.picture("missing")
+                raise AssertionError(f"{xpath} is not on the page {self.driver.current_url}")
+            time.sleep(0.1)
+
+    def text(self, words: str) -> Any:
+        """Return the innermost element that shows these words."""
+        return self.find(f"//body//*[text()[contains(., '{words}')]]")
+
+    def until(self, script: str) -> Any:
+        """Run JavaScript until it returns something true."""
+        deadline = time.monotonic() + WAIT_S
+        while not (value := self.driver.execute_script(script)):
+            if time.monotonic() > deadline:
+                self.picture("missing")
+                raise AssertionError(f"never true: {script}")
+            time.sleep(0.1)
+        return value
+
+    def picture(self, name: str) -> None:
+        """Keep a screenshot."""
+        time.sleep(1.0)  # fades and charts
+        self.driver.save_screenshot(str(self._pictures / f"{name}.png"))
+
+
+@pytest.fixture(scope="module")
+def page(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+
+    options = ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for flag in (
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required",
+        "--window-size=1500,1100", f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):  # fmt: skip
+        options.add_argument(flag)
+    driver = Chrome(options=options, service=ChromeService(str(DRIVER)))
+    try:
+        yield Page(driver, stage.uri, tmp_path_factory.mktemp("pictures"))
+    finally:
+        driver.quit()
+
+
+def test_search_page_lists_the_runs(page: Page, stage: Stage) -> None:
+    page.open(f"/experiments/{stage.experiment_id}/runs")
+    page.text("training")
+    page.picture("search")
+    rows = page.driver.find_elements("xpath", "//a[contains(@href, '/runs/')]")
+    assert any(stage.training_run in row.get_attribute("href") for row in rows)
+
+
+def test_run_page_shows_description_parameters_and_curves(page: Page, stage: Stage) -> None:
+    page.open(f"/experiments/{stage.experiment_id}/runs/{stage.training_run}")
+    page.text("A training")
+    page.text("lora.rank")
+    page.picture("run")
+    page.open(f"/experiments/{stage.experiment_id}/runs/{stage.training_run}/model-metrics")
+    page.text("train/loss")
+    page.picture("curves")
+
+
+def test_evaluation_run_starts_with_the_headline_table(page: Page, stage: Stage) -> None:
+    page.open(f"/experiments/{stage.evaluation_experiment_id}/runs/{stage.evaluation_run}")
+    page.find("//table//*[contains(text(), 'synthetic-val')]")
+    page.picture("evaluation")
+
+
+def artifact(page: Page, stage: Stage, path: str) -> None:
+    page.open(
+        f"/experiments/{stage.evaluation_experiment_id}/runs/{stage.evaluation_run}"
+        f"/artifacts/evaluation/synthetic-val/{path}"
+    )
+
+
+def test_plots_and_tables_are_shown_inline(page: Page, stage: Stage) -> None:
+    artifact(page, stage, "success.png")
+    wide = "[...document.images].some(i => i.naturalWidth > 600 && i.complete)"
+    page.until(f"return {wide} || {PLOTLY_IMAGE}")
+    page.picture("success")
+    artifact(page, stage, "sequences.csv")
+    page.text("val-0001")
+    page.picture("sequences")
+
+
+PLOTLY_IMAGE = "[...document.querySelectorAll('image')].some(i => i.getBBox().width > 100)"
+"""The viewer for pictures draws them with plotly, as SVG images."""
+
+
+def test_clips_play_in_the_run_page(page: Page, stage: Stage) -> None:
+    client_clips = sorted(
+        entry.path.rsplit("/", 1)[1]
+        for entry in registry.connect(stage.uri).list_artifacts(
+            stage.evaluation_run, "evaluation/synthetic-val/clips"
+        )
+    )
+    assert len(client_clips) == 4
+    artifact(page, stage, f"clips/{client_clips[-1]}")
+    page.find("//video")
+    page.until("return document.querySelector('video').readyState >= 2")
+    video = "document.querySelector('video')"
+    assert page.driver.execute_script(f"return {video}.videoWidth") == synthetic.WIDTH
+    page.driver.execute_script(f"{video}.muted = true; {video}.play()")
+    page.until(f"return {video}.currentTime > 0.5")
+    page.picture("clip")
+    page.until(f"return {video}.ended || {video}.currentTime > 2")
+    assert page.driver.execute_script(f"return {video}.error") is None
+
+
+def test_model_page_lists_versions_and_tags(page: Page, stage: Stage) -> None:
+    page.open("/models")
+    page.find("//a[text()='lorat']")
+    page.picture("models")
+    page.open("/models/lorat")
+    page.text(f"Version {stage.better}")
+    page.picture("model")
+
+
+def test_champion_chosen_in_the_page_is_what_the_next_job_uses(
+    page: Page, stage: Stage, tmp_path: Path
+) -> None:
+    for version, label in ((stage.worse, "first"), (stage.better, "second")):
+        set_alias(page, version, "champion")
+        page.picture(f"promoted-{label}")
+        boxes = track(tmp_path / f"{label}.mp4", tmp_path)
+        first, last = (float(boxes[i]["w"]) for i in (0, -1))
+        assert (last < 0.5 * first) == (version == stage.worse)
+
+
+def set_alias(page: Page, version: str, alias: str) -> None:
+    """Edit the aliases of a version with mouse and keyboard."""
+    from selenium.webdriver.common.keys import Keys
+
+    page.open(f"/models/lorat/versions/{version}")
+    page.text(f"Version {version}")
+    page.find(EDIT_ALIASES).click()
+    field = page.find("//div[@role='dialog']//input")
+    field.send_keys(alias)
+    field.send_keys(Keys.ENTER)
+    page.picture(f"aliases-{version}")
+    page.find("//div[@role='dialog']//button[contains(., 'Save')]").click()
+    client = registry.connect(page._base)
+    deadline = time.monotonic() + WAIT_S
+    while str(client.get_registered_model("lorat").aliases.get(alias)) != version:
+        assert time.monotonic() < deadline, f"the page did not set {alias}"
+        time.sleep(0.1)
+
+
+EDIT_ALIASES = "//button[contains(@data-component-id, 'modelversionviewaliaseditor')]"
+"""The pencil behind the aliases of a version, or ``Add`` where there are none."""
+
+
+def track(output: Path, folder: Path) -> list[dict[str, str]]:
+    """Track with ``models:/lorat@champion`` as a person would, and return the boxes."""
+    video = synthetic.render("val", 1, num_frames=20)
+    frames = folder / "frames"
+    frames.mkdir(exist_ok=True)
+    for number, image in enumerate(video.images):
+        cv2.imwrite(str(frames / f"{number:04d}.png"), image[..., ::-1])
+    x1, y1, x2, y2 = video.box[0]
+    command = [sys.executable, ROOT / "jobs" / "track.py", frames]
+    command += ["--box", f"{x1},{y1},{x2 - x1},{y2 - y1}", "--output", output]
+    command += ["--model", "models:/lorat@champion"]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with open(output.with_suffix(".csv")) as file:
+        return list(csv.DictReader(file))

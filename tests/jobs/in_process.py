@@ -1,0 +1,23 @@
+"""Run a job inside the test process: the imports of torch and MLflow are paid once."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_in_process(name: str, *arguments: object) -> int:
+    """Run ``jobs/NAME.py`` as its command line would and return the exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = ROOT / "jobs" / f"{name}.py"
+        patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        patch.syspath_prepend(str(ROOT / "jobs"))
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(path), run_name="__main__")
+    code = stop.value.code
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,193 @@
+"""`jobs/evaluate.py`, `jobs/promote.py` and `jobs/export.py` on a real store and cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lorat.model import LoRAT
+from lorat_platform import promotion, registry
+from lorat_platform.mlflow_store import connect
+from lorat_platform.tracking import open_run
+from tests.constant_trackers import shrinking_tracker, staying_tracker
+from tests.jobs.in_process import run_in_process
+from tests.small_shards import make_shards
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_shards(tmp_path_factory.mktemp("data") / "val", num_shards=2)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "home"
+    monkeypatch.setenv("LORAT_HOME", str(folder))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return folder
+
+
+def start(name: str, *arguments: object) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
+    return subprocess.Popen(
+        [sys.executable, ROOT / "jobs" / f"{name}.py", *map(str, arguments)],
+        env=environment | {"RAY_AUTH_MODE": "disabled"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_job(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    process = start(name, *arguments)
+    output, errors = process.communicate(timeout=280)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def register(model: LoRAT, uri: str) -> str:
+    with open_run("lorat", "training") as run:
+        return registry.register(model, run_id=run.wait_for_id(), benchmark=[uri])
+
+
+def test_evaluation_is_complete_in_mlflow(home: Path, uri: str, tmp_path: Path) -> None:
+    version = register(staying_tracker(), uri)
+    result = run_job(
+        "evaluate", "--model", f"models:/lorat/{version}", "--data", uri,
+        "--output", tmp_path / "report", "--limit", 5,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "| synthetic-val | compatible | 5 |" in result.stdout
+    client = connect()
+    experiment = client.get_experiment_by_name("evaluation")
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    scores = json.loads((tmp_path / "report" / "scores.json").read_text())
+    assert {k: v for k, v in run.data.metrics.items() if k in scores} == pytest.approx(scores)
+    assert "| data set | dialect |" in run.data.tags["mlflow.note.content"]
+    assert run.data.params["evaluation.limit"] == "5"
+    kept = {
+        Path(entry.path).name
+        for folder in ("evaluation", "evaluation/synthetic-val", "evaluation/synthetic-val/clips")
+        for entry in client.list_artifacts(run.info.run_id, folder)
+    }
+    assert {"report.md", "success.png", "sequences.csv", "attributes.png"} <= kept
+    assert sum(name.endswith(".mp4") for name in kept) == 4
+
+
+def test_killed_evaluation_goes_on(home: Path, uri: str, tmp_path: Path) -> None:
+    register(staying_tracker(), uri)
+    arguments = ("evaluate", "--model", "models:/lorat@candidate", "--data", uri, "--no-clips",
+                 "--output", tmp_path / "report", "--batch-size", 1)  # fmt: skip
+    first = start(*arguments)
+    deadline = time.monotonic() + 120
+    while not list((home / "evaluations").rglob("*.npz")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.kill()
+    first.communicate()
+    assert list((home / "evaluations").rglob("*.npz"))
+    second = run_job(*arguments)
+    assert second.returncode == 0, second.stderr
+    assert "of 8 sequences are there already" in second.stdout
+
+
+def test_better_candidate_is_promoted_and_worse_is_not(home: Path, uri: str) -> None:
+    worse = register(shrinking_tracker(), uri)
+    first = run_job("promote")
+    assert first.returncode == 0, first.stderr
+    assert "there was no champion" in first.stdout
+    better = register(staying_tracker(), uri)
+    second = run_job("promote", "--candidate", "models:/lorat@candidate")
+    assert second.returncode == 0, second.stderr
+    client = connect()
+    assert promotion.champion_of(client) == better
+    version = client.get_model_version("lorat", better)
+    assert version.tags["gate.decision"] == "promoted"
+    numbers = json.loads(version.tags["gate.numbers"])
+    assert numbers["interval_low"] > 0
+    assert numbers["sequences"] == 8
+    assert "better: the 95% interval" in version.description
+    run = client.get_run(version.tags["gate.run_id"])
+    assert run.data.metrics["difference"] == pytest.approx(numbers["difference"])
+    assert "comparison.png" in [a.path for a in client.list_artifacts(run.info.run_id)]
+    folder = Path(version.source.removeprefix("file://"))
+    assert (folder / "promotion" / "comparison.png").exists()
+
+    third = run_job("promote", "--candidate", f"models:/lorat/{worse}")
+    assert third.returncode == 1
+    assert "The champion stays" in third.stdout
+    assert promotion.champion_of(client) == better
+    assert client.get_model_version("lorat", worse).tags["gate.decision"] == "refused"
+
+    fourth = run_job("promote", "--candidate", f"models:/lorat/{worse}", "--force",
+                     "--reason", "for the demo")  # fmt: skip
+    assert fourth.returncode == 0, fourth.stderr
+    assert promotion.champion_of(client) == worse
+    tags = client.get_model_version("lorat", worse).tags
+    assert tags["gate.decision"] == "forced"
+    assert tags["gate.note"] == "for the demo"
+    assert json.loads(tags["gate.numbers"])["difference"] < 0
+
+    back = run_job("promote", "--rollback")
+    assert back.returncode == 0, back.stderr
+    assert promotion.champion_of(client) == better
+
+
+def test_equal_candidate_needs_to_be_allowed(home: Path, uri: str) -> None:
+    register(staying_tracker(), uri)
+    assert run_job("promote").returncode == 0
+    twin = register(staying_tracker(), uri)
+    assert run_job("promote").returncode == 1
+    assert run_job("promote", "--allow-equal").returncode == 0
+    assert promotion.champion_of(connect()) == twin
+
+
+def test_two_promotions_at_once_end_with_the_better_one(home: Path, uri: str) -> None:
+    register(shrinking_tracker(), uri)
+    assert run_job("promote").returncode == 0
+    a, b = register(staying_tracker(), uri), register(staying_tracker(), uri)
+    jobs = [start("promote", "--candidate", f"models:/lorat/{v}") for v in (a, b)]
+    outputs = [job.communicate(timeout=280) for job in jobs]
+    codes = [job.returncode for job in jobs]
+    # The twins are equal: the later one is compared with the earlier one and refused.
+    assert sorted(codes) == [0, 1], outputs
+    assert promotion.champion_of(connect()) == (a, b)[codes.index(0)]
+
+
+def test_export_writes_a_parity_report(home: Path, uri: str, tmp_path: Path) -> None:
+    register(staying_tracker(), uri)
+    result = run_job("export", "--model", "models:/lorat@candidate", "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "| onnx | model.onnx |" in result.stdout
+    assert "| onnx | model.onnx |" in (tmp_path / "out" / "parity.md").read_text()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "bundle", "model.onnx", "model.pt2", "parity.json", "parity.md",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "message"),
+    [
+        ("evaluate", [], "model"),
+        ("evaluate", ["--model", "models:/lorat@champion"], "There is no models:/lorat@champion"),
+        ("evaluate", ["--model", "static", "--data", "/nowhere"], "There is no dataset at"),
+        ("evaluate", ["--model", "static", "--batch-size", "0"], "batch_size is 0"),
+        ("promote", [], "There is no models:/lorat@candidate"),
+        ("promote", ["--rollback", "--force"], "give one of them"),
+        ("export", ["--model", "nowhere"], "There is no model nowhere"),
+    ],
+)
+def test_mistake_is_one_sentence(
+    job: str, arguments: list[str], message: str, home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_in_process(job, *arguments) == 2
+    printed = [line for line in capfd.readouterr().err.splitlines() if "INFO mlflow" not in line]
+    assert len(printed) == 1, printed
+    assert message in printed[0]

@@ -1,0 +1,137 @@
+"""`jobs/track.py` as a person uses it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+
+from lorat import synthetic
+from lorat.checkpoint import save_merged
+from lorat.clips import ClipWriter
+from tests.constant_trackers import staying_tracker
+from tests.jobs.in_process import run_in_process
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def track(*arguments: object, home: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")}
+    return subprocess.run(
+        [sys.executable, ROOT / "jobs" / "track.py", *map(str, arguments)],
+        env=environment | {"LORAT_HOME": str(home), "DISPLAY": ""},
+        capture_output=True,
+        text=True,
+        cwd=home,
+    )
+
+
+@pytest.fixture(scope="module")
+def video() -> synthetic.Video:
+    return synthetic.render("val", 0, num_frames=12)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "bundle"
+    save_merged(staying_tracker(), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(video: synthetic.Video, tmp_path: Path) -> Path:
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number, image in enumerate(video.images):
+        cv2.imwrite(str(folder / f"{number + 1}.png"), image[..., ::-1])
+    return folder
+
+
+@pytest.fixture
+def box(video: synthetic.Video) -> str:
+    x1, y1, x2, y2 = video.box[0]
+    return f"{x1:.1f},{y1:.1f},{x2 - x1:.1f},{y2 - y1:.1f}"
+
+
+def test_folder_of_frames_gives_video_csv_and_json(
+    folder: Path, box: str, model: Path, tmp_path: Path
+) -> None:
+    result = track(folder, "--box", box, "--model", model, "--output", "out/a.mp4", home=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "12/12" in result.stderr, "a progress bar"
+    assert "12 frames at" in result.stdout
+    with av.open(str(tmp_path / "out" / "a.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 12
+    with open(tmp_path / "out" / "a.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    first = [float(rows[0][key]) for key in ("x", "y", "w", "h")]
+    np.testing.assert_allclose(first, [float(v) for v in box.split(",")], atol=1e-3)
+    content = json.loads((tmp_path / "out" / "a.json").read_text())
+    assert len(content["boxes_xywh"]) == len(content["scores"]) == 12
+    assert content["variant"] == "N-112"
+
+
+def test_video_file_and_baseline(video: synthetic.Video, box: str, tmp_path: Path) -> None:
+    with ClipWriter(tmp_path / "in.mp4", fps=10) as clip:
+        for image in video.images:
+            clip.write(image)
+    result = track(
+        "in.mp4", "--box", box, "--model", "static", "--output", "out.webm", "--max-frames", 5,
+        home=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    with open(tmp_path / "out.csv") as file:
+        rows = list(csv.reader(file))[1:]
+    assert len(rows) == 5
+    assert len({tuple(row[1:5]) for row in rows}) == 1
+    with av.open(str(tmp_path / "out.webm")) as clip:
+        assert float(clip.streams.video[0].average_rate) == pytest.approx(10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{folder}", "--box", "5000,10,20,20"], "does not lie inside the first frame of"),
+        (["{folder}", "--box", "-5,10,20,20"], "does not lie inside the first frame of"),
+        (["{folder}", "--box", "10,10,0,20"], "give left,top,width,height in pixels"),
+        (["{folder}", "--box", "10,10"], "give left,top,width,height in pixels"),
+        (["{folder}"], "give either --box"),
+        (["nowhere.mp4", "--box", "1,1,5,5"], "There is no nowhere.mp4"),
+        (["empty", "--box", "1,1,5,5"], "holds no image"),
+        (["text.mp4", "--box", "1,1,5,5"], "cannot be read as a video"),
+        (["camera:97", "--box", "1,1,5,5"], "camera cannot be opened"),
+        (["{folder}", "--box", "1,1,5,5", "--output", "a.avi"], "give a name in .mp4 or .webm"),
+        (["{folder}", "--box", "1,1,5,5"], "There is no models:/lorat@champion in MLflow"),
+        (["{folder}", "--box", "1,1,5,5", "--model", "gone"], "There is no model gone"),
+        (["{folder}", "--select", "--model", "static"], "--select needs a screen"),
+    ],
+)
+def test_mistake_is_one_sentence(
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.mp4").write_text("no video")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAT_HOME", str(tmp_path))
+    monkeypatch.setenv("DISPLAY", "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert run_in_process("track", *(a.format(folder=folder) for a in arguments)) == 2
+    printed = [line for line in capfd.readouterr().err.splitlines() if "INFO mlflow" not in line]
+    assert len(printed) == 1, printed
+    assert printed[0].startswith("error: ")
+    assert message in printed[0]
+    assert not list(tmp_path.glob("tracked*"))

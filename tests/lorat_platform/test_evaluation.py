@@ -1,0 +1,224 @@
+"""Benchmarks are evaluated completely, once, and with the same result however they are spread."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from lorat.baselines import baseline
+from lorat.errors import UserError
+from lorat.frame_index import FrameIndex
+from lorat.metrics import SCORE_NAMES
+from lorat.one_pass import SequenceResult, track_sequences
+from lorat.shards import ImageReader
+from lorat_platform import cluster
+from lorat_platform.evaluation import DatasetResult, EvaluationConfig, SequenceWorker, evaluate
+from lorat_platform.report import flat_metrics, lost_at, write_report
+from lorat_platform.subject import Subject, load_subject, subject_of
+from tests.constant_trackers import random_tracker, staying_tracker
+from tests.small_shards import make_shards
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster() -> Iterator[None]:
+    with cluster.connected("local", num_cpus=2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_shards(tmp_path_factory.mktemp("data") / "val", num_shards=2)
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return subject_of(staying_tracker(), "stays")
+
+
+def config(tmp_path: Path, **options: object) -> EvaluationConfig:
+    return EvaluationConfig(cache=tmp_path / "cache", **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    subject: Subject, uri: str, tmp_path_factory: pytest.TempPathFactory
+) -> DatasetResult:
+    folder = tmp_path_factory.mktemp("evaluated")
+    return evaluate(subject, uri, config(folder, batch_size=3), progress=False)
+
+
+def test_every_sequence_is_tracked_as_it_is_alone(
+    evaluated: DatasetResult, subject: Subject, uri: str
+) -> None:
+    index = FrameIndex.open(uri)
+    assert list(evaluated.results) == [index.sequence(t) for t in range(index.num_tracks)]
+    alone = track_sequences(subject.tracker(), index, ImageReader(index), [2], batch_size=1)[0]
+    spread = evaluated.results[index.sequence(2)]
+    np.testing.assert_allclose(spread.boxes, alone.boxes, atol=1e-3)
+
+
+def test_both_dialects_and_attributes_are_scored(evaluated: DatasetResult) -> None:
+    assert list(evaluated.evaluations) == ["compatible", "plain"]
+    for evaluation in evaluated.evaluations.values():
+        assert set(SCORE_NAMES) <= set(evaluation.scores)
+        assert "partial exit" in evaluation.attributes
+    metrics = flat_metrics([evaluated])
+    assert metrics["synthetic-val/AO"] == evaluated.scores["AO"]
+    assert {"synthetic-val/plain/SUC", "synthetic-val/fps_single"} <= set(metrics)
+
+
+def test_decoding_makes_the_speed_lower(evaluated: DatasetResult) -> None:
+    assert 0 < evaluated.fps_with_decoding < evaluated.fps
+    assert evaluated.fps_single > 0
+
+
+def test_a_second_evaluation_tracks_nothing(
+    subject: Subject, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluate(subject, uri, config(tmp_path, limit=3), progress=False)
+    again = evaluate(subject, uri, config(tmp_path, limit=3), progress=False)
+    assert again.wall_seconds == 0.0
+    assert again.scores == first.scores
+    assert again.fps == first.fps
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_rest(
+    subject: Subject, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(subject, uri, config(tmp_path, limit=3), progress=False)
+    asked: list[int] = []
+    from lorat_platform import evaluation
+
+    tracked = evaluation._Workers.track
+
+    def watch(self: object, index: FrameIndex, tracks: list[int]) -> Iterator[SequenceResult]:
+        asked.extend(tracks)
+        yield from tracked(self, index, tracks)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluation._Workers, "track", watch)
+    result = evaluate(subject, uri, config(tmp_path), progress=False)
+    assert asked == [3, 4, 5, 6, 7]
+    assert len(result.results) == 8
+
+
+def test_other_weights_are_not_taken_for_the_same(uri: str, tmp_path: Path) -> None:
+    one = evaluate(subject_of(random_tracker(1), "m"), uri, config(tmp_path, limit=1))
+    two = evaluate(subject_of(random_tracker(2), "m"), uri, config(tmp_path, limit=1))
+    assert two.wall_seconds > 0
+    assert not np.array_equal(
+        next(iter(one.results.values())).boxes, next(iter(two.results.values())).boxes
+    )
+
+
+class _Dying(SequenceWorker):
+    """Ends its process in the middle of its first chunk, once."""
+
+    def track(self, uri: str, tracks: list[int]) -> Iterator[SequenceResult]:
+        for result in super().track(uri, tracks):
+            yield result
+            mark = Path(os.environ["LORAT_TEST_MARK"])
+            if not mark.exists():
+                mark.touch()
+                time.sleep(0.5)  # let the first result leave
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_dead_worker_costs_nothing_but_time(
+    subject: Subject, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorat_platform import evaluation
+
+    class Dying(_Dying):
+        def __init__(self, *arguments: object) -> None:
+            os.environ["LORAT_TEST_MARK"] = str(tmp_path / "died")
+            super().__init__(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluation, "SequenceWorker", Dying)
+    result = evaluate(subject, uri, config(tmp_path, batch_size=4, workers=1), progress=False)
+    assert (tmp_path / "died").exists()
+    assert len(result.results) == 8
+    assert result.scores["AO"] > 0.05
+
+
+def test_windowed_shards_are_refused_with_the_reason(tmp_path: Path) -> None:
+    windowed = make_shards(tmp_path / "train", split="train")
+    with pytest.raises(UserError, match=r"windows around the target.*--full-frame"):
+        evaluate(load_subject("static"), windowed, config(tmp_path))
+
+
+def test_missing_model_or_data_is_one_sentence(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(UserError, match="There is no dataset at"):
+        evaluate(load_subject("static"), str(tmp_path / "nowhere"), config(tmp_path))
+    with pytest.raises(UserError, match="There is no model"):
+        load_subject("nothing")
+
+
+def test_workers_are_gone_afterwards(subject: Subject, uri: str, tmp_path: Path) -> None:
+    evaluate(subject, uri, config(tmp_path, limit=2), progress=False)
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == 2
+
+
+def test_report_has_what_people_look_at(
+    evaluated: DatasetResult, subject: Subject, tmp_path: Path
+) -> None:
+    text = write_report(subject, [evaluated], tmp_path)
+    assert "| synthetic-val | compatible | 8 |" in text
+    assert "FPS, one video" in text
+    place = tmp_path / "synthetic-val"
+    for plot in ("success", "precision", "normalized_precision", "sequences", "attributes"):
+        assert (place / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
+    with open(place / "sequences.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    overlaps = [float(row["AO"]) for row in rows]
+    assert overlaps == sorted(overlaps), "the worst sequence comes first"
+    with open(place / "failures.csv") as file:
+        failures = list(csv.DictReader(file))
+    assert failures
+    assert all(0 < int(row["lost_at_frame"]) < int(row["frames"]) for row in failures)
+    clips = sorted(path.name.rsplit("-val", 1)[0] for path in (place / "clips").iterdir())
+    assert clips == ["best-1", "best-2", "worst-1", "worst-2"]
+    assert json.loads((tmp_path / "scores.json").read_text()) == flat_metrics([evaluated])
+
+
+def test_result_files_have_the_layouts_of_the_servers(
+    evaluated: DatasetResult, subject: Subject, tmp_path: Path
+) -> None:
+    write_report(subject, [evaluated], tmp_path, clips=False)
+    place = tmp_path / "synthetic-val" / "results"
+    name = next(iter(evaluated.results))
+    with zipfile.ZipFile(place / "got10k.zip") as archive:
+        assert f"LoRAT/{name}/{name}_001.txt" in archive.namelist()
+        assert f"LoRAT/{name}/{name}_time.txt" in archive.namelist()
+    with zipfile.ZipFile(place / "trackingnet.zip") as archive:
+        assert len(archive.read(f"{name}.txt").decode().splitlines()) == 60
+    assert (place / "pytracking" / "lorat" / "N-112" / f"{name}_time.txt").exists()
+
+
+def test_lost_target_is_found_in_the_overlaps() -> None:
+    assert lost_at(np.array([1.0, 0.5] + [0.0] * 9)) is None
+    assert lost_at(np.array([1.0, 0.5] + [0.0] * 10)) == 2
+    assert lost_at(np.array([1.0] + [0.0] * 5 + [-1.0] * 20 + [0.0] * 5)) == 1
+    assert lost_at(np.array([1.0] + [0.0] * 9 + [0.1] + [0.0] * 10)) == 11
+
+
+def test_baselines_need_no_model(uri: str, tmp_path: Path) -> None:
+    result = evaluate(load_subject("static"), uri, config(tmp_path, limit=2), progress=False)
+    first = result.results[next(iter(result.results))]
+    assert np.array_equal(first.boxes, np.repeat(first.boxes[:1], 60, axis=0))
+    assert type(baseline("mil")) is type(load_subject("mil").tracker())
+    assert threading.active_count() < 50

@@ -1,0 +1,86 @@
+"""A worker that trains writes metrics without importing MLflow or waiting for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from lorat_platform import cluster
+from lorat_platform.metric_sink import RemoteRun, open_remote_run
+from lorat_platform.mlflow_store import connect
+from tests.mlflow_server import free_port
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_cluster() -> Iterator[None]:
+    with cluster.connected("local", num_cpus=2):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@ray.remote(num_cpus=1)
+def train(run: RemoteRun, steps: int, folder: Path) -> tuple[float, bool]:
+    import sys
+
+    began = time.perf_counter()
+    for step in range(steps):
+        run.log_metrics({"train/loss": 1.0 / (step + 1)}, step)
+    seconds = time.perf_counter() - began
+    (folder / "plots").mkdir(exist_ok=True)
+    (folder / "plots" / "a.txt").write_text("a")
+    run.log_artifact(folder / "plots")
+    run.log_bytes(b"b", "other/b.txt")
+    return seconds, "mlflow" in sys.modules
+
+
+def test_metrics_of_a_worker_arrive_in_one_run(tmp_path: Path) -> None:
+    run = open_remote_run("lorat", "remote", folder=tmp_path / "run", tags={"a": 1})
+    seconds, imported = ray.get(train.remote(run, 500, tmp_path))
+    assert not imported
+    assert seconds < 5
+    run_id = run.wait_for_id()
+    assert run.close()
+    client = connect()
+    assert len(client.get_metric_history(run_id, "train/loss")) == 500
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert client.get_run(run_id).data.tags["a"] == "1"
+    assert [a.path for a in client.list_artifacts(run_id, "plots")] == ["plots/a.txt"]
+    assert [a.path for a in client.list_artifacts(run_id, "other")] == ["other/b.txt"]
+
+
+def test_killed_sink_comes_back_and_loses_nothing(tmp_path: Path) -> None:
+    run = open_remote_run("lorat", "killed", folder=tmp_path / "run")
+    ray.get(train.remote(run, 100, tmp_path))
+    assert run.flush()
+    run_id = run.wait_for_id()
+    ray.kill(run._actor, no_restart=False)
+    for step in range(100, 200):
+        run.log_metrics({"train/loss": 0.0}, step)
+    assert run.close()
+    client = connect()
+    points = client.get_metric_history(run_id, "train/loss")
+    assert sorted(point.step for point in points) == list(range(200))
+    experiment = client.get_experiment_by_name("lorat")
+    assert len(client.search_runs([experiment.experiment_id])) == 1
+
+
+def test_dead_server_does_not_hold_a_worker_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    run = open_remote_run("lorat", "dead", folder=tmp_path / "run")
+    seconds, _ = ray.get(train.remote(run, 500, tmp_path))
+    assert seconds < 5
+    assert run.run_id is None
+    began = time.monotonic()
+    assert not run.close()
+    assert time.monotonic() - began < 60
