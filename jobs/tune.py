@@ -25,6 +25,7 @@ from lorat_platform.search import (
     resume_search,
     run_search,
 )
+from lorat_platform.search_final import train_winner
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,10 @@ class Options:
     config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
     search: tyro.conf.OmitArgPrefixes[SearchOptions] = field(default_factory=SearchOptions)
     resume: str | None = None
-    """Go on with the search of this name; of the other options only --storage and --address
-    count."""
+    """Go on with the search of this name; of the other options only --storage,
+    --final and --address count."""
+    final: bool = False
+    """Train the winner in full afterwards and register it as lorat@candidate."""
     dry_run: bool = False
     """Check everything, print the plan and exit."""
     address: str | None = None
@@ -54,13 +57,17 @@ def main() -> int:
     log.info("%s", plan.text())
     if options.dry_run:
         return 0
+    revision = command.git_revision(bootstrap.ROOT)
     with cluster.connected(options.address) as ray_cluster:
         log.info("Searching with %s.", ray_cluster)
         if options.resume is not None:
             outcome = resume_search(options.resume, options.search.storage)
         else:
-            outcome = run_search(plan, git_revision=command.git_revision(bootstrap.ROOT))
-        return _conclude(outcome)
+            outcome = run_search(plan, git_revision=revision)
+        code = _conclude(outcome)
+        if options.final and not outcome.interrupted:
+            train_winner(outcome, ray_cluster, git_revision=revision)
+    return code
 
 
 def _conclude(outcome: SearchOutcome) -> int:

@@ -26,6 +26,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from lorat_platform.stream import local_range
+
 log = logging.getLogger(__name__)
 
 BLOCK = 32
@@ -194,68 +196,98 @@ def _pack(batch: Batch) -> np.ndarray:
 
 
 class CachedSource:
-    """All pairs of a run's steps, a :class:`lorat_platform.stream.BatchSource` for one worker.
+    """A worker's part of every step, a :class:`lorat_platform.stream.BatchSource`.
 
     Args:
         cache: where the pairs are.
-        batch_size: pairs B in a step; step k has the pairs [kB, (k+1)B).
+        batch_size: pairs B in a global step; step k has the pairs [kB, (k+1)B).
         end_step: where the run ends.
-        ahead: blocks that a thread makes before they are needed.
+        rank: this worker, of ``num_workers``.
+        threads: threads that make blocks before they are needed.
     """
 
-    def __init__(self, cache: CropCache, *, batch_size: int, end_step: int, ahead: int = 4) -> None:
+    def __init__(
+        self,
+        cache: CropCache,
+        *,
+        batch_size: int,
+        end_step: int,
+        rank: int = 0,
+        num_workers: int = 1,
+        threads: int = 1,
+    ) -> None:
         self._cache = cache
         self._batch_size = batch_size
         self._end_step = end_step
-        self._ahead = ahead
+        self._range = local_range(batch_size, num_workers, rank)
+        self._threads = threads
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        """Yield the batches from a step on; closing the generator stops its thread."""
-        return _cached_batches(
-            self._cache, self._batch_size, start_step, self._end_step, self._ahead
-        )
+        """Yield the batches from a step on; closing the generator stops its threads."""
+        first, last = self._range
+        size = self._batch_size
+        with _Ahead(
+            self._cache,
+            first=(start_step * size + first) // BLOCK,
+            end=-(-((self._end_step - 1) * size + last) // BLOCK),
+            threads=self._threads,
+        ) as ahead:
+            for step in range(start_step, self._end_step):
+                ahead.move_to((step * size + last) // BLOCK)
+                yield self._cache.read(step * size + first, step * size + last)
 
 
-def _cached_batches(
-    cache: CropCache, batch_size: int, start_step: int, stop_step: int, ahead: int
-) -> Iterator[Batch]:
-    first = start_step * batch_size // BLOCK
-    end = -(-stop_step * batch_size // BLOCK)
-    changed = threading.Condition()
-    current = first
-    stopped = False
-    failure: list[Exception] = []
+class _Ahead:
+    """Threads that make the blocks following the one that is needed."""
 
-    def work() -> None:
-        for block in range(first, end):
-            with changed:
-                while not stopped and block > current + ahead:
-                    changed.wait()
-                if stopped:
+    def __init__(self, cache: CropCache, *, first: int, end: int, threads: int) -> None:
+        self._cache = cache
+        self._next = self._current = first
+        self._end = end
+        self._depth = 2 + 2 * threads
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._failure: Exception | None = None
+        self._threads = [
+            threading.Thread(target=self._work, name="crop-cache", daemon=True)
+            for _ in range(threads)
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def move_to(self, block: int) -> None:
+        """Say which block is needed now."""
+        if self._failure is not None:
+            raise self._failure
+        with self._changed:
+            self._current = block
+            self._next = max(self._next, block)
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._stopped and self._next > self._current + self._depth:
+                    self._changed.wait()
+                if self._stopped or self._next >= self._end:
                     return
-                if block < current:
-                    continue
+                block = self._next
+                self._next += 1
             try:
-                cache.prepare(block)
+                self._cache.prepare(block)
             except Exception as error:
-                failure.append(error)
+                self._failure = error
                 return
-
-    thread = threading.Thread(target=work, name="crop-cache", daemon=True)
-    thread.start()
-    try:
-        for step in range(start_step, stop_step):
-            if failure:
-                raise failure[0]
-            with changed:
-                current = (step + 1) * batch_size // BLOCK
-                changed.notify()
-            yield cache.read(step * batch_size, (step + 1) * batch_size)
-    finally:
-        with changed:
-            stopped = True
-            changed.notify()
-        thread.join()
 
 
 def remove_cache(folder: Path) -> None:

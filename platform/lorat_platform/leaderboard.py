@@ -41,6 +41,8 @@ class TrialRow:
     """One per rung, ascending: step, budget, objectives, loss, times."""
     reason: str | None = None
     """Why it failed."""
+    worker: str | None = None
+    """Host and process that ran it last."""
     started_at: float | None = None
     ended_at: float | None = None
 

@@ -6,6 +6,7 @@ request (``search.json``), Ray Tune's snapshot, and the checkpoints of the trial
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -13,14 +14,16 @@ import logging
 import math
 import os
 import signal
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from lorat import storage
 from lorat.config import TrainConfig, from_dict, to_dict
@@ -41,11 +44,14 @@ from lorat_platform.search_session import SearchCallback, SearchSession
 from lorat_platform.sources import open_indexes, open_pairs, resolve_sources
 from lorat_platform.space import SearchSpace, build_space
 from lorat_platform.tracking import Run, open_run
-from lorat_platform.trial import TrialSetup, run_trial
+from lorat_platform.trial import BETWEEN_RUNGS, run_trial
+from lorat_platform.trial_group import run_group_trial
+from lorat_platform.trial_work import TrialSetup
 
 log = logging.getLogger(__name__)
 
 REQUEST_FILE = "search.json"
+PARENT_FILE = "mlflow-run-id"
 BEST_FILE = "best_config.json"
 SMALL_SCHEDULE = {"epochs": 8, "pairs_per_epoch": 1024, "batch_size": 32}
 """Full schedule of a trial of a small variant where none is given: 256 steps."""
@@ -196,6 +202,8 @@ def make_plan(config: TrainConfig, options: SearchOptions) -> SearchPlan:
         }
         config = dataclasses.replace(config, **missing)
     space = build_space(config, options.space)
+    if space.base.val_data is None:
+        raise UserError("A search needs validation sequences with full frames; give --val-data.")
     total = space.base.total_steps
     max_steps = min(options.max_steps or total, total)
     num_rungs = 1 if options.scheduler == "none" else options.rungs
@@ -208,8 +216,18 @@ def make_plan(config: TrainConfig, options: SearchOptions) -> SearchPlan:
     return plan
 
 
-def run_search(plan: SearchPlan, *, git_revision: str | None = None) -> SearchOutcome:
+def run_search(
+    plan: SearchPlan,
+    *,
+    points: Sequence[Mapping[str, Any]] | None = None,
+    git_revision: str | None = None,
+) -> SearchOutcome:
     """Run a search on the connected cluster.
+
+    Args:
+        plan: the checked request.
+        points: configurations to try, instead of the searcher's proposals.
+        git_revision: of the code.
 
     Raises:
         UserError: if a search of that name exists, or no node can hold a trial.
@@ -228,18 +246,23 @@ def run_search(plan: SearchPlan, *, git_revision: str | None = None) -> SearchOu
     # Hyperband pauses trials, which a limit would count as running.
     limit = 0 if plan.options.scheduler == "hyperband" else slots
     searcher, scheduler = _algorithms(plan, max_concurrent=limit)
+    by_itself = plan.options.searcher == "random" or points is not None
+    if points is not None:
+        searcher = BasicVariantGenerator(
+            points_to_evaluate=[dict(point) for point in points], max_concurrent=limit
+        )
 
     def make_tuner() -> tune.Tuner:
         return tune.Tuner(
             _trainable(plan),
-            param_space=plan.space.to_tune() if plan.options.searcher == "random" else {},
+            param_space=plan.space.to_tune() if by_itself else {},
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=scheduler,
                 num_samples=plan.options.trials,
                 # Random search counts for itself.
-                max_concurrent_trials=None if plan.options.searcher == "random" else limit,
-                reuse_actors=plan.options.workers_per_trial == 1,
+                max_concurrent_trials=None if by_itself else limit,
+                reuse_actors=True,
                 trial_dirname_creator=_trial_name,
                 trial_name_creator=_trial_name,
             ),
@@ -305,10 +328,8 @@ def check_data(config: TrainConfig) -> None:
     Raises:
         UserError: if one cannot be opened, or validation would need frames that are not stored.
     """
-    if config.val_data is None:
-        raise UserError("A search needs validation sequences; give --val-data URI.")
     open_pairs(config, resolve_sources(config.data, "train"))
-    for index in open_indexes(resolve_sources(config.val_data, "val")):
+    for index in open_indexes(resolve_sources(config.val_data or "", "val")):
         if index.storage == "window":
             raise UserError(
                 f"The validation set {index.name} stores windows around the target, which a "
@@ -381,7 +402,7 @@ def _trainable(plan: SearchPlan) -> Callable[[dict[str, Any]], None]:
     several = options.workers_per_trial > 1
 
     def trial(config: dict[str, Any]) -> None:
-        run_trial(config, setup)
+        (run_group_trial if several else run_trial)(config, setup)
 
     # Workers of a group bring their own resources: what the trial held besides would be lost.
     bundle = {"CPU": 0.0} if several else {k: v for k, v in resources.items() if v > 0}
@@ -404,10 +425,13 @@ def _drive(
     os.environ |= TUNE_ENVIRONMENT
     board = Leaderboard(objectives=plan.options.objectives, rungs=plan.rungs)
     plan.folder.mkdir(parents=True, exist_ok=True)
+    location = storage.locate(plan.storage).child(plan.name)
+    known = location.read_bytes(PARENT_FILE).decode() if location.exists(PARENT_FILE) else None
     parent = open_run(
         plan.options.experiment,
         plan.name,
         folder=plan.folder / "mlflow-parent",
+        run_id=known,
         tags={"lorat.search": plan.name, "lorat.kind": "search", **(tags or {})},
     )
     parent.log_params(
@@ -422,24 +446,38 @@ def _drive(
         parent=parent,
         experiment=plan.options.experiment,
         num_trials=plan.options.trials,
+        remember_parent=lambda run_id: location.write_bytes(PARENT_FILE, run_id.encode()),
     )
     _quieten_tune()
-    previous = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
     finished = False
     try:
-        with warnings.catch_warnings():
+        with _stopping_on_sigterm(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             make_tuner().fit()
         finished = True
     finally:
-        signal.signal(signal.SIGTERM, previous)
         interrupted = session.interrupted
         session.end()
         if not finished:
             parent.close("FAILED")
     _remove_caches(plan)
+    if not interrupted:
+        location.delete_folder(BETWEEN_RUNGS)
     return _write_outcome(plan, board, parent, interrupted=interrupted)
+
+
+@contextlib.contextmanager
+def _stopping_on_sigterm() -> Iterator[None]:
+    """Let a request to end, as ``ray job stop`` sends it, leave a resumable search like Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _quieten_tune() -> None:

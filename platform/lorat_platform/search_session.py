@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import pickle
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class SearchSession:
         parent: MLflow run of the search.
         experiment: name of the MLflow experiment.
         num_trials: trials to propose in all.
+        remember_parent: stores the parent's MLflow id, once it is known, with the search.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class SearchSession:
         parent: Run,
         experiment: str,
         num_trials: int,
+        remember_parent: Callable[[str], None],
     ) -> None:
         self.name = name
         self.folder = folder
@@ -55,6 +58,7 @@ class SearchSession:
         self.experiment = experiment
         self.console = SearchConsole(board, num_trials=num_trials)
         self.num_trials = num_trials
+        self._remember_parent: Callable[[str], None] | None = remember_parent
         self._runs: dict[str, Run] = {}
         self._run_ids: dict[str, str] = {}
         self._closer = ThreadPoolExecutor(1, "close-runs")
@@ -91,6 +95,7 @@ class SearchSession:
         """A trial reached a rung."""
         row = self.board.add(trial.trial_id, trial.config)
         row.report({k: _plain(result[k]) for k in REPORT_FIELDS if k in result})
+        row.worker = f"{result.get('hostname')}:{result.get('pid')}"
         self._open(row).log_metrics(row.reports[-1], row.steps)
         best = self.board.best()
         if best is row:
@@ -169,11 +174,10 @@ class SearchSession:
         for trial_id, run in self._runs.items():
             if run.run_id:
                 self._run_ids[trial_id] = run.run_id
-        return {
-            "board": self.board.to_dict(),
-            "run_ids": dict(self._run_ids),
-            "parent_run_id": self.parent.run_id,
-        }
+        if self._remember_parent is not None and self.parent.run_id is not None:
+            self._remember_parent(self.parent.run_id)
+            self._remember_parent = None
+        return {"board": self.board.to_dict(), "run_ids": dict(self._run_ids)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take the rows of a snapshot."""
@@ -241,10 +245,11 @@ def failure_reason(trial: Any) -> str:
     if error is None:
         text = Path(trial.error_file).read_text() if trial.error_file else ""
         return _last_line(text) or "unknown"
-    message = user_message(error)
+    # Ray's error is of the cause's class, too, but says where it was raised.
+    cause = getattr(error, "cause", None) or error
+    message = user_message(cause)
     if message is not None:
         return message
-    cause = getattr(error, "cause", None) or error
     if type(cause).__name__ in ("ActorDiedError", "ActorUnavailableError", "RayActorError"):
         return f"the trial's process died: {_last_line(str(cause))}"
     return f"{type(cause).__name__}: {_last_line(str(cause))}"

@@ -55,6 +55,18 @@ def test_batches_are_what_decoding_gives(tmp_path: Path, batch_size: int) -> Non
             assert_same(batch, step * batch_size, (step + 1) * batch_size)
 
 
+def test_workers_share_a_step_between_them(tmp_path: Path) -> None:
+    with CropCache(tmp_path / "c", "k", load, max_bytes=10**9) as cache:
+        sources = [
+            CachedSource(cache, batch_size=50, end_step=6, rank=rank, num_workers=3, threads=2)
+            for rank in range(3)
+        ]
+        for step, parts in enumerate(zip(*(s.batches(2) for s in sources), strict=True), start=2):
+            whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+            assert_same(whole, step * 50, (step + 1) * 50)
+        assert cache.num_decoded <= 6 * 50 - 100 + 2 * BLOCK
+
+
 def test_the_second_trial_decodes_nothing(tmp_path: Path) -> None:
     with CropCache(tmp_path / "c", "k", load, max_bytes=10**9) as cache:
         list(batches(cache, 64, 0, 8))

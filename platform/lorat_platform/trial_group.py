@@ -1,0 +1,201 @@
+"""A trial of several workers: one Ray Train run per rung, nothing in between.
+
+Between two rungs no worker exists, so a trial that is stopped there, or paused, holds nothing; the
+price is starting the workers once per rung.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from lorat.config import TrainConfig
+from lorat.errors import UserError
+from lorat.storage import Location
+from lorat_platform import checkpoint_store
+from lorat_platform.command import user_message
+from lorat_platform.learner import Learner, World
+from lorat_platform.train_loop import Hooks, run
+from lorat_platform.trial import hand_over, read_progress, save_state, trial_folder
+from lorat_platform.trial_work import (
+    Progress,
+    TrialSetup,
+    batch_source,
+    open_cache,
+    prepare_process,
+    start_weights,
+    validate,
+)
+
+START_ATTEMPTS = 3
+"""Starts of the worker group that may time out before the trial fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungWork:
+    """What the workers are told for one rung."""
+
+    config: TrainConfig
+    setup: TrialSetup
+    rung: int
+    folder: Location
+    """Where checkpoints and the rung's result go."""
+    progress: Progress
+
+    @property
+    def end_step(self) -> int:
+        """Step of the rung."""
+        return self.setup.rungs.steps[self.rung]
+
+    @property
+    def result_file(self) -> str:
+        """Name of the file that worker 0 writes at the end."""
+        return f"rung-{self.rung}.json"
+
+
+def run_group_trial(values: dict[str, Any], setup: TrialSetup) -> None:
+    """Run a trial whose training takes several workers.
+
+    Raises:
+        UserError: if the workers fail, with what the first of them said.
+    """
+    began = time.perf_counter()
+    config = setup.space.configure(values)
+    folder = trial_folder(setup)
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is None:
+        progress = read_progress(None)
+    else:
+        with checkpoint.as_directory() as name:
+            progress = read_progress(Path(name))
+    before = progress.total_seconds
+    folder.make()
+    for rung in range(len(progress.history), setup.rungs.num_rungs):
+        work = RungWork(config=config, setup=setup, rung=rung, folder=folder, progress=progress)
+        if not folder.exists(work.result_file):
+            _fit(work)
+        done = json.loads(folder.read_bytes(work.result_file))
+        progress.latency_ms = done["latency_ms"]
+        progress.train_seconds += done["train_seconds"]
+        progress.evaluation_seconds += done["evaluation_seconds"]
+        seconds = before + time.perf_counter() - began
+        report = progress.report(setup, rung, done["measured"], seconds)
+        with tempfile.TemporaryDirectory() as name:
+            hand_over(report, progress, Path(name))
+
+
+def _fit(work: RungWork) -> None:
+    """Train to the rung with a group of workers."""
+    from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+    setup = work.setup
+    resources = {k: v for k, v in setup.worker_resources.items() if v > 0}
+    trial_id = tune.get_context().get_trial_id()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = TorchTrainer(
+            _worker,  # type: ignore[arg-type]  # is told its work, no dictionary
+            train_loop_config=work,  # type: ignore[arg-type]
+            scaling_config=ScalingConfig(
+                num_workers=setup.workers,
+                use_gpu=resources.get("GPU", 0) > 0,
+                resources_per_worker=resources,
+            ),
+            run_config=RunConfig(
+                name=f"{trial_id}-rung-{work.rung}-{time.time_ns()}",
+                storage_path=scratch,
+                failure_config=FailureConfig(
+                    max_failures=0, controller_failure_limit=START_ATTEMPTS
+                ),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            message = user_message(error)
+            if message is None:
+                lines = str(error).strip().splitlines()
+                message = lines[-1] if lines else repr(error)
+            raise UserError(message) from error
+
+
+def _worker(work: RungWork) -> None:
+    """Do one worker's part of a rung; worker 0 tracks, saves and writes the result."""
+    import ray.train
+    import torch.distributed as dist
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    context = ray.train.get_context()
+    device = prepare_process(work.setup)
+    world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=device)
+    config, folder, progress = work.config, work.folder, work.progress
+    metrics: dict[str, float] = {}
+    last = checkpoint_store.newest(folder)
+    with tempfile.TemporaryDirectory() as name, open_cache(config, work.setup) as cache:
+        resume = checkpoint_store.download(folder, last, Path(name)) if last else None
+        learner = Learner(
+            config,
+            world=world,
+            resume=resume,
+            start_weights=start_weights(config) if resume is None else None,
+        )
+        began = time.perf_counter()
+        run(
+            config,
+            batch_source(cache, config, work.setup, world, work.end_step),
+            world=world,
+            hooks=_hooks(work, world, metrics),
+            learner=learner,
+            end_step=work.end_step,
+        )
+        seconds = time.perf_counter() - began
+        if world.rank == 0:
+            evaluated = progress.evaluation_seconds
+            measured = validate(learner.model, config, work.setup, device, progress) | {
+                "loss": metrics["train/loss"],
+                "parameters": float(sum(p.numel() for p in learner.parameters)),
+                "crop_cache_hit_rate": cache.hit_rate,
+                "crops_decoded": float(cache.num_decoded),
+            }
+            done = {
+                "measured": measured,
+                "latency_ms": progress.latency_ms,
+                "train_seconds": seconds,
+                "evaluation_seconds": progress.evaluation_seconds - evaluated,
+            }
+            folder.write_bytes(work.result_file, json.dumps(done).encode())
+        dist.barrier()
+
+
+def _hooks(work: RungWork, world: World, metrics: dict[str, float]) -> Hooks:
+    """Worker 0 saves every few minutes and at the end."""
+    saved = time.perf_counter()
+
+    def due(step: int) -> bool:
+        return world.rank == 0 and time.perf_counter() - saved > work.setup.save_every_s
+
+    def save(learner: Learner, _: dict[str, float]) -> None:
+        nonlocal saved
+        if world.rank != 0:
+            return
+        save_state(learner, work.folder, work.progress)
+        saved = time.perf_counter()
+
+    def keep(_: int, values: dict[str, float]) -> None:
+        metrics.update(values)
+
+    return Hooks(
+        log_every=work.setup.rungs.max_steps,
+        on_interval=keep,
+        on_step=due,
+        on_checkpoint=save,
+    )

@@ -1,0 +1,218 @@
+"""What every trial does, with one worker or several: its samples, its validation, its progress."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lorat.config import TrainConfig
+from lorat.metrics import evaluate
+from lorat.model import LoRAT
+from lorat.one_pass import track_sequences
+from lorat.pairs import load_pairs
+from lorat.shards import ImageReader
+from lorat.tracker import Tracker
+from lorat_platform.crop_cache import (
+    CachedSource,
+    CropCache,
+    cache_root,
+    content_key,
+    remove_stale_caches,
+)
+from lorat_platform.evaluation import ground_truth
+from lorat_platform.learner import World
+from lorat_platform.scheduling import BUDGET, Rungs
+from lorat_platform.sources import fingerprints, open_indexes, open_pairs, resolve_sources
+from lorat_platform.space import SearchSpace
+from lorat_platform.validation import evenly, usable_tracks
+
+if TYPE_CHECKING:
+    from lorat.frame_index import FrameIndex
+
+LATENCY_FRAMES = 12
+"""Frames of one sequence alone in a latency measurement; the best of three counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSetup:
+    """What all trials of a search have in common."""
+
+    space: SearchSpace
+    objectives: tuple[str, ...]
+    rungs: Rungs
+    folder: str
+    """Address of the search's folder."""
+    val_sequences: int | None
+    """Sequences of each validation set; none means all."""
+    workers: int
+    worker_resources: dict[str, float]
+    crop_cache: str
+    """Name of the search's crop cache."""
+    crop_cache_bytes: int
+    save_every_s: float = 600.0
+    """Longest training that an interruption may cost."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """What a trial carries from rung to rung, through its checkpoints."""
+
+    history: list[dict[str, Any]]
+    """``budget`` and objectives of every report."""
+    latency_ms: float | None = None
+    train_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return dict(self.__dict__)
+
+    def report(
+        self, setup: TrialSetup, rung: int, measured: dict[str, float], seconds: float
+    ) -> dict[str, Any]:
+        """Take in what a rung measured and return what is reported of it.
+
+        Args:
+            setup: of the search.
+            rung: from 0.
+            measured: scores, loss, parameters, cache figures.
+            seconds: the trial's, up to now.
+        """
+        self.total_seconds = seconds
+        report: dict[str, Any] = measured | {
+            BUDGET: setup.rungs.budget(rung),
+            "step": setup.rungs.steps[rung],
+            "latency": self.latency_ms,
+            "train_seconds": self.train_seconds,
+            "evaluation_seconds": self.evaluation_seconds,
+            "total_seconds": self.total_seconds,
+        }
+        self.history.append({name: report[name] for name in (BUDGET, *setup.objectives)})
+        return report
+
+
+def prepare_process(setup: TrialSetup) -> torch.device:
+    """Fit this process to its share of the machine, and let go of the trial before."""
+    import cv2
+
+    # How long Ray Tune waits for a stopped trial before it gives this process up.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "20"
+    gc.collect()
+    cv2.setNumThreads(1)
+    gpus = setup.worker_resources.get("GPU", 0.0)
+    if gpus and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        # A trial that takes more than its share fails alone.
+        torch.cuda.set_per_process_memory_fraction(min(gpus, 1.0))
+        return torch.device("cuda", torch.cuda.current_device())
+    torch.set_num_threads(max(1, int(setup.worker_resources.get("CPU", 1.0))))
+    return torch.device("cpu")
+
+
+def start_weights(config: TrainConfig) -> Path | None:
+    """Fetch what ``config.init_from`` names, if anything."""
+    if config.init_from is None:
+        return None
+    from lorat_platform.registry import resolve
+
+    return resolve(config.init_from)
+
+
+@contextlib.contextmanager
+def open_cache(config: TrainConfig, setup: TrialSetup) -> Iterator[CropCache]:
+    """Open the crops of this configuration's pairs; trials of the same pairs share them."""
+    sources = resolve_sources(config.data, "train")
+    sampler, readers = open_pairs(config, sources)
+    variant = config.model_variant
+    key = content_key(
+        data=fingerprints(sources),
+        weights=[source.weight for source in sources],
+        crops=[
+            variant.template_size, variant.template_area_factor,
+            variant.search_size, variant.search_area_factor,
+        ],
+        sampling=config.sampling.__dict__,
+        augment=config.augment.__dict__,
+        seed=config.seed,
+    )  # fmt: skip
+    root = cache_root(setup.crop_cache_bytes)
+    remove_stale_caches(root)
+    load = functools.partial(load_pairs, sampler, readers)
+    with CropCache(root / setup.crop_cache, key, load, max_bytes=setup.crop_cache_bytes) as cache:
+        yield cache
+
+
+def batch_source(
+    cache: CropCache, config: TrainConfig, setup: TrialSetup, world: World, end_step: int
+) -> CachedSource:
+    """Return a worker's batches up to a step."""
+    assert config.batch_size is not None
+    return CachedSource(
+        cache,
+        batch_size=config.batch_size,
+        end_step=end_step,
+        rank=world.rank,
+        num_workers=world.size,
+        threads=max(1, int(setup.worker_resources.get("CPU", 1.0)) - 1),
+    )
+
+
+def validate(
+    model: LoRAT, config: TrainConfig, setup: TrialSetup, device: torch.device, progress: Progress
+) -> dict[str, float]:
+    """Track the validation sequences and return their mean scores; measure latency once."""
+    began = time.perf_counter()
+    tracker = Tracker(model, device=device)
+    sums: dict[str, float] = {}
+    indexes = open_indexes(resolve_sources(config.val_data or "", "val"))
+    threads = max(1, int(setup.worker_resources.get("CPU", 1.0)))
+    for index in indexes:
+        tracks = usable_tracks(index)
+        results = track_sequences(
+            tracker,
+            index,
+            ImageReader(index),
+            evenly(tracks, setup.val_sequences or len(tracks)),
+            batch_size=16,
+            decode_threads=threads,
+        )
+        scores = evaluate(
+            {r.name: r.boxes for r in results},
+            {r.name: ground_truth(index, r.track) for r in results},
+            dataset=index.name,
+        ).scores
+        for ours, theirs in (("ao", "AO"), ("auc", "SUC"), ("sr50", "SR0.5"), ("sr75", "SR0.75")):
+            sums[ours] = sums.get(ours, 0.0) + float(scores[theirs]) / len(indexes)
+    if progress.latency_ms is None:
+        progress.latency_ms = measure_latency(tracker, indexes[0])
+    progress.evaluation_seconds += time.perf_counter() - began
+    return sums
+
+
+def measure_latency(tracker: Tracker, index: FrameIndex) -> float:
+    """Return the milliseconds per frame of one target alone, decoding not counted."""
+    track = usable_tracks(index)[0]
+    first, end = int(index.track_start[track]), int(index.track_start[track + 1])
+    reader = ImageReader(index)
+    frames = [reader.decode(row) for row in range(first, min(end, first + LATENCY_FRAMES))]
+    medians = []
+    for _ in range(3):
+        targets = tracker.start(frames[:1], [tuple(index.box[first].tolist())])
+        seconds = []
+        for frame in frames[1:]:
+            began = time.perf_counter()
+            tracker.step(targets, [frame])
+            seconds.append(time.perf_counter() - began)
+        medians.append(float(np.median(seconds)))
+    return 1e3 * min(medians)

@@ -1,0 +1,144 @@
+"""`jobs/tune.py` from the command line: stopped, killed, resumed, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lorat.config import TrainConfig, from_dict
+from lorat_platform.mlflow_store import connect
+from tests.small_shards import make_shards
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Job:
+    """A running ``jobs/tune.py`` with its output in a file."""
+
+    def __init__(self, home: Path, *arguments: object) -> None:
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        environment |= {"LORAT_HOME": str(home), "RAY_AUTH_MODE": "disabled"}
+        environment.pop("MLFLOW_TRACKING_URI", None)
+        self._log = home.parent / f"log-{time.time_ns()}"
+        with open(self._log, "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "jobs" / "tune.py"), *map(str, arguments)],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, pattern: str, timeout_s: float = 120) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not re.search(pattern, self.output):
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.05)
+
+    def end(self, timeout_s: float = 180) -> int:
+        return self.process.wait(timeout_s)
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("data")
+    train = make_shards(folder / "train", split="train")
+    val = make_shards(folder / "val", split="val")
+    return [
+        "--variant", "N-112", "--backbone", "none", "--data", train, "--val-data", val,
+        "--epochs", "4", "--pairs-per-epoch", "64", "--batch-size", "8", "--warmup-epochs", "0",
+        "--rungs", "2", "--val-sequences", "1", "--crop-cache-gb", "0.1",
+    ]  # fmt: skip
+
+
+def test_an_interrupted_and_a_killed_search_go_on(tmp_path: Path, arguments: list[str]) -> None:
+    home = tmp_path / "home"
+    job = Job(home, *arguments, "--trials", 7, "--name", "stopped", "--concurrent", 1)
+    job.wait_for(r"trial 1: .* after \d+ steps")
+    job.process.send_signal(signal.SIGINT)
+    assert job.end() == 130, job.output
+    assert "--resume stopped" in job.output
+    assert "Traceback" not in job.output
+    before = _rows(home)
+    assert len(before) < 7
+    ended = {k: v for k, v in before.items() if v["status"] in ("completed", "stopped")}
+    assert len(ended) >= 2
+
+    job = Job(home, "--resume", "stopped")
+    job.wait_for(r"trial 3: rung 1")
+    job.process.kill()
+    job.end()
+
+    job = Job(home, "--resume", "stopped")
+    assert job.end() == 0, job.output
+    rows = _rows(home)
+    assert len(rows) == 7
+    assert all(row["status"] in ("completed", "stopped") for row in rows.values())
+    for trial_id, row in ended.items():
+        assert rows[trial_id] == row, "a finished trial stays as it was"
+    numbers = sorted(row["trial"] for row in rows.values())
+    assert numbers == list(range(7))
+
+    best = json.loads((home / "runs" / "stopped" / "results" / "best_config.json").read_text())
+    assert from_dict(TrainConfig, best).total_steps == 32
+    client = connect(f"sqlite:///{home}/mlflow.db")
+    experiment = client.get_experiment_by_name("lorat-search")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    assert parent.info.status == "FINISHED"
+    children = {r.data.tags["lorat.trial_id"]: r for r in runs if r is not parent}
+    assert children.keys() >= rows.keys()
+    for trial_id in rows:
+        assert children[trial_id].info.status == "FINISHED"
+    assert all(r.info.status in ("FINISHED", "KILLED") for r in children.values())
+
+
+def _rows(home: Path) -> dict[str, dict[str, object]]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(home / "runs" / "stopped" / "results" / "trials.parquet")
+    left_out = ("pareto",)
+    return {
+        row["trial_id"]: {k: v for k, v in row.items() if k not in left_out}
+        for row in table.to_pylist()
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--space", "lora.rang=choice(1,2)"], "no configuration field lora.rang"),
+        (["--space", "lora.dropout=uniform(0,2)"], "give 0 <= dropout < 1"),
+        (["--trails", "3"], "did you mean --trials"),
+        (["--searcher", "bohb", "--scheduler", "hyperband"], "hpbandster"),
+        (["--resume", "nothing"], "no search nothing"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(
+    tmp_path: Path, flags: list[str], message: str
+) -> None:
+    job = Job(tmp_path / "home", *flags)
+    assert job.end() == 2, job.output
+    (line,) = [text for text in job.output.splitlines() if text.startswith("error:")]
+    assert message in line
+    assert "Traceback" not in job.output
+    assert not (tmp_path / "home" / "runs").exists()
+
+
+def test_the_plan_can_be_read_before_anything_starts(tmp_path: Path) -> None:
+    job = Job(tmp_path / "home", "--dry-run")
+    assert job.end() == 0, job.output
+    assert "32 trials of T-112 on synthetic for ao" in job.output
+    assert "tpe proposes, asha compares at steps 16, 64, 256" in job.output

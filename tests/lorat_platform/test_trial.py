@@ -1,0 +1,149 @@
+"""One trial in this process, with Ray Tune's side of it played by the test."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lorat.config import TrainConfig
+from lorat_platform import trial
+from lorat_platform.scheduling import Rungs
+from lorat_platform.space import build_space
+from lorat_platform.trial_work import TrialSetup
+from tests.small_shards import make_shards
+
+VALUES = {"lora.rank": 4, "lr": 2e-3, "head.depth": 1}
+
+
+class Stopped(Exception):
+    """The trial's process is gone."""
+
+
+class Tune:
+    """What a trial sees of Ray Tune."""
+
+    def __init__(self, folder: Path) -> None:
+        self.reports: list[dict[str, Any]] = []
+        self.die_at: str | None = None
+        self._folder = folder
+        self._checkpoint: Path | None = None
+
+    def get_context(self) -> Any:
+        return SimpleNamespace(get_trial_id=lambda: "t1")
+
+    def get_checkpoint(self) -> Any:
+        if self._checkpoint is None:
+            return None
+        return trial_checkpoint(self._checkpoint)
+
+    class Checkpoint:
+        @staticmethod
+        def from_directory(path: str) -> Path:
+            return Path(path)
+
+    def report(self, metrics: dict[str, Any], checkpoint: Path) -> None:
+        self._checkpoint = self._folder / f"checkpoint-{len(self.reports)}"
+        shutil.copytree(checkpoint, self._checkpoint)
+        self.reports.append(json.loads(json.dumps(metrics)))
+
+
+def trial_checkpoint(folder: Path) -> Any:
+    from ray.tune import Checkpoint
+
+    return Checkpoint.from_directory(str(folder))
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> TrialSetup:
+    folder = tmp_path_factory.mktemp("trial")
+    base = TrainConfig(
+        variant="N-112", backbone="none", data=make_shards(folder / "train", split="train"),
+        val_data=make_shards(folder / "val", split="val"), epochs=2, pairs_per_epoch=48,
+        batch_size=8, warmup_epochs=0.0,
+    )  # fmt: skip
+    return TrialSetup(
+        space=build_space(base),
+        objectives=("ao",),
+        rungs=Rungs(max_steps=12, reduction=3, num_rungs=2),
+        folder=str(folder),
+        val_sequences=1,
+        workers=1,
+        worker_resources={"CPU": 1.0},
+        crop_cache="crops",
+        crop_cache_bytes=10**8,
+        save_every_s=0.0,
+    )
+
+
+@pytest.fixture
+def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: TrialSetup) -> Tune:
+    fake = Tune(tmp_path)
+    monkeypatch.setattr(trial, "tune", fake)
+    monkeypatch.setenv("LORAT_CROP_CACHE", str(tmp_path / "crops"))
+    shutil.rmtree(Path(setup.folder) / trial.BETWEEN_RUNGS, ignore_errors=True)
+    return fake
+
+
+def scores(reports: list[dict[str, Any]]) -> list[tuple[float, ...]]:
+    names = ("step", "budget", "ao", "sr50", "loss", "parameters")
+    return [tuple(report[name] for name in names) for report in reports]
+
+
+def test_a_trial_reports_every_rung(tune: Tune, setup: TrialSetup) -> None:
+    trial.run_trial(VALUES, setup)
+    assert [(r["step"], r["budget"]) for r in tune.reports] == [(4, 1), (12, 3)]
+    last = tune.reports[-1]
+    assert [h["budget"] for h in last["history"]] == [1, 3]
+    assert last["history"][1]["ao"] == last["ao"]
+    assert 0 <= last["ao"] <= 1
+    assert last["loss"] > 0
+    assert last["latency"] > 0
+    assert last["total_seconds"] >= last["train_seconds"] + last["evaluation_seconds"]
+
+
+def test_a_trial_that_dies_anywhere_ends_like_an_uninterrupted_one(
+    tune: Tune, setup: TrialSetup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trial.run_trial(VALUES, setup)
+    expected = scores(tune.reports)
+
+    interrupted = Tune(tmp_path / "again")
+    monkeypatch.setattr(trial, "tune", interrupted)
+    shutil.rmtree(Path(setup.folder) / trial.BETWEEN_RUNGS)
+    whole_run = trial.run
+    for deadly_step in (2, 7):
+
+        def dying_run(*args: Any, deadly_step: int = deadly_step, **kwargs: Any) -> Any:
+            if kwargs["learner"].step < deadly_step < kwargs["end_step"]:
+                kwargs["end_step"] = deadly_step
+                whole_run(*args, **kwargs)
+                raise Stopped
+            return whole_run(*args, **kwargs)
+
+        monkeypatch.setattr(trial, "run", dying_run)
+        with pytest.raises(Stopped):
+            trial.run_trial(VALUES, setup)
+    steps: list[int] = []
+
+    def noting_run(*args: Any, **kwargs: Any) -> Any:
+        steps.append(kwargs["learner"].step)
+        return whole_run(*args, **kwargs)
+
+    monkeypatch.setattr(trial, "run", noting_run)
+    trial.run_trial(VALUES, setup)
+    assert steps == [7], "it goes on from what was saved between two rungs"
+    got = scores(interrupted.reports)
+    assert len(got) == 2
+    assert got[0][:4] == expected[0][:4]
+    assert got[1][:4] == expected[1][:4], "same score after two deaths"
+
+
+def test_only_the_last_states_between_rungs_are_kept(tune: Tune, setup: TrialSetup) -> None:
+    trial.run_trial(VALUES, setup)
+    kept = sorted(p.name for p in (Path(setup.folder) / trial.BETWEEN_RUNGS / "t1").iterdir())
+    assert kept == ["step-00000010", "step-00000011"]
