@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,7 @@ def main() -> int:
         open_run(
             options.experiment,
             f"{subject.name} {stamp}",
-            folder=home() / "journals" / f"evaluate-{stamp}-{subject.fingerprint[:8]}",
+            folder=home() / "journals" / f"evaluate-{stamp}-{os.getpid()}",
             tags={
                 "job": "evaluate",
                 "git_revision": command.git_revision(bootstrap.ROOT) or "unknown",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import getpass
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -42,7 +43,10 @@ class Options:
     """Make a registered model champion if it is better than the present one."""
 
     candidate: str = f"models:/{registry.MODEL_NAME}@{registry.CANDIDATE}"
-    """models:/NAME@ALIAS or models:/NAME/VERSION."""
+    """models:/NAME@ALIAS or models:/NAME/VERSION; a checkpoint folder or a released file is
+    registered first."""
+    variant: str | None = None
+    """Variant of a released file, which does not name it."""
     data: tuple[str, ...] = ()
     """Benchmark, shards with full frames; none means the champion's benchmark."""
     force: bool = False
@@ -208,20 +212,27 @@ def main() -> int:
         old, new = promotion.roll_back(name)
         log.info("Champion of %s: version %s again, instead of version %s.", name, new, old)
         return 0
-    name, version = registry.version_of(options.candidate)
+    name, version = registry.MODEL_NAME, ""
+    if options.candidate.startswith("models:/"):
+        name, version = registry.version_of(options.candidate)
+    revision = command.git_revision(bootstrap.ROOT) or "unknown"
     stamp = time.strftime("%Y%m%d-%H%M%S")
+    label = f"{name} version {version}" if version else Path(options.candidate).name
     with (
         cluster.connected(options.address),
         open_run(
             "promotion",
-            f"{name} version {version} {stamp}",
-            folder=home() / "journals" / f"promote-{stamp}-{name}-{version}",
-            tags={
-                "job": "promote",
-                "git_revision": command.git_revision(bootstrap.ROOT) or "unknown",
-            },
+            f"{label} {stamp}",
+            folder=home() / "journals" / f"promote-{stamp}-{os.getpid()}",
+            tags={"job": "promote", "git_revision": revision},
         ) as run,
     ):
+        if not version:
+            model = registry.load(options.candidate, variant=options.variant)
+            version = registry.register(
+                model, run_id=run.wait_for_id(), benchmark=options.data, git_revision=revision
+            )
+            log.info("Registered %s as version %s of %s.", options.candidate, version, name)
         promoted = promote(options, name, version, run)
     if not promoted:
         log.info("The champion stays. --force promotes nevertheless; that is recorded.")

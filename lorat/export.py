@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +30,9 @@ TOLERANCE = 1e-3
 MAX_ONNX_BYTES = 1_500_000_000
 """Weights above this go beside the ONNX file, which may not exceed 2 GB."""
 CHECKED_BATCHES = (1, 3)
+
+Forward = Callable[..., tuple[np.ndarray, np.ndarray]]
+"""From template, search and mask to score map and boxes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +179,7 @@ def _program(model: LoRAT, folder: Path) -> Parity:
     return _compare("program", path, path.stat().st_size, model, run)
 
 
-def _compare(name: str, path: Path, size: int, model: LoRAT, run) -> Parity:  # type: ignore[no-untyped-def]
+def _compare(name: str, path: Path, size: int, model: LoRAT, run: Forward) -> Parity:
     reference = _Tuple(model)
     score_error = box_error = 0.0
     for batch in CHECKED_BATCHES:

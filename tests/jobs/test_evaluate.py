@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lorat.checkpoint import save_merged
 from lorat.model import LoRAT
 from lorat_platform import promotion, registry
 from lorat_platform.mlflow_store import connect
@@ -147,6 +148,14 @@ def test_equal_candidate_needs_to_be_allowed(home: Path, uri: str) -> None:
     assert run_job("promote").returncode == 1
     assert run_job("promote", "--allow-equal").returncode == 0
     assert promotion.champion_of(connect()) == twin
+
+
+def test_checkpoint_folder_is_registered_and_promoted(home: Path, uri: str, tmp_path: Path) -> None:
+    save_merged(staying_tracker(), tmp_path / "bundle")
+    result = run_job("promote", "--candidate", tmp_path / "bundle", "--data", uri)
+    assert result.returncode == 0, result.stderr
+    assert "as version 1 of lorat" in result.stdout
+    assert promotion.champion_of(connect()) == "1"
 
 
 def test_two_promotions_at_once_end_with_the_better_one(home: Path, uri: str) -> None:
