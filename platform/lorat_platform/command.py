@@ -132,7 +132,9 @@ def user_message(error: BaseException | None, depth: int = 0) -> str | None:
             message = user_message(wrapped, depth + 1)
             if message is not None:
                 return message
-    return None
+    # What an actor raised while it was made is only kept as text.
+    named = re.search(r"^lorat\.errors\.UserError: (.+)$", str(error), re.MULTILINE)
+    return named.group(1) if named else None
 
 
 def git_revision(folder: str | os.PathLike[str]) -> str | None:

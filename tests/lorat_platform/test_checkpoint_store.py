@@ -1,0 +1,94 @@
+"""A checkpoint is complete or absent, whatever happens while it is written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lorat.errors import UserError
+from lorat.storage import locate
+from lorat_platform import checkpoint_store
+from lorat_platform.checkpoint_store import MANIFEST, SNAPSHOT
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    folder = tmp_path / "local"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "head.safetensors").write_bytes(b"h" * 1000)
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"a" * 2000)
+    return folder
+
+
+def test_an_uploaded_checkpoint_is_complete_and_the_newest(tmp_path: Path, local: Path) -> None:
+    run = locate(tmp_path / "run")
+    run.make()
+    assert checkpoint_store.newest(run) is None
+    for step in (20, 100, 40):
+        checkpoint_store.upload(local, run, checkpoint_store.name_of(step))
+    assert checkpoint_store.newest(run) == "step-00000100"
+    assert checkpoint_store.names(run) == ["step-00000020", "step-00000040", "step-00000100"]
+    assert checkpoint_store.step_of("step-00000100") == 100
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "no manifest", "half manifest"])
+def test_an_incomplete_folder_is_no_checkpoint(tmp_path: Path, local: Path, damage: str) -> None:
+    run = locate(tmp_path / "run")
+    run.make()
+    checkpoint_store.upload(local, run, "step-00000020")
+    checkpoint_store.upload(local, run, "step-00000040")
+    broken = tmp_path / "run" / "step-00000040"
+    if damage == "cut":
+        (broken / "head.safetensors").write_bytes(b"h")
+    elif damage == "missing":
+        (broken / "head.safetensors").unlink()
+    elif damage == "no manifest":
+        (broken / MANIFEST).unlink()
+    else:
+        (broken / MANIFEST).write_text('{"files": {"head')
+    assert checkpoint_store.newest(run) == "step-00000020"
+    checkpoint_store.upload(local, run, "step-00000040")
+    assert checkpoint_store.newest(run) == "step-00000040"
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_intact(
+    tmp_path: Path, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = locate(tmp_path / "run")
+    run.make()
+    checkpoint_store.upload(local, run, "step-00000020")
+
+    def full(source: object, target: Path) -> None:
+        Path(target).mkdir()
+        (Path(target) / "head.safetensors").write_bytes(b"h" * 10)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(UserError, match="No space left on device; step-00000020 is intact"):
+        checkpoint_store.upload(local, run, "step-00000040")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["step-00000020"]
+
+
+def test_a_damaged_list_of_checkpoints_is_dropped_and_a_good_one_kept(
+    tmp_path: Path, local: Path
+) -> None:
+    run = locate(tmp_path / "run")
+    run.make()
+    checkpoint_store.upload(local, run, "step-00000020")
+    snapshot = tmp_path / "run" / SNAPSHOT
+    entry = {"checkpoint_dir_name": "step-00000020", "metrics": {"val/ao": 0.5}}
+    snapshot.write_text(json.dumps({"checkpoint_results": [entry]}))
+    checkpoint_store.repair(run)
+    assert checkpoint_store.registered(run) == {"step-00000020": {"val/ao": 0.5}}
+    for content in ("", '{"checkpoint_results": [', json.dumps({"checkpoint_results": [
+        entry | {"checkpoint_dir_name": "step-00000099"}]})):  # fmt: skip
+        snapshot.write_text(content)
+        (tmp_path / "run" / ".part-step-00000040").mkdir()
+        checkpoint_store.repair(run)
+        assert not snapshot.exists()
+        assert not (tmp_path / "run" / ".part-step-00000040").exists()
+    assert checkpoint_store.newest(run) == "step-00000020"

@@ -1,0 +1,103 @@
+"""A name ties a configuration, data and one MLflow run together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorat.config import LoraConfig, TrainConfig, resolve
+from lorat.errors import UserError
+from lorat.storage import locate
+from lorat_platform import run_record
+
+CONFIG = resolve(TrainConfig(variant="N-112"))
+DATA = {"synthetic": "abc"}
+
+
+def choose(
+    storage: Path,
+    name: str | None = None,
+    config: TrainConfig = CONFIG,
+    data: dict[str, str] = DATA,
+    resume: run_record.Resume = "auto",
+) -> tuple[str, bool]:
+    folder, record, existed = run_record.choose(
+        locate(storage), name, config, data, resume, git_revision=None
+    )
+    record.write(folder)
+    return record.name, existed
+
+
+def finish(storage: Path, name: str) -> None:
+    folder = locate(storage / name)
+    record = run_record.read(folder)
+    assert record is not None
+    dataclasses.replace(record, finished=True).write(folder)
+
+
+def test_the_same_command_goes_on_with_the_unfinished_run(tmp_path: Path) -> None:
+    name, existed = choose(tmp_path)
+    assert not existed
+    assert name.startswith("N-112-")
+    assert choose(tmp_path) == (name, True)
+    other, existed = choose(tmp_path, config=dataclasses.replace(CONFIG, seed=1))
+    assert not existed
+    assert other != name
+
+
+def test_after_a_finished_run_the_same_command_begins_another(tmp_path: Path) -> None:
+    name, _ = choose(tmp_path)
+    finish(tmp_path, name)
+    assert choose(tmp_path) == (f"{name}-2", False)
+    assert choose(tmp_path) == (f"{name}-2", True)
+
+
+def test_a_named_run_is_gone_on_with_only_if_it_is_the_same(tmp_path: Path) -> None:
+    choose(tmp_path, "mine")
+    assert choose(tmp_path, "mine") == ("mine", True)
+    changed = dataclasses.replace(CONFIG, lora=LoraConfig(rank=3))
+    with pytest.raises(UserError, match=r"lora.rank = 64, now it is 3"):
+        choose(tmp_path, "mine", changed)
+    with pytest.raises(UserError, match="other data"):
+        choose(tmp_path, "mine", data={"synthetic": "xyz"})
+    with pytest.raises(UserError, match="exists"):
+        choose(tmp_path, "mine", resume="never")
+    finish(tmp_path, "mine")
+    with pytest.raises(UserError, match="finished"):
+        choose(tmp_path, "mine")
+
+
+def test_insisting_on_a_run_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no unfinished run"):
+        choose(tmp_path, "mine", resume="must")
+
+
+def test_a_run_that_another_living_process_drives_is_left_alone(tmp_path: Path) -> None:
+    choose(tmp_path, "mine")
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        mark = {"host": socket.gethostname(), "pid": other.pid}
+        mark["start"] = run_record._start_time(other.pid)
+        locate(tmp_path / "mine").write_bytes(run_record.OWNER, json.dumps(mark).encode())
+        with pytest.raises(UserError, match=f"process {other.pid}"):
+            choose(tmp_path, "mine")
+    finally:
+        other.kill()
+        other.communicate()
+    assert choose(tmp_path, "mine") == ("mine", True)
+    run_record.claim(locate(tmp_path / "mine"))
+    assert choose(tmp_path, "mine") == ("mine", True)  # this process itself
+    assert os.getpid() > 0
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file"):
+        choose(tmp_path / "file")

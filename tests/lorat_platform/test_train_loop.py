@@ -1,0 +1,110 @@
+"""The loop reports, stops, checkpoints, and handles what is not finite or damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lorat.errors import UserError
+from lorat_platform.learner import Learner
+from lorat_platform.replay import replay
+from lorat_platform.stream import Batch
+from lorat_platform.telemetry import PARTS
+from lorat_platform.train_loop import Hooks, run
+from tests.lorat_platform.test_learner import CONFIG, random_pairs, source
+
+
+def test_metrics_of_every_interval_tell_where_the_time_went() -> None:
+    seen: dict[int, dict[str, float]] = {}
+
+    def keep(step: int, metrics: dict[str, float]) -> None:
+        seen[step] = metrics
+
+    run(CONFIG, source(), hooks=Hooks(log_every=8, on_interval=keep))
+    assert list(seen) == [8, 16, 20]
+    for metrics in seen.values():
+        assert {f"time_ms/{part}" for part in PARTS} <= metrics.keys()
+        assert metrics["throughput/samples_per_s"] > 0
+        assert 0 <= metrics["throughput/data_stall_share"] <= 1
+        assert 0 < metrics["throughput/mfu"] < 1
+        assert metrics["train/grad_norm"] > 0
+        assert metrics["memory_gb/host"] > 0
+        assert metrics["data/bytes_per_pair"] == 100
+        parts = sum(metrics[f"time_ms/{part}"] for part in PARTS)
+        assert 0.7 * metrics["throughput/step_ms"] < parts <= 1.01 * metrics["throughput/step_ms"]
+    assert seen[20]["train/epoch"] == 2.0
+
+
+def test_a_hook_ends_the_loop_and_checkpoints_come_on_time() -> None:
+    saved: list[int] = []
+    hooks = Hooks(
+        log_every=3,
+        on_interval=lambda step, _: step >= 9,
+        checkpoint_every=4,
+        on_checkpoint=lambda learner, _: saved.append(learner.step),
+        on_step=lambda step: step == 6,
+    )
+    learner = run(CONFIG, source(), hooks=hooks)
+    assert learner.step == 9
+    assert saved == [4, 6, 8, 9]
+
+
+def spoilt(pairs: set[int]) -> Callable[[np.ndarray], Batch]:
+    def load(indices: np.ndarray) -> Batch:
+        batch = random_pairs(indices)
+        for row, index in enumerate(indices.tolist()):
+            if index in pairs:
+                batch["search_box"][row] = np.nan
+        return batch
+
+    return load
+
+
+def test_a_loss_that_is_not_finite_stops_and_is_dumped_for_replay(tmp_path: Path) -> None:
+    learner = Learner(CONFIG)
+    with pytest.raises(UserError, match=r"not finite at step 3 \(pairs 30 to 39\)") as caught:
+        run(
+            CONFIG,
+            source(load=spoilt({34})),
+            learner=learner,
+            hooks=Hooks(dump_folder=tmp_path),
+        )
+    folder = tmp_path / "step-00000003-rank-0"
+    assert f"--replay {folder}" in str(caught.value)
+    assert all(torch.isfinite(p).all() for p in learner.model.parameters())
+    text = replay(folder)
+    assert "pair 34: loss nan" in text
+    assert "1 of 10 pairs" in text
+
+
+def test_a_loss_that_is_not_finite_can_be_skipped() -> None:
+    config = dataclasses.replace(CONFIG, nonfinite="skip")
+    learner = run(config, source(load=spoilt({34, 77, 78})))
+    assert learner.step == 20
+    assert learner.num_skipped == 2
+    assert all(torch.isfinite(p).all() for p in learner.model.parameters())
+
+
+def test_replaying_a_folder_that_is_no_dump_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no dump"):
+        replay(tmp_path)
+
+
+def test_too_many_damaged_images_stop_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorat_platform.train_loop.FEWEST_IMAGES", 50)
+
+    def load(indices: np.ndarray) -> Batch:
+        batch = random_pairs(indices)
+        batch["damaged"][indices % 10 == 0] = 1
+        return batch
+
+    hooks = Hooks(log_every=5)
+    with pytest.raises(UserError, match="of 105 images are damaged"):
+        run(CONFIG, source(load=load), hooks=hooks)
+    lenient = dataclasses.replace(CONFIG, max_damaged=0.06)
+    assert run(lenient, source(load=load), hooks=hooks).step == 20
