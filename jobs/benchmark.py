@@ -1,0 +1,52 @@
+"""Measure the platform on this machine.
+
+python jobs/benchmark.py data       the pair stream, stage by stage, beside its limit
+python jobs/benchmark.py train      the step loop beside bare PyTorch; memory of LoRA and full
+python jobs/benchmark.py search     early stopping beside full training of all trials
+python jobs/benchmark.py --describe B-224     parameters and work of a model
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import bootstrap  # noqa: F401  (makes the packages importable)
+
+from lorat.errors import UserError
+from lorat_platform import command
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Run the job."""
+    first, *rest = sys.argv[1:] or ["--help"]
+    if first == "data":
+        from lorat_platform.data_benchmark import DataBenchmark, benchmark_data
+
+        benchmark_data(command.parse(DataBenchmark, rest))
+    elif first == "train":
+        from lorat_platform.train_benchmark import TrainBenchmark, benchmark_train
+
+        benchmark_train(command.parse(TrainBenchmark, rest))
+    elif first == "search":
+        from lorat_platform.search_benchmark import SearchBenchmark, benchmark_search
+
+        benchmark_search(command.parse(SearchBenchmark, rest))
+    elif first in ("-h", "--help"):
+        print(__doc__.strip())
+    elif first == "--describe" or first.startswith("--describe="):
+        from lorat.complexity import describe
+        from lorat.variants import VARIANTS
+
+        name = first.partition("=")[2] or " ".join(rest)
+        for variant in [name] if name else VARIANTS:
+            print(describe(variant).text)
+    else:
+        raise UserError(f"There is no benchmark {first}; give data, train, search or --describe.")
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)
