@@ -18,7 +18,7 @@ import tyro
 from lorat.config import TrainConfig, from_dict, resolve
 from lorat.errors import UserError
 from lorat_platform import cluster, command
-from lorat_platform.training import RunOptions, resolved_text, train
+from lorat_platform.training import RunOptions, open_datasets, resolved_text, train
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +101,10 @@ def main() -> int:
         print(estimate(config, options))
         return 0
     log.info("%s", resolved_text(config))
+    datasets = open_datasets(config)
+    revision = command.git_revision(bootstrap.ROOT)
     with cluster.connected(options.address) as ray_cluster:
-        train(config, options, ray_cluster, git_revision=command.git_revision(bootstrap.ROOT))
+        train(config, options, ray_cluster, datasets=datasets, git_revision=revision)
     return 0
 
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,7 @@ class TrainBenchmark:
     """Pairs in a step."""
     steps: int = 10
     """Steps in a measurement."""
-    rounds: int = 6
+    rounds: int = 9
     """Measurements of each kind, in turn; the medians are compared."""
     precision: str = "auto"
     """As for training."""
@@ -74,29 +74,22 @@ def benchmark_train(options: TrainBenchmark) -> dict[str, float]:
     batch = random_batch(config, options.batch_size)
     learner = Learner(config, world=World(device=device))
     bare = Bare(config, device, batch)
-    loop_s: list[float] = []
+    bare.steps(2)
     bare_s: list[float] = []
     parts: list[dict[str, float]] = []
 
-    def keep(step: int, metrics: dict[str, float]) -> None:
+    def compare(step: int, metrics: dict[str, float]) -> None:
         parts.append(metrics)
+        bare_s.append(timed(lambda: bare.steps(options.steps), device) / options.steps)
+        learner.clock.reset()
 
-    hooks = Hooks(log_every=options.steps, on_interval=keep)
-    for round_number in range(options.rounds + 1):
-        seconds = timed(lambda: bare.steps(options.steps), device)
-        end = learner.step + options.steps
-        loop = timed(
-            lambda end=end: run(
-                config, ReadySource(batch), world=learner.world, learner=learner, hooks=hooks,
-                end_step=end,
-            ),
-            device,
-        )  # fmt: skip
-        if round_number:  # the first is for warming up
-            bare_s.append(seconds / options.steps)
-            loop_s.append(loop / options.steps)
-    parts = parts[1:]
-    loop_ms, bare_ms = (1e3 * statistics.median(v) for v in (loop_s, bare_s))
+    hooks = Hooks(log_every=options.steps, on_interval=compare)
+    end = (options.rounds + 1) * options.steps
+    source = ReadySource(batch)
+    run(config, source, world=learner.world, learner=learner, hooks=hooks, end_step=end)
+    parts, bare_s = parts[1:], bare_s[1:]  # the first is for warming up
+    loop_ms = statistics.median(metrics["throughput/step_ms"] for metrics in parts)
+    bare_ms = 1e3 * statistics.median(bare_s)
     overhead = loop_ms / bare_ms - 1
     peak, origin = peak_flops(device)
     figures = {"bare_ms": bare_ms, "loop_ms": loop_ms, "overhead": overhead}
@@ -188,9 +181,8 @@ class Bare:
             self._optimizer.zero_grad(set_to_none=True)
 
 
-def timed(work: object, device: torch.device) -> float:
+def timed(work: Callable[[], None], device: torch.device) -> float:
     """Return the seconds that a call takes, the device's work included."""
-    assert callable(work)
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()

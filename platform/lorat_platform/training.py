@@ -24,7 +24,7 @@ from lorat_platform.cluster import Cluster
 from lorat_platform.command import user_message
 from lorat_platform.console import Console, ConsolePrinter
 from lorat_platform.run_record import RunRecord
-from lorat_platform.sources import Source, fingerprints, resolve_sources
+from lorat_platform.sources import Source, fingerprints, open_indexes, resolve_sources
 from lorat_platform.telemetry import duration
 from lorat_platform.validation import CheckpointValidation, ValidationPlan
 
@@ -155,6 +155,33 @@ class TrainingResult:
     mlflow_run_id: str | None = None
     model_version: str | None = None
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Datasets:
+    """What a training reads."""
+
+    train: tuple[Source, ...]
+    val: tuple[Source, ...]
+    fingerprints: dict[str, str]
+    """Of the training sets, by name."""
+
+
+def open_datasets(config: TrainConfig) -> Datasets:
+    """Find the datasets of a resolved configuration, making the synthetic ones if needed.
+
+    Raises:
+        UserError: if one is missing, damaged, or not fit for its purpose.
+    """
+    train = resolve_sources(config.data, "train")
+    val = resolve_sources(config.val_data, "val") if config.val_data else ()
+    for source, index in zip(val, open_indexes(val), strict=True):
+        if index.storage == "window":
+            raise UserError(
+                f"val_data {source.uri} stores windows around the target, which a tracker may "
+                "leave; ingest it again with --full-frame."
+            )
+    return Datasets(train=train, val=val, fingerprints=fingerprints(train))
 
 
 # -- in a worker ---------------------------------------------------------------------------------
@@ -346,8 +373,8 @@ def train(
     options: RunOptions,
     cluster: Cluster,
     *,
+    datasets: Datasets | None = None,
     git_revision: str | None = None,
-    start_weights: str | None = None,
 ) -> TrainingResult:
     """Train, evaluate and register a tracker on the cluster that this process is connected to.
 
@@ -355,21 +382,17 @@ def train(
         config: resolved.
         options: where and how.
         cluster: what :func:`lorat_platform.cluster.connect` gave.
+        datasets: what :func:`open_datasets` gave, if it was called before.
         git_revision: of the code.
-        start_weights: as ``config.init_from``.
 
     Raises:
         UserError: for whatever the user can mend.
     """
     began = time.perf_counter()
-    sources = resolve_sources(config.data, "train")
-    val_sources = resolve_sources(config.val_data, "val") if config.val_data else ()
-    data = fingerprints(sources)
-    if val_sources:
-        _check_val_sources(val_sources)
+    datasets = datasets or open_datasets(config)
     storage = locate(options.storage or str(home() / "runs"))
     folder, record, existed = run_record.choose(
-        storage, options.name, config, data, options.resume, git_revision
+        storage, options.name, config, datasets.fingerprints, options.resume, git_revision
     )
     record.write(folder)
     run_record.claim(folder)
@@ -378,12 +401,10 @@ def train(
         verb = "going on with" if existed else "beginning"
         log.info("%s run %s in %s on %s", verb, record.name, folder.uri, cluster)
         with ConsolePrinter() as console:
-            run = _open_run(record, folder, options, sources, val_sources)
+            run = _open_run(record, folder, options, datasets)
             try:
-                result = _fit(
-                    config, options, cluster, record, folder, sources, val_sources, run, console
-                )
-                result = _finish(result, config, options, val_sources, run, record, data, began)
+                result = _fit(config, options, cluster, record, folder, datasets, run, console)
+                result = _finish(result, options, datasets, run, record, began)
             except BaseException as error:
                 stopped = isinstance(error, KeyboardInterrupt)
                 run.close("KILLED" if stopped else "FAILED", timeout_s=10.0)
@@ -394,23 +415,11 @@ def train(
     return result
 
 
-def _check_val_sources(sources: tuple[Source, ...]) -> None:
-    from lorat.frame_index import FrameIndex
-
-    for source in sources:
-        if FrameIndex.open(source.uri).storage == "window":
-            raise UserError(
-                f"val_data {source.uri} stores windows around the target, which a tracker may "
-                "leave; ingest it again with --full-frame."
-            )
-
-
 def _open_run(
     record: RunRecord,
     folder: Location,
     options: RunOptions,
-    sources: tuple[Source, ...],
-    val_sources: tuple[Source, ...],
+    datasets: Datasets,
 ) -> RemoteRun:
     """Open the MLflow run, the same one for a run that goes on."""
     from lorat_platform.metric_sink import open_remote_run
@@ -428,8 +437,8 @@ def _open_run(
         {
             "config": record.config,
             "run": dataclasses.asdict(options),
-            "data": {s.name: dataclasses.asdict(s) for s in sources},
-            "val_data": {s.name: dataclasses.asdict(s) for s in val_sources},
+            "data": {s.name: dataclasses.asdict(s) for s in datasets.train},
+            "val_data": {s.name: dataclasses.asdict(s) for s in datasets.val},
         }
     )
     run.log_bytes(json.dumps(record.config, indent=2).encode(), "config.json")
@@ -511,8 +520,7 @@ def _fit(
     cluster: Cluster,
     record: RunRecord,
     folder: Location,
-    sources: tuple[Source, ...],
-    val_sources: tuple[Source, ...],
+    datasets: Datasets,
     run: RemoteRun,
     console: Console,
 ) -> TrainingResult:
@@ -532,11 +540,11 @@ def _fit(
     every = options.validate_every
     if every is None:
         every = max(1, config.epochs // 4)
-    validated = bool(val_sources) and every > 0
+    validated = bool(datasets.val) and every > 0
     checkpoint_every = options.checkpoint_every or config.steps_per_epoch
     setup = WorkerSetup(
         config=config,
-        sources=sources,
+        sources=datasets.train,
         run_folder=folder,
         run_name=record.name,
         start_weights=config.init_from,
@@ -557,7 +565,7 @@ def _fit(
         val_gpus = options.val_gpus if options.val_gpus is not None else min(1, place.spare_gpus)
         plan = ValidationPlan(
             config=config,
-            sources=val_sources,
+            sources=datasets.val,
             num_pairs=options.val_pairs,
             num_sequences=options.val_sequences,
         )
@@ -664,12 +672,10 @@ def _stop_at_user_errors(console: Console) -> Any:
 
 def _finish(
     result: TrainingResult,
-    config: TrainConfig,
     options: RunOptions,
-    val_sources: tuple[Source, ...],
+    datasets: Datasets,
     run: RemoteRun,
     record: RunRecord,
-    data: dict[str, str],
     began: float,
 ) -> TrainingResult:
     """Evaluate beside the baselines, register, and say where everything is."""
@@ -683,8 +689,8 @@ def _finish(
         model = checkpoint.load(folder)
         run.log_artifact(folder, "checkpoint")
     scores: dict[str, float] = {}
-    if val_sources and options.final_evaluation:
-        scores = evaluate_beside_baselines(model, val_sources)
+    if datasets.val and options.final_evaluation:
+        scores = evaluate_beside_baselines(model, datasets.val)
         run.log_metrics(scores, result.step)
     run_id, version = None, None
     try:
@@ -698,7 +704,7 @@ def _finish(
         version = register(
             model,
             run_id=run_id,
-            datasets=data,
+            datasets=datasets.fingerprints,
             scores={k: v for k, v in scores.items() if "/static_" not in k and "/mil_" not in k},
             git_revision=record.git_revision,
             tags={"run": record.name},

@@ -1,0 +1,254 @@
+"""A training survives what is done to it, and ends as if nothing had happened.
+
+On one machine with a fixed number of threads the weights are bitwise the same; the tests allow
+1e-6 relative.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lorat.errors import UserError
+from lorat_platform.cluster import Cluster
+from lorat_platform.training import Placement, RunOptions
+from tests.lorat_platform.training_jobs import (
+    CHECKPOINT_EVERY,
+    NUM_STEPS,
+    TrainJob,
+    assert_same_weights,
+    mlflow_run_id,
+    resumed_steps,
+    run_folder,
+)
+from tests.small_shards import make_shards
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_shards(tmp_path_factory.mktemp("data") / "train", split="train")
+
+
+@contextlib.contextmanager
+def job(home: Path, uri: str, *options: str, **environment: str) -> Iterator[TrainJob]:
+    started = TrainJob(home, uri, *options, **environment)
+    try:
+        yield started
+    finally:
+        started.clean_up()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Home folder of a training that nothing happened to."""
+    home = tmp_path_factory.mktemp("uninterrupted")
+    with job(home, uri) as training:
+        text = training.finish()
+    assert resumed_steps(text) == []
+    return home
+
+
+def assert_ends_like(home: Path, reference: Path, text: str, killed_at: int) -> None:
+    last = killed_at // CHECKPOINT_EVERY * CHECKPOINT_EVERY
+    (resumed,) = resumed_steps(text)
+    assert last - CHECKPOINT_EVERY <= resumed <= killed_at  # one may have been on its way
+    assert f"trained {NUM_STEPS} steps" in text
+    assert_same_weights(home, reference)
+
+
+def count_mlflow_runs(home: Path) -> int:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    experiment = client.get_experiment_by_name("train")
+    assert experiment is not None
+    return len(client.search_runs([experiment.experiment_id]))
+
+
+def test_a_killed_worker_is_replaced(uri: str, uninterrupted: Path, tmp_path: Path) -> None:
+    with job(tmp_path, uri) as training:
+        step = training.wait_for_step(120)
+        (worker,) = training.training_workers()
+        worker.send_signal(signal.SIGKILL)
+        text = training.finish()
+    assert "worker 0 failed" in text
+    assert_ends_like(tmp_path, uninterrupted, text, step + 40)
+    assert count_mlflow_runs(tmp_path) == 1
+
+
+def test_a_killed_driver_is_gone_on_with_by_the_same_command(
+    uri: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    with job(tmp_path, uri) as first:
+        step = first.wait_for_step(120)
+        run_id = mlflow_run_id(tmp_path)
+        first.kill()
+    with job(tmp_path, uri) as second:
+        text = second.finish()
+    assert "going on with run" in text
+    assert_ends_like(tmp_path, uninterrupted, text, step + 40)
+    assert mlflow_run_id(tmp_path) == run_id
+    assert count_mlflow_runs(tmp_path) == 1
+
+
+@contextlib.contextmanager
+def ray_head(temp: Path) -> Iterator[str]:
+    """Run a Ray of one node in a session of its own, which is killed as a whole."""
+    port = 6400 + os.getpid() % 500
+    command = [
+        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block",
+        f"--port={port}", "--num-cpus=2", "--include-dashboard=false",
+        "--node-ip-address=127.0.0.1", "--disable-usage-stats", f"--temp-dir={temp}",
+    ]  # fmt: skip
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    head = subprocess.Popen(
+        command, start_new_session=True, env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        _wait_for_port(port, head)
+        yield f"127.0.0.1:{port}"
+    finally:
+        import psutil
+
+        family = [head.pid, *(c.pid for c in psutil.Process(head.pid).children(recursive=True))]
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        head.wait()
+
+
+def _wait_for_port(port: int, head: subprocess.Popen[bytes]) -> None:
+    import socket
+
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert head.poll() is None, "ray start failed"
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            time.sleep(3)  # the other parts of the node
+            return
+        time.sleep(0.5)
+    raise AssertionError("Ray did not start")
+
+
+def test_a_whole_cluster_may_stop_and_start_again(
+    uri: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    short = Path("/tmp") / f"lorat-ray-{os.getpid()}"  # socket paths must be short
+    with ray_head(short / "a") as address, job(tmp_path, uri, "--address", address) as first:
+        step = first.wait_for_step(120)
+        run_id = mlflow_run_id(tmp_path)
+    with ray_head(short / "b") as address, job(tmp_path, uri, "--address", address) as second:
+        text = second.finish()
+    assert_ends_like(tmp_path, uninterrupted, text, step + 60)
+    assert mlflow_run_id(tmp_path) == run_id
+
+
+def test_the_driver_ends_by_itself_when_the_cluster_is_gone(uri: str, tmp_path: Path) -> None:
+    short = Path("/tmp") / f"lorat-ray-{os.getpid()}"
+    with contextlib.ExitStack() as stack:
+        with ray_head(short / "c") as address:
+            training = stack.enter_context(job(tmp_path, uri, "--address", address))
+            training.wait_for_step(60)
+        assert training.process.wait(timeout=120) != 0
+
+
+def test_a_removed_node_is_replaced_by_another(
+    uri: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    from ray.cluster_utils import Cluster as LocalCluster
+
+    nodes = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        first = nodes.add_node(num_cpus=1)
+        with job(tmp_path, uri, "--address", nodes.address) as training:
+            step = training.wait_for_step(120)
+            nodes.add_node(num_cpus=1)
+            nodes.remove_node(first, allow_graceful=False)
+            text = training.finish()
+    finally:
+        nodes.shutdown()
+    assert_ends_like(tmp_path, uninterrupted, text, step + 60)
+
+
+def test_two_workers_end_with_the_weights_of_one(
+    uri: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    import torch
+
+    from tests.lorat_platform.training_jobs import final_weights
+
+    with job(tmp_path, uri, "--workers", "2") as training:
+        training.finish()
+    expected, found = final_weights(uninterrupted), final_weights(tmp_path)
+    # Adam turns rounding differences of tiny gradients into steps of full length, so single
+    # weights drift; as a whole they stay together.
+    for name, value in expected.items():
+        if name.startswith(("head", "adapter")):
+            distance = float((found[name] - value).norm() / value.norm())
+            assert distance < 0.02, (name, distance)
+    assert torch.isfinite(next(iter(found.values()))).all()
+
+
+def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(uri: str, tmp_path: Path) -> None:
+    with job(tmp_path, uri) as first:
+        first.wait_for_step(60)
+        first.process.send_signal(signal.SIGINT)
+        assert first.process.wait(timeout=60) == 130
+        assert "Traceback" not in first.text
+    with job(tmp_path, uri) as second:
+        second.wait_for("going on from step-")
+        second.process.send_signal(signal.SIGINT)
+        assert second.process.wait(timeout=60) == 130
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_spares_the_last_checkpoint(
+    uri: str, tmp_path: Path
+) -> None:
+    with job(tmp_path, uri) as training:
+        training.wait_for_step(60)
+        folder = run_folder(tmp_path)
+        while not (folder / "step-00000050").exists():
+            time.sleep(0.05)
+        folder.chmod(0o500)
+        if os.access(folder, os.W_OK):  # root writes anywhere; take the place away instead
+            folder.chmod(0o700)
+            for step in range(100, NUM_STEPS + 1, CHECKPOINT_EVERY):
+                (folder / f".part-step-{step:08d}").write_text("in the way")
+        code = training.process.wait(timeout=120)
+        text = training.text
+    folder.chmod(0o700)
+    assert code == 2, text
+    assert "error: The checkpoint step-" in text
+    assert "is intact" in text
+    assert "Traceback" not in text
+    from lorat.storage import locate
+    from lorat_platform import checkpoint_store
+
+    assert checkpoint_store.newest(locate(folder)) is not None
+
+
+def test_more_than_the_machine_has_is_refused_at_once() -> None:
+    machine = Cluster(embedded=True, address="", cpus=2, gpus=0, nodes=1)
+    with pytest.raises(UserError, match="do not fit into the 2 CPUs"):
+        Placement.plan(RunOptions(workers="3"), machine, 64)
+    with pytest.raises(UserError, match="need a GPU each"):
+        Placement.plan(RunOptions(workers="1", device="gpu"), machine, 64)
+    with pytest.raises(UserError, match="at most one worker per pair"):
+        Placement.plan(RunOptions(workers="1:9"), machine, 8)
+    place = Placement.plan(RunOptions(workers="1:2"), machine, 64)
+    assert (place.low, place.high, place.cpus, place.threads) == (1, 2, 1, 1)
+
+
+@pytest.mark.parametrize("workers", ["0", "2:1", "a", "1:2:3", "-1"])
+def test_a_wrong_number_of_workers_is_refused(workers: str) -> None:
+    with pytest.raises(UserError, match="workers is"):
+        RunOptions(workers=workers)
