@@ -6,16 +6,12 @@ the model.  The weights are safetensors; nothing is pickled.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
-
-# MLflow would take type hints of ``predict`` for a schema, which only lists of rows can have.
-warnings.filterwarnings("ignore", ".*Add type hints to the `predict` method")
 
 
 class VideoTracker(PythonModel):
@@ -25,6 +21,9 @@ class VideoTracker(PythonModel):
     of the object in the first frame, in pixels.  Output: one row per frame with the box and a
     score in [0, 1]; the first row is the box as given.
     """
+
+    _skip_type_hint_validation = True
+    """MLflow would take type hints of ``predict`` for a schema, which only rows can have."""
 
     def load_context(self, context: Any) -> None:
         """Build the network from the bundle in the model's artefacts."""

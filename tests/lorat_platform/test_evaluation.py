@@ -222,3 +222,36 @@ def test_baselines_need_no_model(uri: str, tmp_path: Path) -> None:
     assert np.array_equal(first.boxes, np.repeat(first.boxes[:1], 60, axis=0))
     assert type(baseline("mil")) is type(load_subject("mil").tracker())
     assert threading.active_count() < 50
+
+
+REAL_DATA = Path(
+    os.environ.get("LORAT_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")
+)
+
+
+@pytest.mark.skipif(
+    not (REAL_DATA / "baselines.json").exists(), reason="real sequences (LORAT_REAL_DATA) missing"
+)
+def test_known_scores_of_real_sequences_are_reproduced(tmp_path: Path) -> None:
+    from lorat.datasets.got10k import Got10k
+    from lorat_platform.ingestion import IngestConfig, ingest
+
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "val").symlink_to(REAL_DATA / "sequences")
+    ingest(
+        Got10k(source=tmp_path / "root", split="val"), IngestConfig(output=str(tmp_path / "data"))
+    )
+    result = evaluate(
+        load_subject("static"), str(tmp_path / "data"), config(tmp_path), progress=False
+    )
+    expected = json.loads((REAL_DATA / "baselines.json").read_text())
+    compared = 0
+    for name, sequence in result.evaluations["plain"].sequences.items():
+        if name in expected:
+            # The published figure leaves the given first frame out, where the overlap is 1.
+            num = sequence.num_frames
+            without_first = (sequence.scores["AO"] * num - 1) / (num - 1)
+            assert without_first == pytest.approx(expected[name]["static"]["AO"], abs=2e-3), name
+            compared += 1
+    assert compared == 10
+    assert list(result.evaluations) == ["compatible", "plain", "got10k"]

@@ -143,6 +143,7 @@ def test_clean_process_without_the_repository_tracks_a_video(
         env=environment,
     )
     assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr
     columns, rows = json.loads(result.stdout.splitlines()[-1])
     assert columns == ["x1", "y1", "x2", "y2", "score"]
     assert rows[0] == [*box, 1.0]
