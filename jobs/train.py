@@ -6,6 +6,7 @@ python jobs/train.py --data URI --val-data URI --variant B-224 --workers 4
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -85,6 +86,18 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, RunOptions, bool, Path | N
     return command.parse(job, arguments)
 
 
+def absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Name files by their whole path, since workers have other working directories."""
+    return dataclasses.replace(
+        config,
+        **{
+            name: str(Path(value).resolve())
+            for name in ("backbone", "init_from")
+            if (value := getattr(config, name)) and Path(value).exists()
+        },
+    )
+
+
 def main() -> int:
     """Run the job."""
     config, options, dry_run, replay = parse(sys.argv[1:])
@@ -93,7 +106,7 @@ def main() -> int:
 
         print(replay_dump(replay))
         return 0
-    config = resolve(config)
+    config = resolve(absolute_paths(config))
     if dry_run:
         from lorat_platform.estimate import estimate
 

@@ -159,6 +159,14 @@ def repair(run: Location) -> None:
         run.delete(SNAPSHOT)
 
 
+def sweep(run: Location) -> None:
+    """Remove checkpoints that Ray Train does not know of (it died in between), but the newest."""
+    known = registered(run)
+    for name in names(run)[:-1]:
+        if name not in known:
+            run.delete_folder(name)
+
+
 def _again(call: Callable[[], T]) -> T:
     """Try a storage call a few times; a full disk is not tried again."""
     return tenacity.Retrying(

@@ -117,6 +117,8 @@ class Learner:
         )
         if self.compiled:
             self.model.compile(dynamic=False)
+        self._proven = not self.compiled
+        """Whether a pass has gone through with whatever torch.compile made."""
         self._forward: nn.Module = self.model
         if self.world.size > 1:
             self._forward = DistributedDataParallel(
@@ -167,17 +169,9 @@ class Learner:
         parts = zip(
             *(t.tensor_split(passes) for t in (template, search, mask, box_norm)), strict=True
         )
-        for number, (z, x, m, target) in enumerate(parts):
-            last = number == passes - 1
-            with self._no_sync(last):
-                with clock.device_part("forward"):
-                    losses = self._loss(z, x, m, target, num_positive)
-                with clock.device_part("backward"):
-                    loss = losses["loss"]
-                    (self.scaler.scale(loss) if self.scaler else loss).backward()
-            totals += torch.stack(
-                [losses[name].detach() for name in ("loss", "loss_cls", "loss_reg")]
-            )
+        for number, part in enumerate(parts):
+            with self._no_sync(number == passes - 1):
+                totals += self._pass(part, num_positive)
         with clock.device_part("optimiser"):
             grad_norm, finite = self._update(totals[0])
         self.step += 1
@@ -196,26 +190,36 @@ class Learner:
             return contextlib.nullcontext()
         return self._forward.no_sync()
 
-    def _loss(
-        self, z: Tensor, x: Tensor, mask: Tensor, target: Tensor, num_positive: Tensor
-    ) -> dict[str, Tensor]:
+    def _pass(self, part: tuple[Tensor, ...], num_positive: Tensor) -> Tensor:
+        """Go forward and backward; return loss, loss_cls, loss_reg."""
+        if self._proven:
+            return self._forward_backward(part, num_positive)
         try:
-            outputs = self._outputs(z, x, mask)
+            losses = self._forward_backward(part, num_positive)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:
-            if not (self.compiled and self.step == 0) or isinstance(error, UserError):
-                raise
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise
-            reason = str(error).strip().splitlines()
+            lines = str(error).strip().splitlines()
             log.warning(
                 "torch.compile failed (%s: %s); training goes on without it",
                 type(error).__name__,
-                reason[0] if reason else "",
+                lines[0] if lines else "",
             )
             self.compiled = False
             self.model._compiled_call_impl = None
-            outputs = self._outputs(z, x, mask)
-        return self.criterion(outputs, target, num_positive=num_positive)
+            self.optimizer.zero_grad(set_to_none=True)
+            losses = self._forward_backward(part, num_positive)
+        self._proven = True
+        return losses
+
+    def _forward_backward(self, part: tuple[Tensor, ...], num_positive: Tensor) -> Tensor:
+        z, x, mask, target = part
+        with self.clock.device_part("forward"):
+            losses = self.criterion(self._outputs(z, x, mask), target, num_positive=num_positive)
+        with self.clock.device_part("backward"):
+            loss = losses["loss"]
+            (self.scaler.scale(loss) if self.scaler else loss).backward()
+        return torch.stack([losses[name].detach() for name in ("loss", "loss_cls", "loss_reg")])
 
     def _outputs(self, z: Tensor, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
         if self.amp_dtype is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
@@ -16,10 +19,12 @@ from lorat.complexity import describe
 from lorat.config import TrainConfig
 from lorat.errors import UserError
 from lorat_platform.learner import Learner, StepResult, World
-from lorat_platform.stream import BatchSource
+from lorat_platform.stream import Batch, BatchSource
 from lorat_platform.telemetry import PARTS, memory_bytes, peak_flops, summarise
 
 log = logging.getLogger(__name__)
+
+Prepared = tuple[Batch, Callable[[], dict[str, torch.Tensor]]]
 
 FEWEST_IMAGES = 500
 """Images that are read before their damaged share can stop the training."""
@@ -92,15 +97,15 @@ def run(
     damaged_total = images_total = 0
     metrics: dict[str, float] = {}
     saved_step = learner.step if learner.step else -1
-    batches = iter(source.batches(learner.step))
+    batches = _on_device(iter(source.batches(learner.step)), learner)
     stop = False
     clock.reset()
     while learner.step < end_step and not stop:
         with clock.part("data"):
-            batch = next(batches)
+            batch, copy = next(batches)
         _count(interval, batch)
         with clock.part("copy"):
-            on_device = learner.to_device(batch)
+            on_device = copy()
         result = learner.train_step(on_device)
         _add(interval, result, world.device)
         if not result.finite:
@@ -122,9 +127,56 @@ def run(
             with clock.part("checkpoint"):
                 hooks.on_checkpoint(learner, metrics)
             saved_step = learner.step
-    if hasattr(batches, "close"):
-        batches.close()
+    batches.close()
     return learner
+
+
+def _on_device(batches: Iterator[Batch], learner: Learner) -> Generator[Prepared, None, None]:
+    """Yield batches with a call that gives them as tensors on the device.
+
+    On CUDA a thread copies the next batch, through pinned memory and on a stream of its own,
+    while the current one is computed; the call then only waits for that copy.
+    """
+    if learner.device.type != "cuda":
+        try:
+            for batch in batches:
+                yield batch, functools.partial(learner.to_device, batch)
+        finally:
+            _close(batches)
+        return
+    stream = torch.cuda.Stream(learner.device)
+
+    def copy(batch: Batch) -> tuple[Batch, dict[str, torch.Tensor], torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            tensors = learner.to_device(batch)
+            done = torch.cuda.Event()
+            done.record(stream)
+        return batch, tensors, done
+
+    def wait(tensors: dict[str, torch.Tensor], done: torch.cuda.Event) -> dict[str, torch.Tensor]:
+        current = torch.cuda.current_stream(learner.device)
+        current.wait_event(done)
+        for tensor in tensors.values():
+            tensor.record_stream(current)
+        return tensors
+
+    try:
+        with ThreadPoolExecutor(1, "to-device") as pool:
+            ahead = pool.submit(lambda: copy(next(batches)))
+            while True:
+                try:
+                    batch, tensors, done = ahead.result()
+                except StopIteration:
+                    return
+                ahead = pool.submit(lambda: copy(next(batches)))
+                yield batch, functools.partial(wait, tensors, done)
+    finally:
+        _close(batches)
+
+
+def _close(batches: Iterator[Batch]) -> None:
+    if isinstance(batches, GeneratorType):
+        batches.close()
 
 
 def _count(interval: _Interval, batch: dict[str, np.ndarray]) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -39,6 +40,8 @@ CONTROLLER_FAILURES = 3
 SCORE = "val/ao"
 """What the best checkpoints are kept by."""
 UNSCORED = -1.0
+RESUME_ONLY = ("optimizer.safetensors", "training_state.json", checkpoint_store.MANIFEST)
+"""Files of a checkpoint that MLflow is not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +210,11 @@ def train_worker(setup: WorkerSetup) -> None:
     world = World(rank=rank, size=size, device=device)
 
     folder, config = setup.run_folder, setup.config
+    if not folder.exists(run_record.FILE):
+        raise UserError(
+            f"The run's folder {folder.uri} is not there on the machine of worker {rank}; give a "
+            "--storage that all machines reach, such as s3://BUCKET/runs or a shared file system."
+        )
     last = broadcast_from_rank_zero(checkpoint_store.newest(folder) if rank == 0 else None)
     start = 0 if last is None else checkpoint_store.step_of(last) or 0
     if last and rank == 0:
@@ -609,6 +617,7 @@ def _fit(
     name = checkpoint_store.newest(folder)
     if name is None:
         raise UserError(f"The training ended without a checkpoint in {folder.uri}.")
+    checkpoint_store.sweep(folder)
     metrics = checkpoint_store.registered(folder).get(name, {})
     return TrainingResult(
         name=record.name,
@@ -687,7 +696,9 @@ def _finish(
             result.folder, result.checkpoint, Path(scratch) / result.checkpoint
         )
         model = checkpoint.load(folder)
-        run.log_artifact(folder, "checkpoint")
+        weights = Path(scratch) / "checkpoint"
+        shutil.copytree(folder, weights, ignore=shutil.ignore_patterns(*RESUME_ONLY))
+        run.log_artifact(weights)
     scores: dict[str, float] = {}
     if datasets.val and options.final_evaluation:
         scores = evaluate_beside_baselines(model, datasets.val)
