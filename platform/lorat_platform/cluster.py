@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tenacity
+
 import lorat
 import lorat_platform
 from lorat.errors import UserError
@@ -124,17 +126,14 @@ def connect(
 
     if ray.is_initialized():
         return _describe(embedded=False)
+    options |= {
+        "address": address,
+        "runtime_env": runtime_env(embedded=embedded, extra=env),
+        "log_to_driver": False,
+        "logging_level": logging.WARNING,
+    }
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ray.init(
-                address=address,
-                runtime_env=runtime_env(embedded=embedded, extra=env),
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                configure_logging=True,
-                **options,
-            )
+        _start_ray(options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         if embedded:
             raise
@@ -144,6 +143,23 @@ def connect(
         ) from error
     logging.getLogger("ray").setLevel(logging.WARNING)
     return _describe(embedded=embedded)
+
+
+def _start_ray(options: dict[str, Any]) -> None:
+    """Call ``ray.init``; on a very busy machine the parts of a new Ray may need a second try."""
+    import ray
+
+    def too_slow(error: BaseException) -> bool:
+        return "timed out during startup" in str(error)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(3),
+            retry=tenacity.retry_if_exception(too_slow),
+            before_sleep=lambda _: ray.shutdown(),
+            reraise=True,
+        )(ray.init, **options)
 
 
 def _describe(*, embedded: bool) -> Cluster:

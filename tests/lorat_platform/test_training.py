@@ -25,6 +25,7 @@ from tests.lorat_platform.training_jobs import (
     NUM_STEPS,
     TrainJob,
     assert_same_weights,
+    final_weights,
     mlflow_run_id,
     resumed_steps,
     run_folder,
@@ -179,23 +180,78 @@ def test_a_removed_node_is_replaced_by_another(
     assert_ends_like(tmp_path, uninterrupted, text, step + 60)
 
 
-def test_two_workers_end_with_the_weights_of_one(
+def test_a_node_about_to_be_taken_away_gets_a_checkpoint_first(
     uri: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    import torch
+    from ray.cluster_utils import Cluster as LocalCluster
 
-    from tests.lorat_platform.training_jobs import final_weights
+    nodes = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    fast = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2"}
+    try:
+        first = nodes.add_node(num_cpus=1)
+        with job(tmp_path, uri, "--address", nodes.address, **fast) as training:
+            step = training.wait_for_step(60)
+            nodes.add_node(num_cpus=1)
+            drain = [
+                str(Path(sys.executable).parent / "ray"), "drain-node",
+                "--address", nodes.address, "--node-id", first.node_id,
+                "--reason", "DRAIN_NODE_REASON_PREEMPTION",
+                "--reason-message", "the test takes it away",
+                "--deadline-remaining-seconds", "20",
+            ]  # fmt: skip
+            subprocess.run(drain, check=True, capture_output=True)
+            found = training.wait_for(r"taken away: writing a checkpoint at step (\d+)")
+            training.wait_for("going on from step-")
+            text = training.finish()
+    finally:
+        nodes.shutdown()
+    (resumed, *_rest) = resumed_steps(text)
+    assert resumed >= int(found[1]) >= step
+    assert_same_weights(tmp_path, uninterrupted)
 
-    with job(tmp_path, uri, "--workers", "2") as training:
-        training.finish()
-    expected, found = final_weights(uninterrupted), final_weights(tmp_path)
-    # Adam turns rounding differences of tiny gradients into steps of full length, so single
-    # weights drift; as a whole they stay together.
+
+def assert_close_weights(home: Path, reference: Path) -> None:
+    """Compare weights of different numbers of workers.
+
+    Adam turns rounding differences of tiny gradients into steps of full length, so single
+    weights drift; as a whole they stay together.  Loss and gradients are compared exactly in
+    test_learner.
+    """
+    expected, found = final_weights(reference), final_weights(home)
     for name, value in expected.items():
         if name.startswith(("head", "adapter")):
             distance = float((found[name] - value).norm() / value.norm())
             assert distance < 0.02, (name, distance)
-    assert torch.isfinite(next(iter(found.values()))).all()
+
+
+def test_two_workers_end_with_the_weights_of_one(
+    uri: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    with job(tmp_path, uri, "--workers", "2") as training:
+        training.finish()
+    assert_close_weights(tmp_path, uninterrupted)
+
+
+def test_an_elastic_training_goes_on_with_fewer_workers(
+    uri: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    from ray.cluster_utils import Cluster as LocalCluster
+
+    nodes = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        nodes.add_node(num_cpus=1)
+        second = nodes.add_node(num_cpus=1)
+        patience = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
+        options = ("--address", nodes.address, "--workers", "1:2")
+        with job(tmp_path, uri, *options, **patience) as training:
+            training.wait_for_step(60)
+            nodes.remove_node(second, allow_graceful=False)
+            text = training.finish()
+    finally:
+        nodes.shutdown()
+    assert "going on from step-" in text
+    assert "with 1 worker\n" in text
+    assert_close_weights(tmp_path, uninterrupted)
 
 
 def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(uri: str, tmp_path: Path) -> None:
