@@ -26,6 +26,7 @@ from lorat_platform.search import (
     run_search,
 )
 from lorat_platform.search_final import train_winner
+from lorat_platform.training import open_datasets
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def main() -> int:
     log.info("%s", plan.text())
     if options.dry_run:
         return 0
+    open_datasets(plan.space.base)
     revision = command.git_revision(bootstrap.ROOT)
     with cluster.connected(options.address) as ray_cluster:
         log.info("Searching with %s.", ray_cluster)

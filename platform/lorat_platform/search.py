@@ -41,9 +41,10 @@ from lorat_platform.scheduling import (
 )
 from lorat_platform.search_plots import write_plots
 from lorat_platform.search_session import SearchCallback, SearchSession
-from lorat_platform.sources import open_indexes, open_pairs, resolve_sources
+from lorat_platform.sources import parse_sources
 from lorat_platform.space import SearchSpace, build_space
 from lorat_platform.tracking import Run, open_run
+from lorat_platform.training import open_datasets
 from lorat_platform.trial import BETWEEN_RUNGS, run_trial
 from lorat_platform.trial_group import run_group_trial
 from lorat_platform.trial_work import TrialSetup
@@ -201,7 +202,7 @@ def make_plan(config: TrainConfig, options: SearchOptions) -> SearchPlan:
             k: v for k, v in SMALL_SCHEDULE.items() if getattr(config, k) is None
         }
         config = dataclasses.replace(config, **missing)
-    space = build_space(config, options.space)
+    space = build_space(whole_paths(config), options.space)
     if space.base.val_data is None:
         raise UserError("A search needs validation sequences with full frames; give --val-data.")
     total = space.base.total_steps
@@ -238,7 +239,7 @@ def run_search(
             f"There is a search {plan.name} in {plan.storage}; go on with --resume {plan.name}, "
             "or give another --name."
         )
-    check_data(plan.space.base)
+    open_datasets(plan.space.base)
     slots = count_slots(plan.options)
     location.make()
     request = {"options": dataclasses.asdict(plan.options), "config": to_dict(plan.space.base)}
@@ -322,19 +323,25 @@ def read_plan(name: str, storage_path: str | None = None) -> SearchPlan:
     return make_plan(from_dict(TrainConfig, request["config"]), SearchOptions(**options))
 
 
-def check_data(config: TrainConfig) -> None:
-    """Open the data sets, making the synthetic ones if they are missing.
+def whole_paths(config: TrainConfig) -> TrainConfig:
+    """Name local files and folders by their whole paths: trials have other working directories."""
 
-    Raises:
-        UserError: if one cannot be opened, or validation would need frames that are not stored.
-    """
-    open_pairs(config, resolve_sources(config.data, "train"))
-    for index in open_indexes(resolve_sources(config.val_data or "", "val")):
-        if index.storage == "window":
-            raise UserError(
-                f"The validation set {index.name} stores windows around the target, which a "
-                "tracker may leave; ingest it again with --full-frame."
+    def whole(value: str) -> str:
+        return str(Path(value).resolve()) if Path(value).exists() else value
+
+    changes: dict[str, Any] = {}
+    for name in ("backbone", "init_from"):
+        if value := getattr(config, name):
+            changes[name] = whole(value)
+    for name in ("data", "val_data"):
+        if value := getattr(config, name):
+            changes[name] = ",".join(
+                f"{source.name}={whole(source.uri)}*{source.weight:g}"
+                if Path(source.uri).exists()
+                else part
+                for source, part in zip(parse_sources(value), value.split(","), strict=True)
             )
+    return dataclasses.replace(config, **changes)
 
 
 def count_slots(options: SearchOptions) -> int:

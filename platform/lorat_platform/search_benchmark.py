@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from lorat.config import TrainConfig
 from lorat_platform import cluster
 from lorat_platform.leaderboard import Leaderboard
@@ -34,8 +36,10 @@ WANTED_OVERHEAD_S = 3.0
 class SearchBenchmark:
     """Compare a search with full training of all its trials."""
 
-    config: TrainConfig = field(default_factory=TrainConfig)
-    search: SearchOptions = field(default_factory=lambda: SearchOptions(trials=16))
+    config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    search: tyro.conf.OmitArgPrefixes[SearchOptions] = field(
+        default_factory=lambda: SearchOptions(trials=16)
+    )
     output: Path | None = None
     """Folder for the table and the figures; none means the search's own."""
     address: str | None = None
