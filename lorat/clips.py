@@ -133,16 +133,16 @@ def annotate(
     """
     drawn = np.ascontiguousarray(frame).copy()
     height, width = drawn.shape[:2]
-    thickness = max(1, round(max(height, width) / 320))
+    thickness = max(2, round(max(height, width) / 320))
     for box, color in ((truth, TRUTH_RGB), (predicted, PREDICTED_RGB)):
         if box is not None and np.isfinite(box).all():
             x1, y1, x2, y2 = (round(float(value)) for value in box)
             cv2.rectangle(drawn, (x1, y1), (x2, y2), color, thickness)
     if text:
-        scale = max(0.4, width / 1000)
-        place = (round(10 * scale), round(34 * scale))
-        for color, width_px in (((0, 0, 0), thickness + 2), (TEXT_RGB, thickness)):
-            cv2.putText(
-                drawn, text, place, cv2.FONT_HERSHEY_SIMPLEX, scale, color, width_px, cv2.LINE_AA
-            )
+        font, scale, weight = cv2.FONT_HERSHEY_SIMPLEX, max(0.4, width / 1000), 1 + width // 900
+        (text_width, text_height), base = cv2.getTextSize(text, font, scale, weight)
+        bottom = text_height + 2 * base
+        cv2.rectangle(drawn, (0, 0), (text_width + 2 * base, bottom), (0, 0, 0), cv2.FILLED)
+        place = (base, bottom - base)
+        cv2.putText(drawn, text, place, font, scale, TEXT_RGB, weight, cv2.LINE_AA)
     return drawn

@@ -88,7 +88,9 @@ def register(
             client.finalize_logged_model(logged.model_id, "FAILED")
         raise
     client.finalize_logged_model(logged.model_id, "READY")
-    _link_to_run(client, run_id, logged.model_id, scores or {})
+    from mlflow.entities import LoggedModelOutput
+
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])  # on the run's page
     about["model_id"] = logged.model_id  # MLflow's own field is empty when a version is read
     ensure_registered_model(client, name)
     version = client.create_model_version(
@@ -102,22 +104,6 @@ def register(
     if alias:
         client.set_registered_model_alias(name, alias, version)
     return str(version)
-
-
-def _link_to_run(client: Any, run_id: str, model_id: str, scores: Mapping[str, float]) -> None:
-    """Show the model on the run's page, and the scores on the model's."""
-    import time
-
-    from mlflow.entities import LoggedModelOutput, Metric
-
-    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
-    now_ms = time.time_ns() // 1_000_000
-    metrics = [
-        Metric(key, value, now_ms, 0, model_id=model_id, run_id=run_id)
-        for key, value in scores.items()
-    ]
-    if metrics:
-        client.log_batch(run_id, metrics=metrics)
 
 
 def describe(name: str, about: Mapping[str, str]) -> str:
