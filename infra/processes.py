@@ -48,13 +48,16 @@ def family(pid: int) -> list[int]:
 
 
 def wait_for(what: str, ready: Callable[[], bool], *, seconds: float) -> None:
-    """Poll until ``ready`` is true.
+    """Poll until ``ready`` is true; a server that does not answer yet is not ready.
 
     Raises:
         Failure: if it is not in time.
     """
     end = time.monotonic() + seconds
-    while not ready():
+    while True:
+        with contextlib.suppress(OSError):
+            if ready():
+                return
         if time.monotonic() > end:
             raise Failure(f"{what} took longer than {seconds:.0f} s.")
         time.sleep(0.5)

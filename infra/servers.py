@@ -75,7 +75,7 @@ def start_postgres(processes: Processes, *, password: str) -> str:
     processes.environment["PGPASSWORD"] = password
     address = ("--host=127.0.0.1", f"--port={port}", "--username=mlflow")
     check = [str(programs / "pg_isready"), "--quiet", *address]
-    wait_for("PostgreSQL", lambda: subprocess.run(check).returncode == 0, seconds=30)
+    wait_for("PostgreSQL", lambda: subprocess.run(check).returncode == 0, seconds=60)
     processes.run(programs / "createdb", *address, "mlflow")
     return f"postgresql+psycopg2://mlflow:{password}@127.0.0.1:{port}/mlflow"
 
