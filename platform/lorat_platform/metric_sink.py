@@ -69,6 +69,7 @@ class RemoteRun(Recorder):
         self._actor = actor
         self.key = key
         self._calls: deque[Any] = deque()
+        self._check_at = CHECK_EVERY
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteRun, (self._actor, self.key)
@@ -96,13 +97,26 @@ class RemoteRun(Recorder):
             time.sleep(0.1)
         return run_id
 
+    def settle(self, timeout_s: float = CLOSE_S) -> bool:
+        """Wait until the actor has taken every record of this process; quick unless it restarts.
+
+        A worker calls this at its end: calls that Ray repeats after a restart of the actor may
+        arrive after others.
+        """
+        if self._calls:
+            ray.wait(list(self._calls), num_returns=len(self._calls), timeout=timeout_s)
+            self._check()
+        return not self._calls
+
     def flush(self, timeout_s: float = CLOSE_S) -> bool:
         """Wait until MLflow has everything; False if it does not within the time."""
+        self.settle(timeout_s)
         return ray.get(self._actor.flush.remote(timeout_s), timeout=timeout_s + 30)
 
     def close(self, status: Status = "FINISHED", timeout_s: float = CLOSE_S) -> bool:
         """End the run and the actor; False if some records stay in the journal."""
         try:
+            self.settle(timeout_s)
             return ray.get(self._actor.close.remote(status, timeout_s), timeout=timeout_s + 30)
         finally:
             ray.kill(self._actor)
@@ -126,8 +140,12 @@ class RemoteRun(Recorder):
 
     def _send(self, call: Any) -> None:
         self._calls.append(call)
-        if len(self._calls) < CHECK_EVERY:
-            return
+        if len(self._calls) >= self._check_at:
+            self._check()
+            self._check_at = len(self._calls) + CHECK_EVERY
+
+    def _check(self) -> None:
+        """Forget the calls that the actor took, and say which failed."""
         done, waiting = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
         self._calls = deque(waiting)
         for ref in done:
