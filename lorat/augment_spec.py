@@ -39,7 +39,7 @@ BLUR_RADIUS = (0.1, 2.0)
 def draw_augmentation(config: AugmentConfig, rng: np.random.Generator) -> tuple[float, ...]:
     """Draw the values of :data:`AUGMENT_FIELDS` for one pair; consumes 12 uniform numbers."""
     u = rng.random(12).tolist()
-    low, width = 1.0 - config.color_jitter, 2.0 * config.color_jitter
+    low, width = 1.0 - config.resolved_color_jitter, 2.0 * config.resolved_color_jitter
     num_orders = len(JITTER_ORDERS)
     return (
         float(u[0] < config.flip),
@@ -52,6 +52,6 @@ def draw_augmentation(config: AugmentConfig, rng: np.random.Generator) -> tuple[
         low + width * u[7],
         low + width * u[8],
         low + width * u[9],
-        float(int(u[10] * 3)) if config.three_augment else -1.0,
+        float(int(u[10] * 3)) if config.resolved_three_augment else -1.0,
         BLUR_RADIUS[0] + (BLUR_RADIUS[1] - BLUR_RADIUS[0]) * u[11],
     )

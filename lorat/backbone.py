@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 SHIPPED = {"T-112": Path(__file__).parent / "assets" / "t112_backbone.safetensors"}
 """Backbones that come with the package, by variant; used by ``auto`` where the file exists."""
 
+TOKEN_TYPE_KEY = "token_type_embed"
+"""Key of the token types in the file of a backbone that was pretrained by tracking."""
+
 BERNOULLI_UP_TO = 0.1
 """Drop-path rates above this one skip samples of the batch instead of zeroing them (DINOv2)."""
 
@@ -296,15 +299,21 @@ def fingerprint(backbone: VisionTransformer) -> str:
 
 
 def write_backbone(
-    backbone: VisionTransformer, path: Path, *, ffn: str, dtype: torch.dtype = torch.float32
+    backbone: VisionTransformer,
+    path: Path,
+    *,
+    ffn: str,
+    dtype: torch.dtype = torch.float32,
+    token_type: Tensor | None = None,
 ) -> None:
-    """Write the transformer in DINOv2's key layout (safetensors).
+    """Write the transformer in DINOv2's key layout (safetensors), and token types (3, D) if given.
 
     The class token, its position and the mask token, which the tracker does not have, are zeros.
     """
-    weights = {
-        k: v.detach().cpu().to(dtype).contiguous() for k, v in plain_weights(backbone).items()
-    }
+    weights = plain_weights(backbone)
+    if token_type is not None:
+        weights[TOKEN_TYPE_KEY] = token_type
+    weights = {k: v.detach().cpu().to(dtype).contiguous() for k, v in weights.items()}
     if ffn == "swiglu":
         weights = {
             k.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."): v

@@ -280,6 +280,15 @@ def load_merged(folder: Path | str) -> LoRAT:
 
 
 def save_backbone(model: LoRAT, file: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write the transformer alone, adapters folded in, in DINOv2's key layout (safetensors)."""
+    """Write the transformer, adapters folded in, in DINOv2's key layout (safetensors).
+
+    The token types it was trained with go along; a model built on the file starts from them.
+    """
     merged = model.merge() if model.lora is not None else model
-    write_backbone(merged.backbone, Path(file), ffn=model.variant.ffn, dtype=dtype)
+    write_backbone(
+        merged.backbone,
+        Path(file),
+        ffn=model.variant.ffn,
+        dtype=dtype,
+        token_type=merged.embedding.token_type,
+    )

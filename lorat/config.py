@@ -102,17 +102,29 @@ class AugmentConfig:
 
     flip: float = 0.5
     """Probability of a horizontal flip, separately for template and search."""
-    color_jitter: float = 0.4
-    """Half width of the uniform brightness, contrast and saturation factors around 1."""
-    three_augment: bool = True
-    """Apply one of grayscale, solarize and Gaussian blur to both crops (DeiT III)."""
+    color_jitter: float | None = None
+    """Half width of the uniform brightness, contrast and saturation factors around 1; none means
+    the recipe's, 0.4 in the paper."""
+    three_augment: bool | None = None
+    """Apply one of grayscale, solarize and Gaussian blur to both crops (DeiT III); none means the
+    recipe's, yes in the paper."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.flip <= 1, f"augment.flip is {self.flip}; give 0 <= flip <= 1.")
         _require(
-            0 <= self.color_jitter < 1,
+            self.color_jitter is None or 0 <= self.color_jitter < 1,
             f"augment.color_jitter is {self.color_jitter}; give 0 <= color_jitter < 1.",
         )
+
+    @property
+    def resolved_color_jitter(self) -> float:
+        """The half width as a number: the paper's where none is given."""
+        return 0.4 if self.color_jitter is None else self.color_jitter
+
+    @property
+    def resolved_three_augment(self) -> bool:
+        """Whether one of the three is applied: as in the paper where nothing is given."""
+        return True if self.three_augment is None else self.three_augment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,17 +238,22 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr": 1e-4,
         "min_lr": 1e-6,
         "warmup_epochs": 2.0,
+        "augment.color_jitter": 0.4,
+        "augment.three_augment": True,
     },
     "small": {
         "epochs": 8,
         "pairs_per_epoch": 4_096,
-        "batch_size": 64,
+        "batch_size": 32,
         "lr": 1e-3,
         "min_lr": 1e-5,
         "warmup_epochs": 0.5,
+        # Minutes of training on plain scenes have no use for strong augmentation.
+        "augment.color_jitter": 0.2,
+        "augment.three_augment": False,
     },
 }
-"""Values of the fields left at ``None``, per recipe."""
+"""Values of the fields left at ``None``, by path, per recipe."""
 RECIPES["got10k"] = RECIPES["paper"] | {"epochs": 100}
 
 
@@ -249,12 +266,13 @@ def resolve(config: TrainConfig) -> TrainConfig:
     recipe = config.recipe
     if recipe == "auto":
         recipe = config.model_variant.recipe
-    filled = {k: v for k, v in RECIPES[recipe].items() if getattr(config, k) is None}
-    if config.drop_path is None:
-        filled["drop_path"] = config.model_variant.drop_path
-    if config.val_data is None and config.data == "synthetic":
-        filled["val_data"] = "synthetic"
-    resolved = dataclasses.replace(config, recipe=recipe, **filled)
+    values = RECIPES[recipe] | {"drop_path": config.model_variant.drop_path}
+    if config.data == "synthetic":
+        values["val_data"] = "synthetic"
+    resolved = dataclasses.replace(config, recipe=recipe)
+    for path, value in values.items():
+        if get_path(config, path) is None:
+            resolved = replace_path(resolved, path, value)
     _require(
         resolved.steps_per_epoch >= 1,
         f"batch_size is {resolved.batch_size} but an epoch has {resolved.pairs_per_epoch} pairs; "
@@ -290,6 +308,13 @@ def from_dict(cls: type[Any], values: dict[str, Any], *, path: str = "") -> Any:
             value = tuple(value)
         arguments[name] = value
     return cls(**arguments)
+
+
+def get_path(config: Any, path: str) -> Any:
+    """Return the field at a dotted path such as ``lora.rank``."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
 
 
 def replace_path(config: Any, path: str, value: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorat.backbone import (
+    TOKEN_TYPE_KEY,
     build_backbone,
     fit_position,
     initialise_from_scratch,
@@ -183,7 +184,8 @@ def assemble(
     Args:
         config: as for :func:`build_model`, apart from ``variant`` and ``backbone``.
         variant: sizes.
-        weights: the backbone's, under timm's keys, with a position grid of any size.
+        weights: the backbone's, under timm's keys, with a position grid of any size; token types
+            too if it was pretrained by tracking.
         source: where they came from, kept as ``model.backbone_source``.
 
     Raises:
@@ -203,8 +205,13 @@ def assemble(
         if weights is None:
             initialise_from_scratch(model.backbone)
         else:
-            fitted = fit_position(weights, variant.search_grid)
+            fitted = dict(fit_position(weights, variant.search_grid))
+            token_type = fitted.pop(TOKEN_TYPE_KEY, None)
             load_weights(model.backbone, fitted, what=f"the backbone of {variant.name}")
+            if token_type is not None:
+                load_weights(
+                    model.embedding, {"token_type": token_type}, what=f"the types of {variant.name}"
+                )
         model.adapt(config.adaptation, config.lora)
     model.backbone_source = source
     model.config = config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 
@@ -9,11 +11,32 @@ WIDTH, HEIGHT = 320, 240
 _POINTS = 48
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How hard a video is to track."""
+
+    speeds: tuple[float, float]
+    """Slowest and fastest mean speed of a thing, in sides per frame."""
+    clutter: tuple[int, int]
+    """Fewest things painted on the background, and most plus one."""
+    likes: tuple[int, int]
+    """Fewest moving things of the target's kind, and most plus one."""
+
+
+GENTLE = Pace(speeds=(0.01, 0.07), clutter=(1, 5), likes=(1, 3))
+BRISK = Pace(speeds=(0.03, 0.14), clutter=(4, 10), likes=(1, 4))
+
+
 class _Thing:
     """A textured outline on a path through the frame."""
 
     def __init__(
-        self, rng: np.random.Generator, kind: int, palette: np.ndarray, side: float
+        self,
+        rng: np.random.Generator,
+        kind: int,
+        palette: np.ndarray,
+        side: float,
+        speeds: tuple[float, float],
     ) -> None:
         self.texture = _texture(rng, kind, palette, 128)
         self.side = side
@@ -35,7 +58,7 @@ class _Thing:
         self._high = np.array([WIDTH - margin, HEIGHT - margin])
         self._position = rng.uniform(self._low, self._high)
         heading = rng.uniform(0, 2 * np.pi)
-        self._speed = side * rng.uniform(0.03, 0.14)
+        self._speed = side * rng.uniform(*speeds)
         self._velocity = self._speed * np.array([np.cos(heading), np.sin(heading)])
         self._rng = rng
 
@@ -97,23 +120,29 @@ class _Thing:
 
 
 class Scene:
-    """Everything of one video; frames must be drawn in order."""
+    """Everything of one video; frames must be drawn in order.
 
-    def __init__(self, rng: np.random.Generator):
+    Args:
+        rng: all randomness of the video.
+        pace: how hard the video is.
+    """
+
+    def __init__(self, rng: np.random.Generator, pace: Pace):
+        speeds = pace.speeds
         self._rng = rng
         self._background = _texture(rng, int(rng.integers(8)), _palette(rng), 440)
         kind, palette = int(rng.integers(8)), _palette(rng)
         clutter_owner = np.zeros((HEIGHT, WIDTH), np.uint8)
-        for _ in range(int(rng.integers(4, 10))):
-            thing = _Thing(rng, int(rng.integers(8)), _palette(rng), rng.uniform(20, 60))
+        for _ in range(int(rng.integers(*pace.clutter))):
+            thing = _Thing(rng, int(rng.integers(8)), _palette(rng), rng.uniform(20, 60), speeds)
             thing.draw(self._background[100 : 100 + HEIGHT, 80 : 80 + WIDTH], clutter_owner, 1, 0)
-        self._target = _Thing(rng, kind, palette, rng.uniform(34, 66))
+        self._target = _Thing(rng, kind, palette, rng.uniform(34, 66), speeds)
         self._others = [
             _Thing(
                 rng, kind, np.clip(palette + rng.normal(0, 60, (3, 3)), 0, 255).astype(np.float32),
-                self._target.side * rng.uniform(0.8, 1.25),
+                self._target.side * rng.uniform(0.8, 1.25), speeds,
             )
-            for _ in range(int(rng.integers(1, 4)))
+            for _ in range(int(rng.integers(*pace.likes)))
         ]  # fmt: skip
         self._num_behind = int(rng.integers(0, len(self._others) + 1))
         self._bars = [_Bar(rng) for _ in range(int(rng.integers(0, 3)))]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorat import backbone as backbone_module
 from lorat.backbone import (
+    TOKEN_TYPE_KEY,
     Block,
     StoredLinear,
     build_backbone,
@@ -208,16 +209,21 @@ def test_auto_means_shipped_hub_or_none(
 
 
 @FFNS
-def test_written_backbone_has_dinov2_keys_and_loads_again(variant: Variant, tmp_path: Path) -> None:
+def test_written_backbone_has_dinov2_keys_and_its_token_types_and_loads_again(
+    variant: Variant, tmp_path: Path
+) -> None:
     model = shake(tiny_model(variant, adaptation="full"))
     path = tmp_path / "backbone.safetensors"
     save_backbone(model, path)
     written = load_file(path)
+    types = written.pop(TOKEN_TYPE_KEY)
     reference = dinov2_keys(timm_vit(variant).state_dict(), variant)
     assert {k: v.shape for k, v in written.items()} == {k: v.shape for k, v in reference.items()}
     again = build_model(tiny_config(backbone=str(path)), variant=variant)
     for name, value in plain_weights(model.backbone).items():
         assert torch.equal(plain_weights(again.backbone)[name], value), name
+    assert torch.equal(types, model.embedding.token_type)
+    assert torch.equal(again.embedding.token_type, types)
 
 
 def test_a_lora_trained_backbone_is_written_merged(tmp_path: Path) -> None:
