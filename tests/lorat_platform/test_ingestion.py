@@ -88,7 +88,7 @@ def test_ray_data_reads_the_shards_as_they_are(got10k: datasets.Got10k, tmp_path
 
     index = ingest(got10k, IngestConfig(output=str(tmp_path / "out"))).index
     files = [str(tmp_path / "out" / name) for name in index.shard_files]
-    table = ray.data.read_parquet(files, columns=["sequence", "jpeg"]).to_pandas()
+    table = ray.data.read_parquet(files).select_columns(["sequence", "jpeg"]).to_pandas()
     assert len(table) == index.num_frames
     assert sorted(table["jpeg"].map(len)) == sorted(index.length.tolist())
 
