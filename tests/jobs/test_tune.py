@@ -15,6 +15,7 @@ import pytest
 
 from lorat.config import TrainConfig, from_dict
 from lorat_platform.mlflow_store import connect
+from tests.jobs.in_process import run_in_process
 from tests.small_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,18 +128,26 @@ def _rows(home: Path) -> dict[str, dict[str, object]]:
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(
-    tmp_path: Path, flags: list[str], message: str
+    tmp_path: Path,
+    flags: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    job = Job(tmp_path / "home", *flags)
-    assert job.end() == 2, job.output
-    (line,) = [text for text in job.output.splitlines() if text.startswith("error:")]
+    monkeypatch.setenv("LORAT_HOME", str(tmp_path / "home"))
+    assert run_in_process("tune", *flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
     assert message in line
-    assert "Traceback" not in job.output
-    assert not (tmp_path / "home" / "runs").exists()
+    assert not (tmp_path / "home").exists()
 
 
-def test_the_plan_can_be_read_before_anything_starts(tmp_path: Path) -> None:
-    job = Job(tmp_path / "home", "--dry-run")
-    assert job.end() == 0, job.output
-    assert "32 trials of T-112 on synthetic for ao" in job.output
-    assert "tpe proposes, asha compares at steps 16, 64, 256" in job.output
+def test_the_plan_can_be_read_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LORAT_HOME", str(tmp_path / "home"))
+    with caplog.at_level("INFO"):
+        assert run_in_process("tune", "--dry-run") == 0
+    assert "32 trials of T-112 on synthetic for ao" in caplog.text
+    assert "tpe proposes, asha compares at steps 16, 64, 256" in caplog.text
+    assert not (tmp_path / "home").exists()
