@@ -19,7 +19,9 @@ import tyro
 from lorat.config import TrainConfig, from_dict, resolve
 from lorat.errors import UserError
 from lorat_platform import cluster, command
-from lorat_platform.training import RunOptions, open_datasets, resolved_text, train
+from lorat_platform.run_options import RunOptions
+from lorat_platform.sources import open_datasets
+from lorat_platform.training import resolved_text, train
 
 log = logging.getLogger(__name__)
 

@@ -124,3 +124,37 @@ def fingerprints(sources: tuple[Source, ...]) -> dict[str, str]:
         source.name: index.fingerprint
         for source, index in zip(sources, open_indexes(sources), strict=True)
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Datasets:
+    """What a training reads."""
+
+    train: tuple[Source, ...]
+    val: tuple[Source, ...]
+    fingerprints: dict[str, str]
+    """Of the training sets, by name."""
+
+
+def open_datasets(config: TrainConfig) -> Datasets:
+    """Find the datasets of a resolved configuration, making the synthetic ones if needed.
+
+    Raises:
+        UserError: if one is missing, damaged, or not fit for its purpose.
+    """
+    train = resolve_sources(config.data, "train")
+    val = resolve_sources(config.val_data, "val") if config.val_data else ()
+    for source, index in zip(val, open_indexes(val), strict=True):
+        if index.storage == "window":
+            raise UserError(
+                f"val_data {source.uri} stores windows around the target, which a tracker may "
+                "leave; ingest it again with --full-frame."
+            )
+    for source, index in zip(train, open_indexes(train), strict=True):
+        law = index.manifest["window"]
+        if law and not WindowLaw(**law).serves(config.model_variant):
+            raise UserError(
+                f"data {source.uri} stores windows for {law['search_size']}-px search crops, too "
+                f"small for {config.variant}; ingest it again with --variant {config.variant}."
+            )
+    return Datasets(train=train, val=val, fingerprints=fingerprints(train))

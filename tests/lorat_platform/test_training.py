@@ -19,7 +19,7 @@ import pytest
 
 from lorat.errors import UserError
 from lorat_platform.cluster import Cluster
-from lorat_platform.training import Placement, RunOptions
+from lorat_platform.run_options import Placement, RunOptions
 from tests.lorat_platform.training_jobs import (
     CHECKPOINT_EVERY,
     NUM_STEPS,

@@ -1,0 +1,141 @@
+"""Where and how a training runs: what is asked for, and what that means on a cluster."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lorat.errors import UserError
+from lorat_platform.cluster import Cluster
+from lorat_platform.run_record import Resume
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where and how a training runs; nothing here changes what is learnt."""
+
+    name: str | None = None
+    """Name of the run; none makes one from the configuration. The same name goes on with it."""
+    storage: str | None = None
+    """Folder or s3:// address of all runs; none means runs in the home folder. Workers on several
+    machines need one that all reach."""
+    resume: Resume = "auto"
+    """Go on with an unfinished run of the same configuration (auto), begin anew (never), or insist
+    on going on (must)."""
+    workers: str = "1"
+    """Training workers: N, or MIN:MAX to grow and shrink with the cluster."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Auto uses one GPU per worker where the cluster has GPUs."""
+    cpus_per_worker: int | None = None
+    """CPUs of a worker, and its torch threads on a CPU; none shares those of the cluster."""
+    decode_actors: int | None = None
+    """Processes that read, decode and crop; none fits them into the CPUs that are left."""
+    decode_threads: int | None = None
+    """Threads in each of them."""
+    max_failures: int = 3
+    """Deaths of workers that are survived; -1 for any number."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; none means every epoch."""
+    keep: int = 2
+    """Best checkpoints that are kept, beside the last."""
+    log_every: int | None = None
+    """Steps between progress lines; none means about every 5 s on a small run, at most 50."""
+    validate_every: int | None = None
+    """Epochs between validations beside the training; none means four in a run, 0 none at all."""
+    val_pairs: int = 512
+    """Held-out pairs whose loss is taken in a validation."""
+    val_sequences: int = 16
+    """Sequences that are tracked in a validation; the evaluation at the end takes all."""
+    val_gpus: float | None = None
+    """GPU share of a validation; none means a whole one where one is left, else none."""
+    final_evaluation: bool = True
+    """Track all validation sequences at the end, beside the static and the MIL tracker."""
+    register: bool = True
+    """Register the trained model as lorat@candidate."""
+    experiment: str = "train"
+    """MLflow experiment."""
+    address: str | None = None
+    """Ray cluster, host:port; none means RAY_ADDRESS, or an embedded Ray."""
+
+    def __post_init__(self) -> None:
+        self.worker_range  # noqa: B018 (checks the text)
+        for field in ("cpus_per_worker", "decode_actors", "decode_threads", "checkpoint_every",
+                      "log_every", "keep"):  # fmt: skip
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise UserError(f"{field} is {value}; give 1 or more.")
+        for field in ("validate_every", "val_pairs", "val_sequences"):
+            value = getattr(self, field)
+            if value is not None and value < 0:
+                raise UserError(f"{field} is {value}; give 0 or more.")
+        if self.max_failures < -1:
+            raise UserError(f"max_failures is {self.max_failures}; give 0 or more, or -1.")
+        if self.name is not None and not re.fullmatch(r"[\w][\w.-]*", self.name):
+            raise UserError(
+                f"name is {self.name!r}; give letters, digits, dots, dashes and underscores."
+            )
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        match = re.fullmatch(r"(\d+)(?::(\d+))?", self.workers)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= low <= high:
+            raise UserError(
+                f"workers is {self.workers!r}; give N, or MIN:MAX with 1 <= MIN <= MAX."
+            )
+        return low, high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Resources of the training workers."""
+
+    low: int
+    high: int
+    use_gpu: bool
+    cpus: float
+    """CPUs per worker."""
+    threads: int | None
+    """Torch threads per worker; none on a GPU."""
+    spare_gpus: float
+
+    @classmethod
+    def plan(cls, options: RunOptions, cluster: Cluster, batch_size: int) -> Placement:
+        """Choose what each worker asks for.
+
+        Raises:
+            UserError: if the cluster can never give it, or there are more workers than pairs.
+        """
+        low, high = options.worker_range
+        if high > batch_size:
+            raise UserError(
+                f"workers is {options.workers} but a global batch has {batch_size} pairs; give at "
+                "most one worker per pair."
+            )
+        use_gpu = options.device == "gpu" or (options.device == "auto" and cluster.gpus >= 1)
+        total = int(cluster.cpus)
+        if use_gpu:
+            cpus = options.cpus_per_worker or max(1, min(4, total // (2 * high)))
+        else:
+            cpus = options.cpus_per_worker or max(1, total // high)
+        if cluster.embedded:
+            if low * cpus > total:
+                raise UserError(
+                    f"{low} workers with {cpus} CPUs each do not fit into the {total} CPUs of this "
+                    "machine; lower --workers or --cpus-per-worker, or give a cluster's --address."
+                )
+            if use_gpu and low > cluster.gpus:
+                raise UserError(
+                    f"{low} workers need a GPU each and this machine has {cluster.gpus:g}; lower "
+                    "--workers, or give --device cpu."
+                )
+        return cls(
+            low=low,
+            high=high,
+            use_gpu=use_gpu,
+            cpus=cpus,
+            threads=None if use_gpu else cpus,
+            spare_gpus=max(0.0, cluster.gpus - high) if use_gpu else 0.0,
+        )

@@ -1,0 +1,233 @@
+"""A worker of a Ray Train run: its stream, its learner, its reports and checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorat.config import TrainConfig
+from lorat.errors import UserError
+from lorat.home import home
+from lorat.storage import Location
+from lorat_platform import checkpoint_store, run_record
+from lorat_platform.console import Console
+from lorat_platform.sources import Source
+
+if TYPE_CHECKING:
+    from lorat_platform.tracking import Recorder
+
+log = logging.getLogger(__name__)
+
+SCORE = "val/ao"
+"""What the best checkpoints are kept by."""
+UNSCORED = -1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSetup:
+    """Everything that a training worker is told."""
+
+    config: TrainConfig
+    sources: tuple[Source, ...]
+    run_folder: Location
+    run_name: str
+    start_weights: str | None
+    threads: int | None
+    """Torch threads; none on a GPU."""
+    worker_cpus: float
+    """CPUs that each worker asks for."""
+    decode_actors: int | None
+    decode_threads: int | None
+    checkpoint_every: int
+    log_every: int
+    validate_steps: int | None
+    """Steps between validations; none for none."""
+    run: Recorder | None
+    console: Console
+
+
+def train_worker(setup: WorkerSetup) -> None:
+    """Do the work of one training worker; Ray Train calls this in every worker."""
+    import ray.train
+    import ray.train.torch
+    import torch
+    from ray.train.collective import broadcast_from_rank_zero
+
+    from lorat_platform.learner import Learner, World
+    from lorat_platform.train_loop import Hooks, run
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    setup.console.install(logging.INFO if rank == 0 else logging.WARNING)
+    if setup.threads:
+        torch.set_num_threads(setup.threads)
+    device = ray.train.torch.get_device() if setup.threads is None else torch.device("cpu")
+    world = World(rank=rank, size=size, device=device)
+
+    folder, config = setup.run_folder, setup.config
+    if not folder.exists(run_record.FILE):
+        raise UserError(
+            f"The run's folder {folder.uri} is not there on the machine of worker {rank}; give a "
+            "--storage that all machines reach, such as s3://BUCKET/runs or a shared file system."
+        )
+    last = broadcast_from_rank_zero(checkpoint_store.newest(folder) if rank == 0 else None)
+    start = 0 if last is None else checkpoint_store.step_of(last) or 0
+    if last and rank == 0:
+        log.info("going on from %s with %d worker%s", last, size, "s" if size > 1 else "")
+    if start >= config.total_steps:
+        return
+    source = _open_stream(setup, world, start)
+    with tempfile.TemporaryDirectory() as scratch:
+        resume = checkpoint_store.download(folder, last, Path(scratch) / last) if last else None
+        learner = Learner(config, world=world, resume=resume, start_weights=_start_weights(setup))
+    if learner.step != start:
+        raise UserError(
+            f"The checkpoint {last} says step {learner.step}; remove it from {folder.uri} and give "
+            "the same command again."
+        )
+    reporter = _Reporter(setup, world, learner.step)
+    run(
+        config,
+        source,
+        world=world,
+        learner=learner,
+        hooks=Hooks(
+            log_every=setup.log_every,
+            on_interval=reporter.interval,
+            checkpoint_every=setup.checkpoint_every,
+            on_checkpoint=reporter.checkpoint,
+            on_step=reporter.preempted,
+            dump_folder=_dump_folder(folder),
+        ),
+    )
+
+
+def _start_weights(setup: WorkerSetup) -> Path | None:
+    if setup.start_weights is None:
+        return None
+    from lorat_platform.registry import resolve
+
+    return resolve(setup.start_weights)
+
+
+def _dump_folder(folder: Location) -> Path:
+    """Return where batches for replay go: beside the checkpoints, or the home folder."""
+    return Path(folder.file("dumps")) if folder.is_local else home() / "dumps" / folder.path
+
+
+def _open_stream(setup: WorkerSetup, world: Any, start: int) -> Any:
+    """Start the pair stream in worker 0 and hand every worker its end."""
+    import ray
+    from ray.train.collective import broadcast_from_rank_zero
+
+    from lorat_platform.stream import DecodePool, Layout, RayStream, split_stream
+
+    layout = Layout.plan(setup.config, world.size, start, setup.config.total_steps)
+    iterators = None
+    if world.rank == 0:
+        resources = ray.cluster_resources()
+        pool = DecodePool.plan(
+            worker_cpus=setup.worker_cpus * world.size,
+            cluster_cpus=resources.get("CPU", 1.0),
+            decode_nodes=resources.get("decode", 0.0),
+            actors=setup.decode_actors,
+            threads=setup.decode_threads,
+        )
+        iterators = split_stream(setup.config, setup.sources, layout, pool, setup.console)
+    iterators = broadcast_from_rank_zero(iterators)
+    return RayStream(iterators[world.rank], layout, world.rank)
+
+
+class _Reporter:
+    """The hooks of a worker under Ray Train; only worker 0 talks to people and to MLflow."""
+
+    def __init__(self, setup: WorkerSetup, world: Any, start_step: int) -> None:
+        from lorat_platform.telemetry import Gauges, peak_flops
+
+        self._setup = setup
+        self._rank = world.rank
+        self._end = setup.config.total_steps
+        self._rate: float | None = None
+        self._last = (time.perf_counter(), start_step)
+        self._gauges = Gauges(setup.run_name)
+        self._preempted: set[str] = set()
+        if self._rank == 0:
+            peak, origin = peak_flops(world.device)
+            known = (
+                "no MFU" if peak != peak else f"MFU assumes {peak / 1e12:.3g} TFLOP/s per worker"
+            )
+            log.info("training on %s; %s (%s)", world.device, known, origin)
+
+    def interval(self, step: int, metrics: dict[str, float]) -> None:
+        """Show and record an interval."""
+        from lorat_platform.train_loop import metrics_line
+
+        if self._rank == 0:
+            now, before = time.perf_counter(), self._last
+            rate = (now - before[0]) / max(step - before[1], 1)
+            self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
+            self._last = (now, step)
+            left = self._rate * (self._end - step)
+            self._setup.console.line(metrics_line(step, self._end, metrics, left))
+            if self._setup.run is not None:
+                self._setup.run.log_metrics(metrics, step)
+            self._gauges.set(metrics)
+
+    def checkpoint(self, learner: Any, metrics: dict[str, float]) -> None:
+        """Report metrics and a checkpoint; writing it to the storage goes on in the background."""
+        import ray.train
+        from ray.train import Checkpoint, CheckpointUploadMode
+
+        setup, step = self._setup, learner.step
+        validate = bool(setup.validate_steps) and step % (setup.validate_steps or 1) == 0
+        checkpoint = None
+        if self._rank == 0:
+            local = Path(tempfile.mkdtemp(prefix="lorat-checkpoint-"))
+            try:
+                learner.save(local)
+            except OSError as error:
+                raise UserError(
+                    f"The checkpoint of step {step} cannot be written to {local}: "
+                    f"{checkpoint_store.reason(error)}; make room, or set TMPDIR."
+                ) from error
+            checkpoint = Checkpoint.from_directory(str(local))
+        ray.train.report(
+            {SCORE: UNSCORED, "step": step, **metrics},
+            checkpoint=checkpoint,
+            checkpoint_dir_name=checkpoint_store.name_of(step),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=_Upload(setup.run_folder),
+            validation=validate and self._rank == 0,
+        )
+
+    def preempted(self, step: int) -> bool:
+        """Ask for a checkpoint now when a node of a worker is about to be taken away."""
+        import ray.train
+
+        if step % self._setup.log_every:
+            return False
+        info = ray.train.get_preemption_info()
+        new = set(info.preempted_node_ids) - self._preempted if info else set()
+        self._preempted |= new
+        if new and self._rank == 0:
+            log.warning("a node will be taken away: writing a checkpoint at step %d", step)
+        return bool(new)
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """How Ray Train brings a checkpoint into the storage."""
+
+    folder: Location
+
+    def __call__(self, checkpoint: Any, name: str) -> Any:
+        """Copy it there, complete or not at all."""
+        from ray.train import Checkpoint
+
+        checkpoint_store.upload(Path(checkpoint.path), self.folder, name)
+        return Checkpoint(self.folder.file(name), filesystem=self.folder.filesystem)
