@@ -18,6 +18,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from lorat.errors import UserError
+from lorat.home import home
 
 _LOCAL = pafs.LocalFileSystem()
 
@@ -128,8 +129,8 @@ def join(uri: str, name: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be made again: ``LORAT_CACHE`` or ``~/.cache/lorat``."""
-    return Path(os.environ.get("LORAT_CACHE") or "~/.cache/lorat").expanduser()
+    """Return the folder for what can be made again, ``datasets`` of the home folder."""
+    return home() / "datasets"
 
 
 def scratch_folder(location: Location) -> Path:

@@ -51,7 +51,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
     client.create_bucket(Bucket="videos")
     patch = pytest.MonkeyPatch()
-    patch.setenv("LORAT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("LORAT_HOME", str(tmp_path_factory.mktemp("home")))
     options = f"endpoint_override={endpoint.replace(':', '%3A').replace('/', '%2F')}"
     yield f"s3://videos/{{}}?{options}&scheme=http&region=us-east-1"
     patch.undo()
