@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorat.config import TrainConfig
 from lorat.errors import UserError
+from lorat.windows import WindowLaw
 
 if TYPE_CHECKING:
     from lorat.frame_index import FrameIndex
@@ -149,6 +150,13 @@ def open_datasets(config: TrainConfig) -> Datasets:
             raise UserError(
                 f"val_data {source.uri} stores windows around the target, which a tracker may "
                 "leave; ingest it again with --full-frame."
+            )
+    for source, index in zip(train, open_indexes(train), strict=True):
+        law = index.manifest["window"]
+        if law and not WindowLaw(**law).serves(config.model_variant):
+            raise UserError(
+                f"data {source.uri} stores windows for {law['search_size']}-px search crops, too "
+                f"small for {config.variant}; ingest it again with --variant {config.variant}."
             )
     for source, index in zip(train, open_indexes(train), strict=True):
         law = index.manifest["window"]
