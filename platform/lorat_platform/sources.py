@@ -158,11 +158,4 @@ def open_datasets(config: TrainConfig) -> Datasets:
                 f"data {source.uri} stores windows for {law['search_size']}-px search crops, too "
                 f"small for {config.variant}; ingest it again with --variant {config.variant}."
             )
-    for source, index in zip(train, open_indexes(train), strict=True):
-        law = index.manifest["window"]
-        if law and not WindowLaw(**law).serves(config.model_variant):
-            raise UserError(
-                f"data {source.uri} stores windows for {law['search_size']}-px search crops, too "
-                f"small for {config.variant}; ingest it again with --variant {config.variant}."
-            )
     return Datasets(train=train, val=val, fingerprints=fingerprints(train))

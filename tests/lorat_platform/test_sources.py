@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from lorat.config import TrainConfig, resolve
 from lorat.errors import UserError
-from lorat_platform.sources import parse_sources
+from lorat_platform.sources import open_datasets, parse_sources
+from tests.small_shards import make_shards
 
 
 def test_names_and_weights_are_optional() -> None:
@@ -20,3 +24,13 @@ def test_names_and_weights_are_optional() -> None:
 def test_a_wrong_mixture_is_refused(text: str) -> None:
     with pytest.raises(UserError):
         parse_sources(text)
+
+
+def test_windows_are_refused_where_they_are_too_small_or_would_flatter(tmp_path: Path) -> None:
+    windows = make_shards(tmp_path / "windows", split="train")
+    config = TrainConfig(variant="B-224", data=windows)
+    assert open_datasets(resolve(config)).fingerprints
+    with pytest.raises(UserError, match=r"224-px search crops.*--variant B-378"):
+        open_datasets(resolve(TrainConfig(variant="B-378", data=windows)))
+    with pytest.raises(UserError, match="--full-frame"):
+        open_datasets(resolve(TrainConfig(variant="B-224", data=windows, val_data=windows)))
