@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorat.config import TrainConfig
 from lorat.errors import UserError
+from lorat.storage import locate
 from lorat.windows import WindowLaw
 
 if TYPE_CHECKING:
@@ -78,8 +79,9 @@ def resolve_sources(text: str, split: str) -> tuple[Source, ...]:
 
             made = split if source.uri == SYNTHETIC else "pretrain"
             uri = synthetic.ensure(None, made)  # type: ignore[arg-type]
-            source = Source(name=source.name, uri=uri, weight=source.weight)
-        resolved.append(source)
+        else:
+            uri = locate(source.uri).uri  # workers have other working directories
+        resolved.append(Source(name=source.name, uri=uri, weight=source.weight))
     return tuple(resolved)
 
 

@@ -34,3 +34,11 @@ def test_windows_are_refused_where_they_are_too_small_or_would_flatter(tmp_path:
         open_datasets(resolve(TrainConfig(variant="B-378", data=windows)))
     with pytest.raises(UserError, match="--full-frame"):
         open_datasets(resolve(TrainConfig(variant="B-224", data=windows, val_data=windows)))
+
+
+def test_addresses_do_not_depend_on_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (source,) = resolve_sources("shards/train", "train")
+    assert source.uri == str(tmp_path / "shards" / "train")
