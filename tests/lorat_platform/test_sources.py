@@ -8,7 +8,7 @@ import pytest
 
 from lorat.config import TrainConfig, resolve
 from lorat.errors import UserError
-from lorat_platform.sources import open_datasets, parse_sources
+from lorat_platform.sources import open_datasets, parse_sources, resolve_sources
 from tests.small_shards import make_shards
 
 
