@@ -43,6 +43,8 @@ class TrialRow:
     """Why it failed."""
     worker: str | None = None
     """Host and process that ran it last."""
+    starts: int = 0
+    """How often it was started: once, unless it went on after an interruption or a pause."""
     started_at: float | None = None
     ended_at: float | None = None
 

@@ -54,8 +54,9 @@ log = logging.getLogger(__name__)
 REQUEST_FILE = "search.json"
 PARENT_FILE = "mlflow-run-id"
 BEST_FILE = "best_config.json"
-SMALL_SCHEDULE = {"epochs": 8, "pairs_per_epoch": 1024, "batch_size": 32}
-"""Full schedule of a trial of a small variant where none is given: 256 steps."""
+SMALL_SCHEDULE = {"epochs": 16, "pairs_per_epoch": 512, "batch_size": 16}
+"""Full schedule of a trial of a small variant where none is given: 512 steps, 16 of warm-up.  After
+a sixteenth of it, the first rung, good and bad configurations already track differently."""
 TUNE_ENVIRONMENT = {
     # The snapshot is what --resume starts from: at most this many seconds are redone.
     "TUNE_GLOBAL_CHECKPOINT_S": "1",
@@ -411,8 +412,9 @@ def _trainable(plan: SearchPlan) -> Callable[[dict[str, Any]], None]:
     def trial(config: dict[str, Any]) -> None:
         (run_group_trial if several else run_trial)(config, setup)
 
-    # Workers of a group bring their own resources: what the trial held besides would be lost.
-    bundle = {"CPU": 0.0} if several else {k: v for k, v in resources.items() if v > 0}
+    # Workers of a group bring their own resources: what the trial held besides would be lost, but
+    # a bundle must hold something.
+    bundle = {"memory": 1.0} if several else {k: v for k, v in resources.items() if v > 0}
     return tune.with_resources(trial, tune.PlacementGroupFactory([bundle]))
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,20 @@ from typing import Any
 import tyro
 
 from lorat.config import TrainConfig
+from lorat.errors import UserError
 from lorat_platform import cluster
 from lorat_platform.leaderboard import Leaderboard
 from lorat_platform.scheduling import OBJECTIVES
-from lorat_platform.search import SearchOptions, make_plan, run_search
+from lorat_platform.search import (
+    SearchOptions,
+    SearchOutcome,
+    SearchPlan,
+    make_plan,
+    read_plan,
+    resume_search,
+    run_search,
+)
+from lorat_platform.training import open_datasets
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +58,7 @@ class SearchBenchmark:
 
 
 def benchmark_search(benchmark: SearchBenchmark) -> dict[str, Any]:
-    """Run the benchmark, print its table and return its figures.
+    """Run the benchmark, print its table and return its figures; goes on with one of its name.
 
     Raises:
         UserError: if the request cannot be.
@@ -55,14 +66,16 @@ def benchmark_search(benchmark: SearchBenchmark) -> dict[str, Any]:
     plan = make_plan(benchmark.config, benchmark.search)
     everything = dataclasses.replace(plan.options, scheduler="none", name=f"{plan.name}-full")
     full_plan = make_plan(benchmark.config, everything)
+    log.info("%s", plan.text())
+    open_datasets(plan.space.base)
     with cluster.connected(benchmark.address) as ray_cluster:
         log.info("Searching with %s.", ray_cluster)
         began = time.perf_counter()
-        searched = run_search(plan)
+        searched = _run_or_go_on(plan)
         search_seconds = time.perf_counter() - began
         points = [row.values for row in in_order(searched.board)]
         began = time.perf_counter()
-        full = run_search(full_plan, points=points)
+        full = _run_or_go_on(full_plan, points)
         full_seconds = time.perf_counter() - began
     figures = compare(searched.board, full.board) | {
         "search_seconds": search_seconds,
@@ -75,6 +88,21 @@ def benchmark_search(benchmark: SearchBenchmark) -> dict[str, Any]:
     (folder / "benchmark.md").write_text(text + "\n")
     (folder / "benchmark.json").write_text(json.dumps(figures, indent=2) + "\n")
     return figures
+
+
+def _run_or_go_on(
+    plan: SearchPlan, points: Sequence[Mapping[str, Any]] | None = None
+) -> SearchOutcome:
+    """Run a part of the benchmark, or go on with it after an interruption."""
+    try:
+        read_plan(plan.name, plan.options.storage)
+    except UserError:
+        outcome = run_search(plan, points=points)
+    else:
+        outcome = resume_search(plan.name, plan.options.storage)
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    return outcome
 
 
 def in_order(board: Leaderboard) -> list[Any]:
@@ -126,7 +154,7 @@ def overhead_seconds(board: Leaderboard) -> list[float]:
     for row in sorted(board.rows.values(), key=lambda row: row.started_at or 0.0):
         if row.worker is None or row.ended_at is None:
             continue
-        if row.worker in last_end:
+        if row.worker in last_end and row.starts == 1:
             work = (row.last("train_seconds") or 0.0) + (row.last("evaluation_seconds") or 0.0)
             overheads.append(row.ended_at - last_end[row.worker] - work)
         last_end[row.worker] = row.ended_at

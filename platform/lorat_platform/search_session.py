@@ -88,6 +88,7 @@ class SearchSession:
             self.board.add(proposed.trial_id, proposed.config)
         row = self.board.add(trial.trial_id, trial.config)
         row.status = "running"
+        row.starts += 1
         row.started_at = row.started_at or time.time()
         self._open(row)
 
