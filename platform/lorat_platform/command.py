@@ -121,6 +121,11 @@ def user_message(error: BaseException | None, depth: int = 0) -> str | None:
         return None
     if isinstance(error, UserError):
         return str(error).strip().splitlines()[0]
+    if type(error).__module__ == "ray.exceptions" and type(error).__name__ == "OutOfMemoryError":
+        return (
+            "A machine of the cluster ran out of memory and Ray ended a process; use fewer or "
+            "smaller workers, or a machine with more memory."
+        )
     failures = getattr(error, "worker_failures", None)
     inner: list[Any] = list(failures.values()) if isinstance(failures, dict) else []
     inner += [

@@ -75,8 +75,10 @@ class ConsolePrinter:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(_Lines).options(num_cpus=0, scheduling_strategy=here).remote()
-        self.console = Console(actor)
+        actor = ray.remote(_Lines).options(
+            num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1
+        )
+        self.console = Console(actor.remote())
         self._log = logging.getLogger("lorat_platform.workers")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="console", daemon=True)

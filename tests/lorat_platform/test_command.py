@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayTaskError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from lorat.config import TrainConfig
@@ -57,6 +57,12 @@ def test_a_user_error_is_found_inside_what_ray_wraps_around_it() -> None:
     group = WorkerGroupError("failed", {1: wrapped})
     assert user_message(group) == "one sentence."
     assert user_message(WorkerGroupError("failed", {0: ValueError("x")})) is None
+
+
+def test_running_out_of_memory_is_said_in_a_sentence() -> None:
+    message = user_message(WorkerGroupError("failed", {0: OutOfMemoryError("a long text")}))
+    assert message is not None
+    assert "ran out of memory" in message
 
 
 def run_script(body: str) -> subprocess.CompletedProcess[str]:
