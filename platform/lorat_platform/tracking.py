@@ -41,6 +41,10 @@ RETRY_S = 30.0
 """Longest pause between two attempts while MLflow does not answer."""
 CLOSE_S = 60.0
 """Longest wait for MLflow at the end of a run; the rest stays in the journal."""
+ID_S = 300.0
+"""Longest wait for the id of a run: making a new store can take minutes on a busy machine."""
+ID_ATTEMPTS = 4
+"""Failed attempts after which MLflow counts as out of reach for that."""
 
 
 class Recorder(ABC):
@@ -121,19 +125,23 @@ class Run(Recorder):
         """What to pass as ``parent_run_id`` of children, whether or not MLflow has answered."""
         return f"key:{self.key}"
 
-    def wait_for_id(self, timeout_s: float = CLOSE_S) -> str:
+    def wait_for_id(self, timeout_s: float = ID_S) -> str:
         """Return MLflow's id, waiting for it.
 
         Raises:
-            TimeoutError: if MLflow does not answer in time.
+            TimeoutError: if MLflow does not answer in time, or several attempts fail.
         """
-        deadline = time.monotonic() + timeout_s
+        began, attempts = time.monotonic(), self._failed_attempts
         while not (run_id := self.run_id):
-            if time.monotonic() > deadline:
+            waited_s = time.monotonic() - began
+            failed = self._failed_attempts - attempts
+            if waited_s > timeout_s or failed >= ID_ATTEMPTS:
                 raise TimeoutError(
-                    f"MLflow at {without_password(self.uri)} has not answered in {timeout_s:.0f} s"
+                    f"MLflow at {without_password(self.uri)} has not answered in {waited_s:.0f} s"
                     f"{f': {self._error}' if self._error else ''}."
                 )
+            if failed:
+                self._wake.set()  # do not sit out the pause between two attempts
             time.sleep(0.05)
         return run_id
 

@@ -18,6 +18,7 @@ from lorat_platform.mlflow_store import connect
 from lorat_platform.tracking import open_run
 from tests.constant_trackers import shrinking_tracker, staying_tracker
 from tests.jobs.in_process import run_in_process
+from tests.mlflow_home import make_home
 from tests.small_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +31,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "home"
+    folder = make_home(tmp_path / "home")
     monkeypatch.setenv("LORAT_HOME", str(folder))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return folder

@@ -19,6 +19,7 @@ from lorat.checkpoint import save_merged
 from lorat.clips import ClipWriter
 from tests.constant_trackers import staying_tracker
 from tests.jobs.in_process import run_in_process
+from tests.mlflow_home import make_home
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,7 +127,7 @@ def test_mistake_is_one_sentence(
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.mp4").write_text("no video")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LORAT_HOME", str(tmp_path))
+    monkeypatch.setenv("LORAT_HOME", str(make_home(tmp_path / "home")))
     monkeypatch.setenv("DISPLAY", "")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert run_in_process("track", *(a.format(folder=folder) for a in arguments)) == 2

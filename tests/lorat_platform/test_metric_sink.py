@@ -13,6 +13,7 @@ from lorat_platform import cluster
 from lorat_platform.metric_sink import RemoteRun, open_remote_run
 from lorat_platform.mlflow_store import connect
 from lorat_platform.tracking import CLOSE_S
+from tests.mlflow_home import make_home
 from tests.mlflow_server import free_port
 
 
@@ -24,7 +25,7 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LORAT_HOME", str(make_home(tmp_path / "home")))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 

@@ -15,6 +15,7 @@ from lorat.errors import UserError
 from lorat_platform import promotion
 from lorat_platform.mlflow_store import connect, ensure_experiment, tracking_uri
 from lorat_platform.registry import ensure_registered_model
+from tests.mlflow_home import make_home
 from tests.mlflow_server import running_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def sqlite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LORAT_HOME", str(make_home(tmp_path / "home")))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
@@ -34,7 +35,7 @@ def server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "server"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("LORAT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LORAT_HOME", str(make_home(tmp_path / "home")))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if request.param == "server":
         monkeypatch.setenv("MLFLOW_TRACKING_URI", request.getfixturevalue("server_uri"))

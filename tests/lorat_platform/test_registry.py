@@ -23,6 +23,7 @@ from lorat_platform.mlflow_store import connect
 from lorat_platform.packaging import input_example
 from lorat_platform.tracking import open_run
 from tests.constant_trackers import random_tracker
+from tests.mlflow_home import make_home
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("home")
+        folder = make_home(tmp_path_factory.mktemp("registry") / "home")
         patch.setenv("LORAT_HOME", str(folder))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         yield folder

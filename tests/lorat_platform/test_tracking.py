@@ -16,6 +16,7 @@ import pytest
 from lorat.errors import UserError
 from lorat_platform import tracking
 from lorat_platform.mlflow_store import connect, ensure_experiment, tracking_uri
+from tests.mlflow_home import make_home
 from tests.mlflow_server import Proxy, Server, free_port, running_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LORAT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LORAT_HOME", str(make_home(tmp_path / "home")))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     return tmp_path / "home"
@@ -57,6 +58,7 @@ def find_runs(experiment: str) -> list:
 
 
 def test_default_store_is_in_the_home_folder_with_artefacts_beside_it(home: Path) -> None:
+    (home / "mlflow.db").unlink()
     assert tracking_uri() == f"sqlite:///{home}/mlflow.db"
     with tracking.open_run("lorat", "a") as run:
         run.log_bytes(b"hello", "plots/a.txt")
@@ -71,7 +73,8 @@ def test_store_of_the_environment_is_used(
     with tracking.open_run("lorat", "a"):
         pass
     assert (tmp_path / "other.db").exists()
-    assert not (home / "mlflow.db").exists()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert find_runs("lorat") == []
 
 
 def test_metrics_params_tags_and_status_arrive(tmp_path: Path) -> None:
@@ -368,8 +371,9 @@ sys.exit(0 if run.close(timeout_s=120) else 3)
 
 @pytest.mark.parametrize("store", ["sqlite", "server"])
 def test_eight_processes_lose_nothing(
-    store: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: str, server: Server, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (home / "mlflow.db").unlink()  # they also race to make it
     if store == "server":
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     (tmp_path / "barrier").mkdir()
