@@ -20,6 +20,11 @@ if [ "${1:-}" = --stop ]; then
   exit 0
 fi
 
+command -v ray >/dev/null || {
+  echo "error: ray is not on PATH; use 'make run', or activate your environment first." >&2
+  exit 2
+}
+
 answers() { python - "$address" <<'PY'
 import sys, urllib.request
 try:
@@ -33,11 +38,16 @@ if ! answers; then
   # Ray replaces 127.0.0.1 by an address that others reach, except where it may form no cluster.
   export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
   echo "Starting a local Ray (dashboard $address; 'make stop' ends it)."
+  # The default port of the client server may belong to another Ray of this machine.
+  client_port="$(python -c 'import socket
+with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    print(s.getsockname()[1])')"
   setsid nohup ray start --head --block --disable-usage-stats --include-dashboard=true \
     --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --dashboard-port="$port" \
-    --port=0 >"$state/ray.log" 2>&1 </dev/null &
+    --port=0 --ray-client-server-port="$client_port" >"$state/ray.log" 2>&1 </dev/null &
   echo $! >"$pid_file"
-  for _ in $(seq 60); do
+  for _ in $(seq 120); do
     answers && break
     kill -0 "$(cat "$pid_file")" 2>/dev/null || { tail -n 20 "$state/ray.log" >&2; exit 1; }
     sleep 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import bootstrap
 import tyro
@@ -30,13 +31,15 @@ from lorat_platform.training import open_datasets
 
 log = logging.getLogger(__name__)
 
+FLAT = tyro.conf.arg(name="")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Search for a good configuration and write it to a file that jobs/train.py takes."""
 
-    config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
-    search: tyro.conf.OmitArgPrefixes[SearchOptions] = field(default_factory=SearchOptions)
+    config: Annotated[TrainConfig, FLAT] = field(default_factory=TrainConfig)
+    search: Annotated[SearchOptions, FLAT] = field(default_factory=SearchOptions)
     resume: str | None = None
     """Go on with the search of this name; of the other options only --storage,
     --final and --address count."""

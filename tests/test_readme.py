@@ -25,7 +25,7 @@ SMALL = "--variant N-112 --backbone none --epochs 1 --pairs-per-epoch 64 --batch
 ADDED = {
     "make run": f'ARGS="{SMALL} --no-final-evaluation"',
     "python jobs/train.py --data shards/got10k --val-data shards/got10k": SMALL,
-    "python jobs/tune.py --trials 32": "--trials 2 --variant N-112 --max-steps 8",
+    "python jobs/tune.py --trials 32": "--trials 2 --variant N-112 --max-steps 16 --backbone none",
     "ray job submit -- python jobs/train.py": f"{SMALL} --no-final-evaluation",
     "ray job submit --working-dir . -- python jobs/train.py": f"{SMALL} --no-final-evaluation",
 }
@@ -101,7 +101,8 @@ def head(workspace: Workspace) -> Iterator[str]:
     port = "8497"
     command = (
         "ray start --head --block --disable-usage-stats --include-dashboard=true --num-cpus=2 "
-        f"--node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --dashboard-port={port} --port=0"
+        f"--node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --dashboard-port={port} --port=0 "
+        "--ray-client-server-port=24497"
     )
     process = subprocess.Popen(
         shlex.split(command),

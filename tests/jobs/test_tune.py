@@ -106,6 +106,26 @@ def test_an_interrupted_and_a_killed_search_go_on(tmp_path: Path, arguments: lis
     assert all(r.info.status in ("FINISHED", "KILLED") for r in children.values())
 
 
+def test_the_winner_is_trained_in_full_and_registered(tmp_path: Path, arguments: list[str]) -> None:
+    home = tmp_path / "home"
+    job = Job(home, *arguments, "--trials", 1, "--scheduler", "none", "--name", "won", "--final")
+    assert job.end() == 0, job.output
+    client = connect(f"sqlite:///{home}/mlflow.db")
+    version = client.get_model_version_by_alias("lorat", "candidate")
+    experiment = client.get_experiment_by_name("lorat-search")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    assert version.tags["search_run_id"] == parent.info.run_id
+    assert parent.data.tags["lorat.final_version"] == version.version
+    (final,) = [r for r in runs if r.info.run_id == parent.data.tags["lorat.final_run"]]
+    assert final.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    (trial,) = [r for r in runs if "lorat.trial_id" in r.data.tags]
+    assert "eval/val/ao" in final.data.metrics
+    said = re.search(r"([\d.]+) trained in full, the search said ([\d.]+)", job.output)
+    assert said is not None
+    assert float(said[2]) == pytest.approx(trial.data.metrics["ao"], abs=1e-4)
+
+
 def _rows(home: Path) -> dict[str, dict[str, object]]:
     import pyarrow.parquet as pq
 
