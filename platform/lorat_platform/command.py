@@ -92,7 +92,7 @@ def run(main: Callable[[], int | None]) -> None:
         print("\nInterrupted.", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except Exception as error:
-        message = user_message(error)
+        message = user_message(error) or out_of_memory_message(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -121,11 +121,6 @@ def user_message(error: BaseException | None, depth: int = 0) -> str | None:
         return None
     if isinstance(error, UserError):
         return str(error).strip().splitlines()[0]
-    if type(error).__module__ == "ray.exceptions" and type(error).__name__ == "OutOfMemoryError":
-        return (
-            "A machine of the cluster ran out of memory and Ray ended a process; use fewer or "
-            "smaller workers, or a machine with more memory."
-        )
     failures = getattr(error, "worker_failures", None)
     inner: list[Any] = list(failures.values()) if isinstance(failures, dict) else []
     inner += [
@@ -140,6 +135,16 @@ def user_message(error: BaseException | None, depth: int = 0) -> str | None:
     # What an actor raised while it was made is only kept as text.
     named = re.search(r"^lorat\.errors\.UserError: (.+)$", str(error), re.MULTILINE)
     return named.group(1) if named else None
+
+
+def out_of_memory_message(error: BaseException) -> str | None:
+    """Return a sentence if Ray ended a process because memory ran out, else none."""
+    if "OutOfMemoryError" not in type(error).__name__ and "low on memory" not in str(error):
+        return None
+    return (
+        "A machine of the cluster ran out of memory and Ray ended a process; use fewer or smaller "
+        "workers, or a machine with more memory."
+    )
 
 
 def git_revision(folder: str | os.PathLike[str]) -> str | None:

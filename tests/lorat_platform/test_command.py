@@ -13,7 +13,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from lorat.config import TrainConfig
 from lorat.errors import UserError
-from lorat_platform.command import parse, user_message
+from lorat_platform.command import out_of_memory_message, parse, user_message
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,10 +59,13 @@ def test_a_user_error_is_found_inside_what_ray_wraps_around_it() -> None:
     assert user_message(WorkerGroupError("failed", {0: ValueError("x")})) is None
 
 
-def test_running_out_of_memory_is_said_in_a_sentence() -> None:
-    message = user_message(WorkerGroupError("failed", {0: OutOfMemoryError("a long text")}))
-    assert message is not None
-    assert "ran out of memory" in message
+def test_running_out_of_memory_is_said_in_a_sentence_but_may_be_tried_again() -> None:
+    error = OutOfMemoryError("Task was killed due to the node running low on memory.\nmore")
+    group = WorkerGroupError(str(error), {0: error})
+    assert user_message(group) is None  # so that the worker is replaced
+    for either in (error, group):
+        assert "ran out of memory" in (out_of_memory_message(either) or "")
+    assert out_of_memory_message(ValueError("x")) is None
 
 
 def run_script(body: str) -> subprocess.CompletedProcess[str]:
