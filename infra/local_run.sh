@@ -25,34 +25,37 @@ command -v ray >/dev/null || {
   exit 2
 }
 
-answers() { python - "$address" <<'PY'
+answers() { python - "$1" <<'PY'
 import sys, urllib.request
 try:
-    urllib.request.urlopen(sys.argv[1] + "/api/version", timeout=2).read()
+    urllib.request.urlopen(sys.argv[1], timeout=2).read()
 except OSError:
     sys.exit(1)
 PY
 }
 
-if ! answers; then
+if ! answers "$address/api/version"; then
   # Ray replaces 127.0.0.1 by an address that others reach, except where it may form no cluster.
   export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
   echo "Starting a local Ray (dashboard $address; 'make stop' ends it)."
-  # The default port of the client server may belong to another Ray of this machine.
-  client_port="$(python -c 'import socket
-with socket.socket() as s:
+  # The default ports of these two servers may belong to another Ray of this machine.
+  read -r client_port agent_port < <(python -c 'import socket
+sockets = [socket.socket() for _ in range(2)]
+for s in sockets:
     s.bind(("127.0.0.1", 0))
-    print(s.getsockname()[1])')"
+print(*(s.getsockname()[1] for s in sockets))')
   setsid nohup ray start --head --block --disable-usage-stats --include-dashboard=true \
     --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --dashboard-port="$port" \
-    --port=0 --ray-client-server-port="$client_port" >"$state/ray.log" 2>&1 </dev/null &
+    --port=0 --ray-client-server-port="$client_port" \
+    --dashboard-agent-listen-port="$agent_port" >"$state/ray.log" 2>&1 </dev/null &
   echo $! >"$pid_file"
+  ready="http://127.0.0.1:$agent_port/api/local_raylet_healthz"
   for _ in $(seq 120); do
-    answers && break
+    answers "$address/api/version" && answers "$ready" && break
     kill -0 "$(cat "$pid_file")" 2>/dev/null || { tail -n 20 "$state/ray.log" >&2; exit 1; }
     sleep 1
   done
-  answers || { echo "error: Ray did not answer on $address; see $state/ray.log." >&2; exit 1; }
+  answers "$ready" || { echo "error: Ray did not start; see $state/ray.log." >&2; exit 1; }
 fi
 
 # The job's driver inherits the head's environment, so ours goes along explicitly.

@@ -40,6 +40,7 @@ def start_ray_node(processes: Processes, python: Path, name: str, *options: str)
     processes.start(
         name, python, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
         "--object-store-memory=200000000", "--min-worker-port=0", "--max-worker-port=0",
+        f"--dashboard-agent-listen-port={free_port()}",
         f"--temp-dir={processes.folder}/{name}", *options,
     )  # fmt: skip
 
@@ -59,6 +60,7 @@ class Ray:
             processes, python, "head", "--head", "--node-ip-address=127.0.0.2",
             f"--port={self.address.split(':')[1]}", "--num-cpus=0", "--include-dashboard=true",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+            f"--ray-client-server-port={free_port()}",
         )  # fmt: skip
 
     def join(self, name: str) -> None:
