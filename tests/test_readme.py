@@ -102,7 +102,7 @@ def head(workspace: Workspace) -> Iterator[str]:
     command = (
         "ray start --head --block --disable-usage-stats --include-dashboard=true --num-cpus=2 "
         f"--node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --dashboard-port={port} --port=0 "
-        "--ray-client-server-port=24497"
+        "--ray-client-server-port=24497 --dashboard-agent-listen-port=24499"
     )
     process = subprocess.Popen(
         shlex.split(command),
@@ -114,6 +114,7 @@ def head(workspace: Workspace) -> Iterator[str]:
     try:
         address = f"http://127.0.0.1:{port}"
         _wait_for(f"{address}/api/version")
+        _wait_for("http://127.0.0.1:24499/api/local_raylet_healthz")
         yield address
     finally:
         process.terminate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import warnings
@@ -75,6 +76,9 @@ def runtime_env(*, embedded: bool, extra: dict[str, str] | None = None) -> dict[
     env_vars = dict(ENVIRONMENT)
     env_vars |= {name: os.environ[name] for name in FORWARDED if name in os.environ}
     env_vars |= extra or {}
+    for name in _job_variables():
+        # A submitted job has them already, and Ray refuses to be told twice.
+        env_vars.pop(name, None)
     if not embedded:
         return {
             "env_vars": env_vars,
@@ -85,6 +89,12 @@ def runtime_env(*, embedded: bool, extra: dict[str, str] | None = None) -> dict[
     inherited = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     env_vars["PYTHONPATH"] = os.pathsep.join([*reversed(parents), *inherited])
     return {"env_vars": env_vars}
+
+
+def _job_variables() -> set[str]:
+    """Return the environment variables that ``ray job submit`` gave this job's workers."""
+    given = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return set((given.get("runtime_env") or {}).get("env_vars") or {})
 
 
 def connect(
@@ -138,8 +148,8 @@ def connect(
         if embedded:
             raise
         raise UserError(
-            f"No Ray cluster answers at {address}; start one with 'ray start --head', correct "
-            "--address or RAY_ADDRESS, or unset it for an embedded Ray."
+            f"No Ray cluster answers at {address} ({_first_line(error)}); start one with 'ray "
+            "start --head', correct --address or RAY_ADDRESS, or unset it for an embedded Ray."
         ) from error
     logging.getLogger("ray").setLevel(logging.WARNING)
     return _describe(embedded=embedded)
@@ -160,6 +170,11 @@ def _start_ray(options: dict[str, Any]) -> None:
             before_sleep=lambda _: ray.shutdown(),
             reraise=True,
         )(ray.init, **options)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _describe(*, embedded: bool) -> Cluster:
