@@ -17,16 +17,10 @@ import tyro
 from lorat.config import TrainConfig
 from lorat_platform import cluster, command
 from lorat_platform.mlflow_store import tracking_uri, without_password
-from lorat_platform.search import (
-    SearchOptions,
-    SearchOutcome,
-    describe,
-    make_plan,
-    read_plan,
-    resume_search,
-    run_search,
-)
+from lorat_platform.search import resume_search, run_search
 from lorat_platform.search_final import train_winner
+from lorat_platform.search_outcome import SearchOutcome, describe
+from lorat_platform.search_plan import SearchOptions, make_plan, read_plan
 from lorat_platform.training import open_datasets
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Search over configuration fields with Ray Tune: plan, run, resume, and write the outcome.
+"""Run and resume a search with Ray Tune.
 
 Everything that a search needs to go on after any crash lies in its folder ``STORAGE/NAME``: the
 request (``search.json``), Ray Tune's snapshot, and the checkpoints of the trials.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import logging
 import math
@@ -17,8 +16,6 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,24 +23,20 @@ from ray import tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from lorat import storage
-from lorat.config import TrainConfig, from_dict, to_dict
+from lorat.config import to_dict
 from lorat.errors import UserError
-from lorat.home import home
 from lorat_platform.crop_cache import cache_root, remove_cache
-from lorat_platform.leaderboard import Leaderboard, TrialRow
-from lorat_platform.scheduling import (
-    OBJECTIVES,
-    Rungs,
-    SchedulerName,
-    SearcherName,
-    build_scheduler,
-    build_searcher,
+from lorat_platform.leaderboard import Leaderboard
+from lorat_platform.search_outcome import SearchOutcome, write_outcome
+from lorat_platform.search_plan import (
+    REQUEST_FILE,
+    SearchOptions,
+    SearchPlan,
+    algorithms,
+    read_plan,
 )
-from lorat_platform.search_plots import write_plots
 from lorat_platform.search_session import SearchCallback, SearchSession
-from lorat_platform.sources import parse_sources
-from lorat_platform.space import SearchSpace, build_space
-from lorat_platform.tracking import Run, open_run
+from lorat_platform.tracking import open_run
 from lorat_platform.training import open_datasets
 from lorat_platform.trial import BETWEEN_RUNGS, run_trial
 from lorat_platform.trial_group import run_group_trial
@@ -51,12 +44,7 @@ from lorat_platform.trial_work import TrialSetup
 
 log = logging.getLogger(__name__)
 
-REQUEST_FILE = "search.json"
 PARENT_FILE = "mlflow-run-id"
-BEST_FILE = "best_config.json"
-SMALL_SCHEDULE = {"epochs": 16, "pairs_per_epoch": 512, "batch_size": 16}
-"""Full schedule of a trial of a small variant where none is given: 512 steps, 16 of warm-up.  After
-a sixteenth of it, the first rung, good and bad configurations already track differently."""
 TUNE_ENVIRONMENT = {
     # The snapshot is what --resume starts from: at most this many seconds are redone.
     "TUNE_GLOBAL_CHECKPOINT_S": "1",
@@ -69,153 +57,6 @@ TUNE_ENVIRONMENT = {
     # Trials name every file by a full path.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchOptions:
-    """What to search, how, and with which resources."""
-
-    trials: int = 32
-    """Configurations to try."""
-    space: tuple[str, ...] = ()
-    """Entries that add or replace fields, such as lora.dropout=uniform(0,0.2) or head.depth=3."""
-    objective: str = "ao"
-    """What to optimise, or several by commas for the Pareto front: ao, auc, sr50, sr75, loss,
-    latency (ms per frame), parameters (trained ones)."""
-    searcher: SearcherName = "tpe"
-    """Who proposes configurations: tpe (Optuna), random, or bohb (with hyperband)."""
-    scheduler: SchedulerName = "asha"
-    """Who stops trials early: asha, median, hyperband, or none."""
-    reduction: int = 4
-    """About one trial in so many goes on from a rung; rungs grow by the same factor."""
-    rungs: int = 3
-    """Comparisons in a trial's life; the last is its end."""
-    max_steps: int | None = None
-    """Steps after which every trial ends; none means the full schedule, which the learning rate
-    follows in any case."""
-    val_sequences: int | None = None
-    """Validation sequences per evaluation; none means all."""
-    search_seed: int = 0
-    """Seed of the searcher; the trials' own is --seed."""
-
-    workers_per_trial: int = 1
-    """Training processes of one trial."""
-    cpus_per_trial: float = 1.0
-    """CPUs of every training process."""
-    gpus_per_trial: float | None = None
-    """GPUs of every training process, such as 0.5; none means 1 where there are any."""
-    concurrent: int | None = None
-    """Most trials at once; none means as many as fit."""
-    crop_cache_gb: float = 2.0
-    """Bound of the decoded crops that trials on a node share; 0 means none."""
-
-    name: str | None = None
-    """Name of the search; none means search- and the time."""
-    storage: str | None = None
-    """Folder or s3:// / gs:// address for snapshots and checkpoints; none means runs/ at home."""
-    experiment: str = "lorat-search"
-    """MLflow experiment."""
-
-    def __post_init__(self) -> None:
-        for name, low in (
-            ("trials", 1), ("reduction", 2), ("rungs", 1), ("max_steps", 1), ("val_sequences", 1),
-            ("workers_per_trial", 1), ("cpus_per_trial", 0), ("gpus_per_trial", 0),
-            ("concurrent", 1), ("crop_cache_gb", 0), ("search_seed", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; give {low} or more.")
-        unknown = [o for o in self.objectives if o not in OBJECTIVES]
-        if unknown or len(set(self.objectives)) != len(self.objectives):
-            raise UserError(
-                f"--objective is {self.objective}; give one or more of {', '.join(OBJECTIVES)}, "
-                "each once."
-            )
-        if self.scheduler == "hyperband" and self.concurrent is not None:
-            raise UserError(
-                "--concurrent does not work with --scheduler hyperband, which pauses trials; "
-                "leave it out, or use asha."
-            )
-        if self.name is not None and (not self.name or "/" in self.name):
-            raise UserError(f"--name is {self.name!r}; give a name without a slash.")
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        """The objectives, the first first."""
-        return tuple(name.strip() for name in self.objective.split(","))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchPlan:
-    """A request that was checked: nothing of it can fail for a reason known beforehand."""
-
-    name: str
-    options: SearchOptions
-    space: SearchSpace
-    rungs: Rungs
-
-    @property
-    def folder(self) -> Path:
-        """The search's folder on this machine."""
-        return home() / "runs" / self.name
-
-    @property
-    def storage(self) -> str:
-        """Where Ray Tune keeps searches, this one in a folder of its name."""
-        return self.options.storage or str(home() / "runs")
-
-    def text(self) -> str:
-        """Say what will be done."""
-        options, base = self.options, self.space.base
-        stops = ", ".join(str(step) for step in self.rungs.steps)
-        return "\n".join(
-            [
-                f"Search {self.name}: {options.trials} trials of {base.variant} on {base.data} for "
-                f"{' and '.join(options.objectives)} on {base.val_data}",
-                *(f"  {line}" for line in self.space.describe()),
-                f"  {options.searcher} proposes, {options.scheduler} compares at steps {stops} of "
-                f"the {base.total_steps}-step schedule (batch {base.batch_size})",
-            ]
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchOutcome:
-    """What a search ended with."""
-
-    plan: SearchPlan
-    board: Leaderboard
-    best: TrialRow | None
-    best_config: TrainConfig | None
-    best_config_file: Path | None
-    run_id: str | None
-    interrupted: bool
-
-
-def make_plan(config: TrainConfig, options: SearchOptions) -> SearchPlan:
-    """Check a request and fill in what it leaves open.
-
-    Raises:
-        UserError: if anything in it cannot be.
-    """
-    if config.model_variant.recipe == "small" and config.recipe in ("auto", "small"):
-        missing: dict[str, Any] = {
-            k: v for k, v in SMALL_SCHEDULE.items() if getattr(config, k) is None
-        }
-        config = dataclasses.replace(config, **missing)
-    space = build_space(whole_paths(config), options.space)
-    if space.base.val_data is None:
-        raise UserError("A search needs validation sequences with full frames; give --val-data.")
-    total = space.base.total_steps
-    max_steps = min(options.max_steps or total, total)
-    num_rungs = 1 if options.scheduler == "none" else options.rungs
-    rungs = Rungs(max_steps=max_steps, reduction=options.reduction, num_rungs=num_rungs)
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    plan = SearchPlan(
-        name=options.name or f"search-{stamp}", options=options, space=space, rungs=rungs
-    )
-    _algorithms(plan, max_concurrent=1)
-    return plan
 
 
 def run_search(
@@ -247,7 +88,7 @@ def run_search(
     location.write_bytes(REQUEST_FILE, json.dumps(request, indent=2).encode())
     # Hyperband pauses trials, which a limit would count as running.
     limit = 0 if plan.options.scheduler == "hyperband" else slots
-    searcher, scheduler = _algorithms(plan, max_concurrent=limit)
+    searcher, scheduler = algorithms(plan, max_concurrent=limit)
     by_itself = plan.options.searcher == "random" or points is not None
     if points is not None:
         searcher = BasicVariantGenerator(
@@ -308,43 +149,6 @@ def resume_search(name: str, storage_path: str | None = None) -> SearchOutcome:
     return _drive(plan, make_tuner)
 
 
-def read_plan(name: str, storage_path: str | None = None) -> SearchPlan:
-    """Read the request of a search back.
-
-    Raises:
-        UserError: if there is none of that name.
-    """
-    root = storage.locate(storage_path or str(home() / "runs"))
-    location = root.child(name)
-    if not location.exists(REQUEST_FILE):
-        raise UserError(f"There is no search {name} in {root.uri}; give its --name or --storage.")
-    request = json.loads(location.read_bytes(REQUEST_FILE))
-    options = request["options"] | {"name": name, "storage": storage_path}
-    options["space"] = tuple(options["space"])
-    return make_plan(from_dict(TrainConfig, request["config"]), SearchOptions(**options))
-
-
-def whole_paths(config: TrainConfig) -> TrainConfig:
-    """Name local files and folders by their whole paths: trials have other working directories."""
-
-    def whole(value: str) -> str:
-        return str(Path(value).resolve()) if Path(value).exists() else value
-
-    changes: dict[str, Any] = {}
-    for name in ("backbone", "init_from"):
-        if value := getattr(config, name):
-            changes[name] = whole(value)
-    for name in ("data", "val_data"):
-        if value := getattr(config, name):
-            changes[name] = ",".join(
-                f"{source.name}={whole(source.uri)}*{source.weight:g}"
-                if Path(source.uri).exists()
-                else part
-                for source, part in zip(parse_sources(value), value.split(","), strict=True)
-            )
-    return dataclasses.replace(config, **changes)
-
-
 def count_slots(options: SearchOptions) -> int:
     """Return how many trials fit into the cluster at once, at most ``--concurrent``.
 
@@ -375,22 +179,6 @@ def _worker_resources(options: SearchOptions) -> dict[str, float]:
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
     return {"CPU": options.cpus_per_trial, "GPU": gpus}
-
-
-def _algorithms(plan: SearchPlan, *, max_concurrent: int) -> tuple[Any, Any]:
-    options = plan.options
-    scheduler = build_scheduler(
-        options.scheduler, options.objectives, plan.rungs, searcher=options.searcher
-    )
-    searcher = build_searcher(
-        options.searcher,
-        plan.space,
-        options.objectives,
-        num_trials=options.trials,
-        seed=options.search_seed,
-        max_concurrent=max_concurrent,
-    )
-    return searcher, scheduler
 
 
 def _trainable(plan: SearchPlan) -> Callable[[dict[str, Any]], None]:
@@ -472,7 +260,7 @@ def _drive(
     _remove_caches(plan)
     if not interrupted:
         location.delete_folder(BETWEEN_RUNGS)
-    return _write_outcome(plan, board, parent, interrupted=interrupted)
+    return write_outcome(plan, board, parent, interrupted=interrupted)
 
 
 @contextlib.contextmanager
@@ -497,73 +285,6 @@ def _quieten_tune() -> None:
 
     for name in ("ray.tune.tune", "ray.tune.analysis.experiment_analysis"):
         logging.getLogger(name).addFilter(keep)
-
-
-def _write_outcome(
-    plan: SearchPlan, board: Leaderboard, parent: Run, *, interrupted: bool
-) -> SearchOutcome:
-    """Write table, plots, best configuration and cost, here and to the parent run."""
-    cost = board.cost()
-    best = board.best()
-    files = board.write(plan.folder / "results")
-    plots = write_plots(board, plan.space, plan.folder / "results" / "plots")
-    best_config: TrainConfig | None = None
-    best_file: Path | None = None
-    if best is not None:
-        best_config = plan.space.configure(best.values)
-        best_file = plan.folder / "results" / BEST_FILE
-        best_file.write_text(json.dumps(to_dict(best_config), indent=2) + "\n")
-        files.append(best_file)
-        objectives = {f"best_{name}": best.last(name) for name in plan.options.objectives}
-        parent.log_metrics(objectives, cost.steps)
-        parent.set_tags({"lorat.best_trial": best.number})
-    for path in files:
-        parent.log_artifact(path)
-    for path in plots:
-        parent.log_artifact(path, "plots")
-    parent.log_metrics(
-        {
-            "steps_spent": cost.steps,
-            "steps_of_full_runs": cost.full_steps,
-            "cost_saved": cost.saved,
-            "trial_seconds": cost.seconds,
-            "trials_completed": board.count("completed"),
-            "trials_stopped": board.count("stopped"),
-            "trials_failed": board.count("failed"),
-        },
-        cost.steps,
-    )
-    parent.set_description(describe(plan, board))
-    parent.close("KILLED" if interrupted else "FINISHED")
-    return SearchOutcome(
-        plan=plan,
-        board=board,
-        best=best,
-        best_config=best_config,
-        best_config_file=best_file,
-        run_id=parent.run_id,
-        interrupted=interrupted,
-    )
-
-
-def describe(plan: SearchPlan, board: Leaderboard) -> str:
-    """Say in Markdown what a search found and what it cost."""
-    cost = board.cost()
-    best = board.best()
-    lines = [f"Search `{plan.name}` over " + ", ".join(f"`{d}`" for d in plan.space.describe())]
-    if best is not None:
-        found = ", ".join(f"{name} {best.last(name):.4f}" for name in plan.options.objectives)
-        values = ", ".join(f"{path} = {value}" for path, value in best.values.items())
-        lines.append(f"Best is trial {best.number}: {found} after {best.steps} steps ({values}).")
-    lines.append(
-        f"{len(board.rows)} trials: {board.count('completed')} completed, "
-        f"{board.count('stopped')} stopped early, {board.count('failed')} failed. "
-        f"{cost.steps} of the {cost.full_steps} steps of full runs: {cost.saved:.0%} saved."
-    )
-    if len(plan.options.objectives) > 1:
-        front = ", ".join(str(row.number) for row in board.pareto())
-        lines.append(f"Pareto front of {' and '.join(plan.options.objectives)}: trials {front}.")
-    return "\n\n".join(lines)
 
 
 def _remove_caches(plan: SearchPlan) -> None:

@@ -22,15 +22,9 @@ from lorat.errors import UserError
 from lorat_platform import cluster
 from lorat_platform.leaderboard import Leaderboard
 from lorat_platform.scheduling import OBJECTIVES
-from lorat_platform.search import (
-    SearchOptions,
-    SearchOutcome,
-    SearchPlan,
-    make_plan,
-    read_plan,
-    resume_search,
-    run_search,
-)
+from lorat_platform.search import resume_search, run_search
+from lorat_platform.search_outcome import SearchOutcome
+from lorat_platform.search_plan import SearchOptions, SearchPlan, make_plan, read_plan
 from lorat_platform.training import open_datasets
 
 log = logging.getLogger(__name__)

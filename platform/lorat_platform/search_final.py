@@ -8,7 +8,7 @@ from lorat.errors import UserError
 from lorat_platform.cluster import Cluster
 from lorat_platform.mlflow_store import connect
 from lorat_platform.registry import MODEL_NAME
-from lorat_platform.search import SearchOutcome
+from lorat_platform.search_outcome import SearchOutcome
 from lorat_platform.training import RunOptions, TrainingResult, train
 
 log = logging.getLogger(__name__)

@@ -80,13 +80,17 @@ class SearchSession:
             future.result()
         _SESSIONS.pop(self.name, None)
 
+    def _row(self, trial: Any) -> TrialRow:
+        values = {path: _plain(value) for path, value in trial.config.items()}
+        return self.board.add(trial.trial_id, values)
+
     # -- events ----------------------------------------------------------------------------------
 
     def begin(self, trial: Any, trials: list[Any]) -> None:
         """A trial starts, or goes on from a checkpoint; ``trials`` are all in their order."""
         for proposed in trials:
-            self.board.add(proposed.trial_id, proposed.config)
-        row = self.board.add(trial.trial_id, trial.config)
+            self._row(proposed)
+        row = self._row(trial)
         row.status = "running"
         row.starts += 1
         row.started_at = row.started_at or time.time()
@@ -94,7 +98,7 @@ class SearchSession:
 
     def report(self, trial: Any, result: dict[str, Any]) -> None:
         """A trial reached a rung."""
-        row = self.board.add(trial.trial_id, trial.config)
+        row = self._row(trial)
         row.report({k: _plain(result[k]) for k in REPORT_FIELDS if k in result})
         row.worker = f"{result.get('hostname')}:{result.get('pid')}"
         self._open(row).log_metrics(row.reports[-1], row.steps)
@@ -122,7 +126,7 @@ class SearchSession:
 
     def fail(self, trial: Any) -> None:
         """A trial raised or its process died."""
-        row = self.board.add(trial.trial_id, trial.config)
+        row = self._row(trial)
         row.status = "failed"
         row.ended_at = time.time()
         row.reason = failure_reason(trial)

@@ -20,9 +20,11 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from lorat.config import TrainConfig, from_dict
 from lorat.errors import UserError
-from lorat_platform import cluster, search
+from lorat_platform import cluster, search, search_plan
 from lorat_platform.mlflow_store import connect
-from lorat_platform.search import SearchOptions, SearchOutcome, make_plan, run_search
+from lorat_platform.search import run_search
+from lorat_platform.search_outcome import SearchOutcome
+from lorat_platform.search_plan import SearchOptions, make_plan
 from tests.small_shards import make_shards
 
 Data = tuple[str, str]
@@ -184,7 +186,7 @@ def test_a_stopped_trial_frees_the_only_slot_at_once(
     def build(*_: Any, **__: Any) -> TrialScheduler:
         return StopTheFirst(time_attr="budget", max_t=4, grace_period=1, metric="ao", mode="max")
 
-    monkeypatch.setattr(search, "build_scheduler", build)
+    monkeypatch.setattr(search_plan, "build_scheduler", build)
     plan = make_plan(config(data), options(trials=2, cpus_per_trial=2, name="one-slot"))
     assert search.count_slots(plan.options) == 1
     outcome = run_search(plan)
@@ -203,7 +205,7 @@ def _kill_a_trial(killed: list[int]) -> None:
         listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
         ours = os.environ["LORAT_HOME"].encode()
         for line in listed.splitlines():
-            if "ray::ImplicitFunc" not in line:
+            if "ray::ImplicitFunc.train" not in line:
                 continue
             pid = int(line.split()[0])
             try:

@@ -1,0 +1,223 @@
+"""What a search is asked to do, checked before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorat import storage
+from lorat.config import TrainConfig, from_dict
+from lorat.errors import UserError
+from lorat.home import home
+from lorat_platform.scheduling import (
+    OBJECTIVES,
+    Rungs,
+    SchedulerName,
+    SearcherName,
+    build_scheduler,
+    build_searcher,
+)
+from lorat_platform.sources import parse_sources
+from lorat_platform.space import SearchSpace, build_space
+
+REQUEST_FILE = "search.json"
+"""Where a search's folder keeps the request."""
+SMALL_SCHEDULE = {"epochs": 16, "pairs_per_epoch": 512, "batch_size": 16}
+"""Full schedule of a trial of a small variant where none is given: 512 steps, 16 of warm-up.  After
+a sixteenth of it, the first rung, good and bad configurations already track differently."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What to search, how, and with which resources."""
+
+    trials: int = 32
+    """Configurations to try."""
+    space: tuple[str, ...] = ()
+    """Entries that add or replace fields, such as lora.dropout=uniform(0,0.2) or head.depth=3."""
+    objective: str = "ao"
+    """What to optimise, or several by commas for the Pareto front: ao, auc, sr50, sr75, loss,
+    latency (ms per frame), parameters (trained ones)."""
+    searcher: SearcherName = "tpe"
+    """Who proposes configurations: tpe (Optuna), random, or bohb (with hyperband)."""
+    scheduler: SchedulerName = "asha"
+    """Who stops trials early: asha, median, hyperband, or none."""
+    reduction: int = 4
+    """About one trial in so many goes on from a rung; rungs grow by the same factor."""
+    rungs: int = 3
+    """Comparisons in a trial's life; the last is its end."""
+    max_steps: int | None = None
+    """Steps after which every trial ends; none means the full schedule, which the learning rate
+    follows in any case."""
+    val_sequences: int | None = None
+    """Validation sequences per evaluation; none means all."""
+    search_seed: int = 0
+    """Seed of the searcher; the trials' own is --seed."""
+
+    workers_per_trial: int = 1
+    """Training processes of one trial."""
+    cpus_per_trial: float = 1.0
+    """CPUs of every training process."""
+    gpus_per_trial: float | None = None
+    """GPUs of every training process, such as 0.5; none means 1 where there are any."""
+    concurrent: int | None = None
+    """Most trials at once; none means as many as fit."""
+    crop_cache_gb: float = 2.0
+    """Bound of the decoded crops that trials on a node share; 0 means none."""
+
+    name: str | None = None
+    """Name of the search; none means search- and the time."""
+    storage: str | None = None
+    """Folder or s3:// / gs:// address for snapshots and checkpoints; none means runs/ at home."""
+    experiment: str = "lorat-search"
+    """MLflow experiment."""
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("trials", 1), ("reduction", 2), ("rungs", 1), ("max_steps", 1), ("val_sequences", 1),
+            ("workers_per_trial", 1), ("cpus_per_trial", 0), ("gpus_per_trial", 0),
+            ("concurrent", 1), ("crop_cache_gb", 0), ("search_seed", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; give {low} or more.")
+        unknown = [o for o in self.objectives if o not in OBJECTIVES]
+        if unknown or len(set(self.objectives)) != len(self.objectives):
+            raise UserError(
+                f"--objective is {self.objective}; give one or more of {', '.join(OBJECTIVES)}, "
+                "each once."
+            )
+        if self.scheduler == "hyperband" and self.concurrent is not None:
+            raise UserError(
+                "--concurrent does not work with --scheduler hyperband, which pauses trials; "
+                "leave it out, or use asha."
+            )
+        if self.name is not None and (not self.name or "/" in self.name):
+            raise UserError(f"--name is {self.name!r}; give a name without a slash.")
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The objectives, the first first."""
+        return tuple(name.strip() for name in self.objective.split(","))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPlan:
+    """A request that was checked: nothing of it can fail for a reason known beforehand."""
+
+    name: str
+    options: SearchOptions
+    space: SearchSpace
+    rungs: Rungs
+
+    @property
+    def folder(self) -> Path:
+        """The search's folder on this machine."""
+        return home() / "runs" / self.name
+
+    @property
+    def storage(self) -> str:
+        """Where Ray Tune keeps searches, this one in a folder of its name."""
+        return self.options.storage or str(home() / "runs")
+
+    def text(self) -> str:
+        """Say what will be done."""
+        options, base = self.options, self.space.base
+        stops = ", ".join(str(step) for step in self.rungs.steps)
+        return "\n".join(
+            [
+                f"Search {self.name}: {options.trials} trials of {base.variant} on {base.data} for "
+                f"{' and '.join(options.objectives)} on {base.val_data}",
+                *(f"  {line}" for line in self.space.describe()),
+                f"  {options.searcher} proposes, {options.scheduler} compares at steps {stops} of "
+                f"the {base.total_steps}-step schedule (batch {base.batch_size})",
+            ]
+        )
+
+
+def make_plan(config: TrainConfig, options: SearchOptions) -> SearchPlan:
+    """Check a request and fill in what it leaves open.
+
+    Raises:
+        UserError: if anything in it cannot be.
+    """
+    if config.model_variant.recipe == "small" and config.recipe in ("auto", "small"):
+        missing: dict[str, Any] = {
+            k: v for k, v in SMALL_SCHEDULE.items() if getattr(config, k) is None
+        }
+        config = dataclasses.replace(config, **missing)
+    space = build_space(whole_paths(config), options.space)
+    if space.base.val_data is None:
+        raise UserError("A search needs validation sequences with full frames; give --val-data.")
+    total = space.base.total_steps
+    max_steps = min(options.max_steps or total, total)
+    num_rungs = 1 if options.scheduler == "none" else options.rungs
+    rungs = Rungs(max_steps=max_steps, reduction=options.reduction, num_rungs=num_rungs)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    plan = SearchPlan(
+        name=options.name or f"search-{stamp}", options=options, space=space, rungs=rungs
+    )
+    algorithms(plan, max_concurrent=1)
+    return plan
+
+
+def read_plan(name: str, storage_path: str | None = None) -> SearchPlan:
+    """Read the request of a search back.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    root = storage.locate(storage_path or str(home() / "runs"))
+    location = root.child(name)
+    if not location.exists(REQUEST_FILE):
+        raise UserError(f"There is no search {name} in {root.uri}; give its --name or --storage.")
+    request = json.loads(location.read_bytes(REQUEST_FILE))
+    options = request["options"] | {"name": name, "storage": storage_path}
+    options["space"] = tuple(options["space"])
+    return make_plan(from_dict(TrainConfig, request["config"]), SearchOptions(**options))
+
+
+def whole_paths(config: TrainConfig) -> TrainConfig:
+    """Name local files and folders by their whole paths: trials have other working directories."""
+
+    def whole(value: str) -> str:
+        return str(Path(value).resolve()) if Path(value).exists() else value
+
+    changes: dict[str, Any] = {}
+    for name in ("backbone", "init_from"):
+        if value := getattr(config, name):
+            changes[name] = whole(value)
+    for name in ("data", "val_data"):
+        if value := getattr(config, name):
+            changes[name] = ",".join(
+                f"{source.name}={whole(source.uri)}*{source.weight:g}"
+                if Path(source.uri).exists()
+                else part
+                for source, part in zip(parse_sources(value), value.split(","), strict=True)
+            )
+    return dataclasses.replace(config, **changes)
+
+
+def algorithms(plan: SearchPlan, *, max_concurrent: int) -> tuple[Any, Any]:
+    """Build searcher and scheduler.
+
+    Raises:
+        UserError: if they cannot do what is asked.
+    """
+    options = plan.options
+    scheduler = build_scheduler(
+        options.scheduler, options.objectives, plan.rungs, searcher=options.searcher
+    )
+    searcher = build_searcher(
+        options.searcher,
+        plan.space,
+        options.objectives,
+        num_trials=options.trials,
+        seed=options.search_seed,
+        max_concurrent=max_concurrent,
+    )
+    return searcher, scheduler
