@@ -100,6 +100,10 @@ def run(main: Callable[[], int | None]) -> None:
     finally:
         _leave_ray()
     sys.stdout.flush()
+    if code == EXIT_INTERRUPTED:
+        # Threads that wait for the cluster must neither hold the process up nor change its code.
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -258,12 +258,12 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(uri: str, tmp_path: P
     with job(tmp_path, uri) as first:
         first.wait_for_step(60)
         first.process.send_signal(signal.SIGINT)
-        assert first.process.wait(timeout=60) == 130
+        assert first.process.wait(timeout=60) == 130, first.text
         assert "Traceback" not in first.text
     with job(tmp_path, uri) as second:
         second.wait_for("going on from step-")
         second.process.send_signal(signal.SIGINT)
-        assert second.process.wait(timeout=60) == 130
+        assert second.process.wait(timeout=60) == 130, second.text
 
 
 def test_a_full_disk_ends_the_run_with_a_sentence_and_spares_the_last_checkpoint(
