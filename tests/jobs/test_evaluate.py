@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lorat.checkpoint import save_merged
 from lorat.model import LoRAT
-from lorat_platform import promotion, registry
+from lorat_platform import cluster, promotion, registry
+from lorat_platform.gate import GateConfig
 from lorat_platform.mlflow_store import connect
 from lorat_platform.tracking import open_run
 from tests.constant_trackers import shrinking_tracker, staying_tracker
@@ -50,7 +53,7 @@ def start(name: str, *arguments: object) -> subprocess.Popen[str]:
 
 def run_job(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     process = start(name, *arguments)
-    output, errors = process.communicate(timeout=280)
+    output, errors = process.communicate(timeout=800)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
@@ -100,15 +103,23 @@ def test_killed_evaluation_goes_on(home: Path, uri: str, tmp_path: Path) -> None
     assert "of 8 sequences are there already" in second.stdout
 
 
+def promote(version: str, **options: Any) -> bool:
+    """Do what `jobs/promote.py` does once it has a cluster and a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "jobs"))
+        job = runpy.run_path(str(ROOT / "jobs" / "promote.py"), run_name="promote")
+    with cluster.connected("local", num_cpus=2), open_run("promotion", version) as run:
+        return job["promote"](job["Options"](**options), "lorat", version, run)
+
+
 def test_better_candidate_is_promoted_and_worse_is_not(home: Path, uri: str) -> None:
     worse = register(shrinking_tracker(), uri)
-    first = run_job("promote")
-    assert first.returncode == 0, first.stderr
-    assert "there was no champion" in first.stdout
-    better = register(staying_tracker(), uri)
-    second = run_job("promote", "--candidate", "models:/lorat@candidate")
-    assert second.returncode == 0, second.stderr
     client = connect()
+    assert promote(worse)
+    assert "no champion" in client.get_model_version("lorat", worse).tags["gate.reason"]
+
+    better = register(staying_tracker(), uri)
+    assert promote(better)
     assert promotion.champion_of(client) == better
     version = client.get_model_version("lorat", better)
     assert version.tags["gate.decision"] == "promoted"
@@ -122,32 +133,26 @@ def test_better_candidate_is_promoted_and_worse_is_not(home: Path, uri: str) -> 
     folder = Path(version.source.removeprefix("file://"))
     assert (folder / "promotion" / "comparison.png").exists()
 
-    third = run_job("promote", "--candidate", f"models:/lorat/{worse}")
-    assert third.returncode == 1
-    assert "The champion stays" in third.stdout
+    assert not promote(worse)
     assert promotion.champion_of(client) == better
     assert client.get_model_version("lorat", worse).tags["gate.decision"] == "refused"
 
-    fourth = run_job("promote", "--candidate", f"models:/lorat/{worse}", "--force",
-                     "--reason", "for the demo")  # fmt: skip
-    assert fourth.returncode == 0, fourth.stderr
+    assert promote(worse, force=True, reason="for the demo")
     assert promotion.champion_of(client) == worse
     tags = client.get_model_version("lorat", worse).tags
     assert tags["gate.decision"] == "forced"
     assert tags["gate.note"] == "for the demo"
     assert json.loads(tags["gate.numbers"])["difference"] < 0
 
-    back = run_job("promote", "--rollback")
-    assert back.returncode == 0, back.stderr
+    assert run_in_process("promote", "--rollback") == 0
     assert promotion.champion_of(client) == better
 
 
 def test_equal_candidate_needs_to_be_allowed(home: Path, uri: str) -> None:
-    register(staying_tracker(), uri)
-    assert run_job("promote").returncode == 0
+    assert promote(register(staying_tracker(), uri))
     twin = register(staying_tracker(), uri)
-    assert run_job("promote").returncode == 1
-    assert run_job("promote", "--allow-equal").returncode == 0
+    assert not promote(twin)
+    assert promote(twin, gate=GateConfig(allow_equal=True))
     assert promotion.champion_of(connect()) == twin
 
 
@@ -160,11 +165,10 @@ def test_checkpoint_folder_is_registered_and_promoted(home: Path, uri: str, tmp_
 
 
 def test_two_promotions_at_once_end_with_the_better_one(home: Path, uri: str) -> None:
-    register(shrinking_tracker(), uri)
-    assert run_job("promote").returncode == 0
+    assert promote(register(shrinking_tracker(), uri))
     a, b = register(staying_tracker(), uri), register(staying_tracker(), uri)
     jobs = [start("promote", "--candidate", f"models:/lorat/{v}") for v in (a, b)]
-    outputs = [job.communicate(timeout=280) for job in jobs]
+    outputs = [job.communicate(timeout=800) for job in jobs]
     codes = [job.returncode for job in jobs]
     # The twins are equal: the later one is compared with the earlier one and refused.
     assert sorted(codes) == [0, 1], outputs
@@ -173,9 +177,8 @@ def test_two_promotions_at_once_end_with_the_better_one(home: Path, uri: str) ->
 
 def test_export_writes_a_parity_report(home: Path, uri: str, tmp_path: Path) -> None:
     register(staying_tracker(), uri)
-    result = run_job("export", "--model", "models:/lorat@candidate", "--output", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    assert "| onnx | model.onnx |" in result.stdout
+    arguments = ("--model", "models:/lorat@candidate", "--output", tmp_path / "out")
+    assert run_in_process("export", *arguments) == 0
     assert "| onnx | model.onnx |" in (tmp_path / "out" / "parity.md").read_text()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "bundle", "model.onnx", "model.pt2", "parity.json", "parity.md",
