@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -29,6 +29,7 @@ from lorat_platform.training import open_datasets
 
 log = logging.getLogger(__name__)
 
+FLAT = tyro.conf.arg(name="")
 WANTED_QUALITY = 0.98
 """Share of full training's best objective that the search is to reach."""
 WANTED_COST = 0.35
@@ -41,10 +42,8 @@ WANTED_OVERHEAD_S = 3.0
 class SearchBenchmark:
     """Compare a search with full training of all its trials."""
 
-    config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
-    search: tyro.conf.OmitArgPrefixes[SearchOptions] = field(
-        default_factory=lambda: SearchOptions(trials=16)
-    )
+    config: Annotated[TrainConfig, FLAT] = field(default_factory=TrainConfig)
+    search: Annotated[SearchOptions, FLAT] = field(default_factory=lambda: SearchOptions(trials=16))
     output: Path | None = None
     """Folder for the table and the figures; none means the search's own."""
     address: str | None = None
