@@ -278,10 +278,11 @@ def _stopping_on_sigterm() -> Iterator[None]:
 
 
 def _quieten_tune() -> None:
-    """Drop Tune's own remarks on failed trials and on the result files that are turned off."""
+    """Drop Tune's own remarks on failed trials, result files that are off, and resuming."""
+    dropped = ("Trials did not", "Failed to fetch metrics", "Experiment has been interrupted")
 
     def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(("Trials did not", "Failed to fetch metrics"))
+        return not record.getMessage().startswith(dropped)
 
     for name in ("ray.tune.tune", "ray.tune.analysis.experiment_analysis"):
         logging.getLogger(name).addFilter(keep)
