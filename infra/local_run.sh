@@ -12,6 +12,7 @@ mkdir -p "$state"
 
 if [ "${1:-}" = --stop ]; then
   if [ -f "$pid_file" ] && kill "$(cat "$pid_file")" 2>/dev/null; then
+    while kill -0 "$(cat "$pid_file")" 2>/dev/null; do sleep 0.2; done
     echo "Stopped the local Ray."
   else
     echo "No local Ray was started by 'make run'."
@@ -37,6 +38,8 @@ PY
 if ! answers "$address/api/version"; then
   # Ray replaces 127.0.0.1 by an address that others reach, except where it may form no cluster.
   export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
+  # There is no other node that could take over, so a stop need not wait for one.
+  export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
   echo "Starting a local Ray (dashboard $address; 'make stop' ends it)."
   # The default ports of these two servers may belong to another Ray of this machine.
   read -r client_port agent_port < <(python -c 'import socket

@@ -272,7 +272,7 @@ def resize_bilinear(image_HWC: np.ndarray, width: int, height: int) -> np.ndarra
 def _taps(num_in: int, num_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return both source indices and the weight of the second one, per output pixel."""
     ratio = float(np.float32(num_in) / np.float32(num_out))
-    # One rounding to float32, as of the fused multiply-add that torch's kernel compiles to.
+    # Rounded to float32 once, as by torch where its kernel has a fused multiply-add.
     position = np.maximum((ratio * (np.arange(num_out) + 0.5) - 0.5).astype(np.float32), 0)
     first = np.minimum(position.astype(np.int64), num_in - 1)
     weight = np.minimum(position - first.astype(np.float32), np.float32(1))

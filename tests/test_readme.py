@@ -179,6 +179,5 @@ def test_make_run_ends_with_a_registered_model_and_make_stop_with_no_ray(
         assert (home / "mlflow.db").exists()
     finally:
         root.run("infra/local_run.sh --stop", **variables)
-    time.sleep(5)
     with pytest.raises(OSError, match=r"refused|reset"):
         urllib.request.urlopen("http://127.0.0.1:8498/api/version", timeout=2)

@@ -230,7 +230,7 @@ def run_stream(
 ) -> float:
     """Return pairs/s as a training worker that does nothing else sees them."""
     layout = Layout.plan(config, 1, 0, 1_000_000)
-    pool = DecodePool(actors=num, threads=threads, num_cpus=0.0)
+    pool = DecodePool(actors=num, threads=threads)
     with cluster.connected("local"):
         (iterator,) = split_stream(config, sources, layout, pool)
         stream = RayStream(iterator, layout, 0)

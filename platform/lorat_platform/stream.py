@@ -121,13 +121,15 @@ def pair_bytes(variant: Variant) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodePool:
-    """Processes that read, decode and crop."""
+    """Processes that read, decode and crop.
+
+    They ask Ray for no CPU: actors that do stay pending for ever, without an error, once training
+    workers hold every CPU, be it from the start or because a node was lost.
+    """
 
     actors: int
     threads: int
     """Threads in each; OpenCV works outside Python's lock."""
-    num_cpus: float
-    """CPUs that each asks Ray for; 0 where the training workers ask for all."""
     resources: dict[str, float] = dataclasses.field(default_factory=dict)
     """Custom resources that each asks for, such as a share of ``decode`` on CPU nodes."""
 
@@ -143,9 +145,6 @@ class DecodePool:
     ) -> DecodePool:
         """Fit the pool into what the training workers leave, and say so.
 
-        Workers that ask for every CPU would keep decode actors pending for ever, without an
-        error, so the actors then ask for none and share the CPUs.
-
         Args:
             worker_cpus: CPUs that all training workers together ask for.
             cluster_cpus: CPUs of the cluster.
@@ -160,19 +159,16 @@ class DecodePool:
             pool = cls(
                 actors=actors,
                 threads=threads or 4,
-                num_cpus=0.0,
                 resources={"decode": decode_nodes / actors},
             )
             why = f"on nodes with the resource decode ({decode_nodes:g})"
         elif free >= 1:
             actors = actors or max(1, min(int(free), 64))
-            share = math.floor(100 * 0.9 * free / actors) / 100
-            pool = cls(actors=actors, threads=threads or max(1, round(free / actors)),
-                       num_cpus=min(share, 1.0))  # fmt: skip
-            why = f"with {pool.num_cpus:g} of {free:g} free CPUs each"
+            pool = cls(actors=actors, threads=threads or max(1, round(free / actors)))
+            why = f"on {free:g} free CPUs"
         else:
             actors = actors or max(1, int(cluster_cpus) // 2)
-            pool = cls(actors=actors, threads=threads or 2, num_cpus=0.0)
+            pool = cls(actors=actors, threads=threads or 2)
             why = "sharing the CPUs of the training workers, which ask for all"
         log.info("decoding: %d actors of %d threads, %s", pool.actors, pool.threads, why)
         return pool
@@ -277,7 +273,7 @@ def split_stream(
             fn_constructor_args=(config, sources, layout, pool.threads, console),
             batch_size=None,
             compute=ActorPoolStrategy(size=pool.actors, max_tasks_in_flight_per_actor=2),
-            num_cpus=pool.num_cpus,
+            num_cpus=0,
             resources=pool.resources or None,
         )
         return dataset.streaming_split(layout.num_workers, equal=True)

@@ -116,7 +116,7 @@ def test_the_winner_is_trained_in_full_and_registered(tmp_path: Path, arguments:
     runs = client.search_runs([experiment.experiment_id])
     (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
     assert version.tags["search_run_id"] == parent.info.run_id
-    assert parent.data.tags["lorat.final_version"] == version.version
+    assert parent.data.tags["lorat.final_version"] == str(version.version)
     (final,) = [r for r in runs if r.info.run_id == parent.data.tags["lorat.final_run"]]
     assert final.data.tags["mlflow.parentRunId"] == parent.info.run_id
     (trial,) = [r for r in runs if "lorat.trial_id" in r.data.tags]

@@ -29,8 +29,8 @@ from lorat_platform.stream import (
 )
 from tests.small_shards import make_shards
 
-ONE_ACTOR = DecodePool(actors=1, threads=1, num_cpus=0.0)
-TWO_ACTORS = DecodePool(actors=2, threads=1, num_cpus=0.0)
+ONE_ACTOR = DecodePool(actors=1, threads=1)
+TWO_ACTORS = DecodePool(actors=2, threads=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -147,7 +147,6 @@ def test_workers_that_ask_for_all_cpus_do_not_starve_the_stream(
 ) -> None:
     settings = config(batch_size=8)
     pool = DecodePool.plan(worker_cpus=2, cluster_cpus=2)
-    assert pool.num_cpus == 0
     layout = Layout.plan(settings, 2, 0, 20)
     iterators = split_stream(settings, sources, layout, pool)
 
@@ -162,8 +161,7 @@ def test_workers_that_ask_for_all_cpus_do_not_starve_the_stream(
 
 def test_the_decode_pool_leaves_the_workers_cpus_alone() -> None:
     pool = DecodePool.plan(worker_cpus=4, cluster_cpus=12)
-    assert pool.num_cpus > 0
-    assert pool.actors * pool.num_cpus < 8
+    assert pool.actors * pool.threads == 8
     placed = DecodePool.plan(worker_cpus=8, cluster_cpus=8, decode_nodes=3)
     assert placed.resources["decode"] * placed.actors == pytest.approx(3)
 

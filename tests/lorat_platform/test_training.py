@@ -25,10 +25,10 @@ from tests.lorat_platform.training_jobs import (
     NUM_STEPS,
     TrainJob,
     assert_same_weights,
-    final_weights,
     mlflow_run_id,
     resumed_steps,
     run_folder,
+    train_losses,
 )
 from tests.small_shards import make_shards
 
@@ -171,8 +171,9 @@ def test_a_removed_node_is_replaced_by_another(
     try:
         first = nodes.add_node(num_cpus=1)
         with job(tmp_path, uri, "--address", nodes.address) as training:
-            step = training.wait_for_step(120)
+            training.wait_for_step(5)
             nodes.add_node(num_cpus=1)
+            step = training.wait_for_step(120)
             nodes.remove_node(first, allow_graceful=False)
             text = training.finish()
     finally:
@@ -190,14 +191,15 @@ def test_a_node_about_to_be_taken_away_gets_a_checkpoint_first(
     try:
         first = nodes.add_node(num_cpus=1)
         with job(tmp_path, uri, "--address", nodes.address, **fast) as training:
-            step = training.wait_for_step(60)
+            training.wait_for_step(5)
             nodes.add_node(num_cpus=1)
+            step = training.wait_for_step(60)
             drain = [
                 str(Path(sys.executable).parent / "ray"), "drain-node",
                 "--address", nodes.address, "--node-id", first.node_id,
                 "--reason", "DRAIN_NODE_REASON_PREEMPTION",
                 "--reason-message", "the test takes it away",
-                "--deadline-remaining-seconds", "20",
+                "--deadline-remaining-seconds", "3",
             ]  # fmt: skip
             subprocess.run(drain, check=True, capture_output=True)
             found = training.wait_for(r"taken away: writing a checkpoint at step (\d+)")
@@ -210,26 +212,28 @@ def test_a_node_about_to_be_taken_away_gets_a_checkpoint_first(
     assert_same_weights(tmp_path, uninterrupted)
 
 
-def assert_close_weights(home: Path, reference: Path) -> None:
-    """Compare weights of different numbers of workers.
+def assert_same_curve(home: Path, reference: Path) -> None:
+    """Compare the losses of trainings with different numbers of workers.
 
-    Adam turns rounding differences of tiny gradients into steps of full length, so single
-    weights drift; as a whole they stay together.  Loss and gradients are compared exactly in
-    test_learner.
+    Gradients are added in another order, which changes the last bit; from there the distance
+    grows tenfold in about 15 steps of Adam, until it is a few thousandths.  Other samples would
+    change every loss by several hundredths.
     """
-    expected, found = final_weights(reference), final_weights(home)
-    for name, value in expected.items():
-        if name.startswith(("head", "adapter")):
-            distance = float((found[name] - value).norm() / value.norm())
-            assert distance < 0.02, (name, distance)
+    expected, found = train_losses(reference), train_losses(home)
+    assert found.keys() == expected.keys()
+    steps = sorted(expected)
+    assert steps[-1] == NUM_STEPS
+    distance = {s: abs(found[s] - expected[s]) / expected[s] for s in steps}
+    assert max(distance[s] for s in steps if s <= 50) < 2e-6
+    assert sum(distance.values()) / len(distance) < 0.01
 
 
-def test_two_workers_end_with_the_weights_of_one(
+def test_two_workers_learn_what_one_does(
     uri: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
     with job(tmp_path, uri, "--workers", "2") as training:
         training.finish()
-    assert_close_weights(tmp_path, uninterrupted)
+    assert_same_curve(tmp_path, uninterrupted)
 
 
 def test_an_elastic_training_goes_on_with_fewer_workers(
@@ -251,7 +255,7 @@ def test_an_elastic_training_goes_on_with_fewer_workers(
         nodes.shutdown()
     assert "going on from step-" in text
     assert "with 1 worker\n" in text
-    assert_close_weights(tmp_path, uninterrupted)
+    assert_same_curve(tmp_path, uninterrupted)
 
 
 def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(uri: str, tmp_path: Path) -> None:

@@ -17,18 +17,18 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_STEPS = 300
+NUM_STEPS = 600
 CHECKPOINT_EVERY = 50
 
 
 class TrainJob:
-    """A training of 300 small steps in a process of its own."""
+    """A training of 600 small steps in a process of its own."""
 
     def __init__(self, home: Path, uri: str, *options: str, **environment: str) -> None:
         command = [
             sys.executable, str(ROOT / "jobs" / "train.py"),
             "--variant", "N-112", "--backbone", "none", "--data", f"tiny={uri}",
-            "--batch-size", "4", "--pairs-per-epoch", "200", "--epochs", "6",
+            "--batch-size", "4", "--pairs-per-epoch", "200", "--epochs", "12",
             "--lora.rank", "4", "--cpus-per-worker", "1", "--log-every", "5",
             "--checkpoint-every", str(CHECKPOINT_EVERY), "--no-register", "--name", "run",
             *options,
@@ -159,6 +159,15 @@ def assert_same_weights(home: Path, reference: Path) -> None:
         torch.testing.assert_close(
             found[name], value, rtol=1e-6, atol=1e-6 * float(value.float().abs().max()), msg=name
         )
+
+
+def train_losses(home: Path) -> dict[int, float]:
+    """Return the loss that the MLflow run shows, per logged step."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    history = client.get_metric_history(mlflow_run_id(home), "train/loss")
+    return {metric.step: metric.value for metric in history}
 
 
 def resumed_steps(text: str) -> list[int]:
