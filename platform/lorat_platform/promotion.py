@@ -28,6 +28,12 @@ PREVIOUS = "previous"
 HISTORY_TAG = "champion_history"
 """Tag of the registered model: JSON list of the champions, the present one last."""
 HISTORY_LENGTH = 100
+_HELD = {
+    "RESOURCE_ALREADY_EXISTS",
+    "RESOURCE_DOES_NOT_EXIST",  # given back before MLflow had composed its answer
+    "TEMPORARILY_UNAVAILABLE",  # the store is busy
+}
+"""Errors on which taking the lock is tried again."""
 LOCK_STALE_S = 120.0
 """Age after which a lock counts as left by a dead process; the locked part takes seconds."""
 
@@ -161,7 +167,7 @@ def locked(client: Any, name: str, *, timeout_s: float = 300.0) -> Iterator[None
             client.create_registered_model(lock, tags={"owner": owner}, description=about)
             break
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            if error.error_code not in _HELD:
                 raise
         _break_stale(client, lock)
         if time.monotonic() > deadline:

@@ -127,6 +127,26 @@ def test_lock_of_a_dead_process_is_broken(sqlite: None, monkeypatch: pytest.Monk
     assert [model.name for model in client.search_registered_models()] == ["lorat"]
 
 
+def test_a_lock_given_back_at_that_moment_is_taken_next(
+    sqlite: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
+
+    make_versions("lorat", 1)
+    client = connect()
+    create, answers = client.create_registered_model, ["gone meanwhile"]
+
+    def first_gone(*args: object, **values: object) -> object:
+        if answers:
+            raise MlflowException(answers.pop(), RESOURCE_DOES_NOT_EXIST)
+        return create(*args, **values)
+
+    monkeypatch.setattr(client, "create_registered_model", first_gone)
+    with promotion.locked(client, "lorat", timeout_s=10):
+        assert not answers
+
+
 RACER = """
 import os, sys, time
 from lorat_platform import promotion

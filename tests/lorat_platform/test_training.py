@@ -228,9 +228,7 @@ def assert_same_curve(home: Path, reference: Path) -> None:
     assert sum(distance.values()) / len(distance) < 0.01
 
 
-def test_two_workers_learn_what_one_does(
-    uri: str, uninterrupted: Path, tmp_path: Path
-) -> None:
+def test_two_workers_learn_what_one_does(uri: str, uninterrupted: Path, tmp_path: Path) -> None:
     with job(tmp_path, uri, "--workers", "2") as training:
         training.finish()
     assert_same_curve(tmp_path, uninterrupted)
