@@ -55,17 +55,24 @@ def upload(local: Path, run: Location, name: str) -> None:
         for path in sorted(local.rglob("*"))
         if path.is_file()
     }
-    if is_complete(run, name, files):
-        return
     try:
-        _again(lambda: _copy(local, run, name, files))
+        if not is_complete(run, name, files):
+            _again(lambda: _copy(local, run, name, files))
     except (OSError, pa.ArrowException) as error:
-        last = newest(run)
-        kept = f"; {last} is intact" if last else ""
         raise UserError(
-            f"The checkpoint {name} cannot be written to {run.uri}: {reason(error)}{kept}; make "
-            "room or restore the connection and give the same command again."
+            f"The checkpoint {name} cannot be written to {run.uri}: {reason(error)}"
+            f"{_what_is_left(run)}; make room or restore the connection and give the same command "
+            "again."
         ) from error
+
+
+def _what_is_left(run: Location) -> str:
+    """Name the last good checkpoint, as far as the storage can still be asked."""
+    try:
+        last = newest(run)
+    except (OSError, pa.ArrowException):
+        return "; what was complete there is intact"
+    return f"; {last} is intact" if last else ""
 
 
 def _copy(local: Path, run: Location, name: str, files: dict[str, int]) -> None:

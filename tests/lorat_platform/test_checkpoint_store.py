@@ -13,6 +13,7 @@ from lorat.errors import UserError
 from lorat.storage import locate
 from lorat_platform import checkpoint_store
 from lorat_platform.checkpoint_store import MANIFEST, SNAPSHOT
+from tests.object_store import KEYS, object_store
 
 
 @pytest.fixture
@@ -71,6 +72,24 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_intact(
     with pytest.raises(UserError, match="No space left on device; step-00000020 is intact"):
         checkpoint_store.upload(local, run, "step-00000040")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["step-00000020"]
+
+
+def test_an_unreachable_store_is_said_and_leaves_the_last_checkpoint_intact(
+    local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    with object_store() as store:
+        run = locate(store.uri("run"))
+        checkpoint_store.upload(local, run, "step-00000020")
+        assert checkpoint_store.newest(run) == "step-00000020"
+        store.pause()
+        with pytest.raises(UserError, match="step-00000040 cannot be written .* is intact"):
+            checkpoint_store.upload(local, run, "step-00000040")
+        store.resume()
+        assert checkpoint_store.names(run) == ["step-00000020"]
+        checkpoint_store.upload(local, run, "step-00000040")
+        assert checkpoint_store.newest(run) == "step-00000040"
 
 
 def test_a_damaged_list_of_checkpoints_is_dropped_and_a_good_one_kept(

@@ -19,19 +19,13 @@ from lorat.verification import rebuild_index, verify
 from lorat_platform import cluster, ingestion
 from lorat_platform.ingestion import IngestConfig, ingest, map_tasks
 from tests.lorat import layouts
-
-_KEYS = {
-    "AWS_ACCESS_KEY_ID": "testing",
-    "AWS_SECRET_ACCESS_KEY": "testing",
-    "AWS_DEFAULT_REGION": "us-east-1",
-}
-
+from tests.object_store import KEYS, object_store
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_cluster() -> Iterator[None]:
     patch = pytest.MonkeyPatch()
     patch.delenv("RAY_ADDRESS", raising=False)
-    for name, value in _KEYS.items():
+    for name, value in KEYS.items():
         patch.setenv(name, value)
     with cluster.connected(num_cpus=2):
         yield
@@ -40,22 +34,10 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start an S3-compatible server on loopback; give the address of a bucket with {} in it."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    client = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
-    client.create_bucket(Bucket="videos")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("LORAT_HOME", str(tmp_path_factory.mktemp("home")))
-    options = f"endpoint_override={endpoint.replace(':', '%3A').replace('/', '%2F')}"
-    yield f"s3://videos/{{}}?{options}&scheme=http&region=us-east-1"
-    patch.undo()
-    server.stop()
+    """Give the address of a folder in an object store, with {} in it."""
+    with object_store() as store, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAT_HOME", str(tmp_path_factory.mktemp("home")))
+        yield store.uri("{}")
 
 
 @pytest.fixture
