@@ -18,6 +18,7 @@ import logging
 import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,6 +43,10 @@ PAIRS_PER_BLOCK = 128
 """Pairs that a block aims at; with 32 the cost per task is felt (0.6 of the bare speed)."""
 BLOCK_BYTES = 48 * 2**20
 """Most bytes of one block."""
+PAUSE_S = 0.02
+"""Rest of Ray Data's control loop after each step.  It waits for any task that can go on, and the
+task that names the blocks always can: while enough is decoded, the loop would turn without a rest
+and take most of a CPU from the training."""
 BLOCKS_AHEAD = 3
 """Blocks that are kept decoded ahead, per worker, beside those in the making."""
 
@@ -131,7 +136,7 @@ class DecodePool:
     threads: int
     """Threads in each; OpenCV works outside Python's lock."""
     resources: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Custom resources that each asks for, such as a share of ``decode`` on CPU nodes."""
+    """Custom resources that each asks for, such as one ``decode`` of a CPU node."""
 
     @classmethod
     def plan(
@@ -149,17 +154,17 @@ class DecodePool:
             worker_cpus: CPUs that all training workers together ask for.
             cluster_cpus: CPUs of the cluster.
             decode_nodes: amount of the custom resource ``decode`` in the cluster; if there is
-                any, actors run only on nodes that have it.
-            actors: instead of what fits.
+                any, actors run only on nodes that have it, and take one each.
+            actors: instead of what fits; more than there is ``decode`` makes a cluster that
+                scales by itself add nodes.
             threads: instead of what fits.
         """
         free = max(0.0, cluster_cpus - worker_cpus)
         if decode_nodes:
-            actors = actors or max(1, int(decode_nodes))
             pool = cls(
-                actors=actors,
+                actors=actors or max(1, int(decode_nodes)),
                 threads=threads or 4,
-                resources={"decode": decode_nodes / actors},
+                resources={"decode": 1.0},
             )
             why = f"on nodes with the resource decode ({decode_nodes:g})"
         elif free >= 1:
@@ -253,6 +258,7 @@ def split_stream(
     context.target_max_block_size = 1  # one row, one block
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    context.custom_execution_callback_classes = [_rest()]
     # What may be decoded ahead; without a limit it is half of the object store.
     block = layout.pairs_per_block * pair_bytes(config.model_variant)
     ahead = BLOCKS_AHEAD * layout.num_workers + 3 * pool.actors
@@ -279,6 +285,19 @@ def split_stream(
         return dataset.streaming_split(layout.num_workers, equal=True)
     finally:
         DataContext._set_current(previous)
+
+
+def _rest() -> type:
+    """Return the callback that lets the control loop rest."""
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Rest(ExecutionCallback):
+        """Sleep after every step of the loop."""
+
+        def on_execution_step(self, executor: Any) -> None:
+            time.sleep(PAUSE_S)
+
+    return Rest
 
 
 def _block_numbers(count: int) -> Any:

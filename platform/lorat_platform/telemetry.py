@@ -134,14 +134,14 @@ def summarise(
     wall_s = max(wall_s, 1e-9)
     rate = num_pairs / wall_s
     metrics = {
-        "throughput/samples_per_s": rate,
-        "throughput/samples_per_s_per_worker": rate / num_workers,
-        "throughput/data_stall_share": min(parts_s["data"] / wall_s, 1.0),
-        "throughput/step_ms": 1e3 * wall_s / max(num_steps, 1),
+        "system/samples_per_s": rate,
+        "system/samples_per_s_per_worker": rate / num_workers,
+        "system/data_stall_share": min(parts_s["data"] / wall_s, 1.0),
+        "system/step_ms": 1e3 * wall_s / max(num_steps, 1),
     }
     if peak == peak:
-        metrics["throughput/mfu"] = rate * flops_per_pair / (peak * num_workers)
-    metrics |= {f"time_ms/{k}": 1e3 * v / max(num_steps, 1) for k, v in parts_s.items()}
+        metrics["system/mfu"] = rate * flops_per_pair / (peak * num_workers)
+    metrics |= {f"system/time_ms/{k}": 1e3 * v / max(num_steps, 1) for k, v in parts_s.items()}
     return metrics
 
 

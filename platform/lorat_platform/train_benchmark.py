@@ -88,7 +88,7 @@ def benchmark_train(options: TrainBenchmark) -> dict[str, float]:
     source = ReadySource(batch)
     run(config, source, world=learner.world, learner=learner, hooks=hooks, end_step=end)
     parts, bare_s = parts[1:], bare_s[1:]  # the first is for warming up
-    loop_ms = statistics.median(metrics["throughput/step_ms"] for metrics in parts)
+    loop_ms = statistics.median(metrics["system/step_ms"] for metrics in parts)
     bare_ms = 1e3 * statistics.median(bare_s)
     overhead = loop_ms / bare_ms - 1
     peak, origin = peak_flops(device)
@@ -100,10 +100,10 @@ def benchmark_train(options: TrainBenchmark) -> dict[str, float]:
         loop_ms, 100 * overhead, 100 * WANTED_OVERHEAD,
     )  # fmt: skip
     for name in ("data", "copy", "augment", "forward", "backward", "optimiser"):
-        value = statistics.median(metrics[f"time_ms/{name}"] for metrics in parts)
+        value = statistics.median(metrics[f"system/time_ms/{name}"] for metrics in parts)
         figures[f"{name}_ms"] = value
         log.info("    %-18s %8.2f ms", name, value)
-    mfu = statistics.median(m.get("throughput/mfu", float("nan")) for m in parts)
+    mfu = statistics.median(m.get("system/mfu", float("nan")) for m in parts)
     figures["mfu"] = mfu
     log.info(
         "  MFU                   %8.1f %% of %.3g TFLOP/s (%s)", 100 * mfu, peak / 1e12, origin
@@ -233,7 +233,7 @@ def stall(options: TrainBenchmark, device: torch.device) -> float:
     shares: list[float] = []
 
     def keep(step: int, metrics: dict[str, float]) -> None:
-        shares.append(metrics["throughput/data_stall_share"])
+        shares.append(metrics["system/data_stall_share"])
 
     hooks = Hooks(log_every=options.steps, on_interval=keep)
     run(config, source, world=World(device=device), hooks=hooks, end_step=end)

@@ -116,7 +116,7 @@ def run(
             metrics = _report(interval, learner, world, flops, peak)
             damaged_total += int(metrics.pop("_damaged"))
             images_total += int(metrics.pop("_images"))
-            metrics["data/damaged_share"] = damaged_total / max(images_total, 1)
+            metrics["system/damaged_share"] = damaged_total / max(images_total, 1)
             _check_damage(config, damaged_total, images_total)
             interval = _Interval()
             stop = bool(hooks.on_interval and hooks.on_interval(learner.step, metrics))
@@ -232,7 +232,7 @@ def _report(
         "train/lr": learner.optimizer.param_groups[0]["lr"],
         "train/skipped_steps": float(learner.num_skipped),
         "train/epoch": learner.step / learner.config.steps_per_epoch,
-        "data/bytes_per_pair": num_bytes / max(pairs, 1),
+        "system/bytes_per_pair": num_bytes / max(pairs, 1),
         "_damaged": damaged,
         "_images": images,
     }
@@ -247,7 +247,7 @@ def _report(
         flops_per_pair=flops,
         peak=peak,
     )
-    metrics |= {f"memory_gb/{k}": v / world.size / 2**30 for k, v in zip(memory, held, strict=True)}
+    metrics |= {f"system/memory_gb/{k}": v / world.size / 2**30 for k, v in zip(memory, held, strict=True)}
     return metrics
 
 
@@ -287,7 +287,7 @@ def metrics_line(step: int, end_step: int, metrics: dict[str, Any], seconds_left
     return (
         f"step {step:{width}d}/{end_step}  loss {metrics['train/loss']:.4f}  "
         f"lr {metrics['train/lr']:.2e}  grad {metrics['train/grad_norm']:.2f}  "
-        f"{metrics['throughput/samples_per_s']:.1f} samples/s  "
-        f"stall {100 * metrics['throughput/data_stall_share']:.0f} %  "
+        f"{metrics['system/samples_per_s']:.1f} samples/s  "
+        f"stall {100 * metrics['system/data_stall_share']:.0f} %  "
         f"left {duration(seconds_left)}"
     )

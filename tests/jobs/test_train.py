@@ -70,7 +70,7 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
     assert run.info.status == "FINISHED"
     assert run.data.params["config.lora.rank"] == "2"
     assert run.data.tags["dataset.train"] == record["data"]["train"]
-    assert {"train/loss", "throughput/samples_per_s", "val/ao", "eval/val/ao"} <= set(
+    assert {"train/loss", "system/samples_per_s", "val/ao", "eval/val/ao"} <= set(
         run.data.metrics
     )
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
@@ -81,6 +81,14 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
     assert again.stderr == (
         f"error: The run small in {tmp_path}/runs/small is finished; give another --name.\n"
     )
+
+    warm = train(
+        tmp_path, *SMALL, "--data", data, "--val-data", val, "--name", "warm", "--no-register",
+        "--init-from", "models:/lorat@candidate", "--validate-every", "0", "--lr", "1e-6",
+    )  # fmt: skip
+    assert warm.returncode == 0, warm.stdout + warm.stderr
+    cold_end, warm_end = (float(re.findall(r"loss (\d+\.\d+)  lr", o)[-1]) for o in (out, warm.stdout))
+    assert warm_end < cold_end
 
 
 def wrong(capsys: pytest.CaptureFixture[str], *options: object) -> str:

@@ -163,7 +163,9 @@ def test_the_decode_pool_leaves_the_workers_cpus_alone() -> None:
     pool = DecodePool.plan(worker_cpus=4, cluster_cpus=12)
     assert pool.actors * pool.threads == 8
     placed = DecodePool.plan(worker_cpus=8, cluster_cpus=8, decode_nodes=3)
-    assert placed.resources["decode"] * placed.actors == pytest.approx(3)
+    assert (placed.actors, placed.resources) == (3, {"decode": 1.0})
+    more = DecodePool.plan(worker_cpus=8, cluster_cpus=8, decode_nodes=3, actors=5)
+    assert (more.actors, more.resources) == (5, {"decode": 1.0})
 
 
 def test_a_slow_consumer_does_not_fill_the_object_store(sources: tuple[Source, ...]) -> None:
