@@ -61,9 +61,14 @@ print(*(s.getsockname()[1] for s in sockets))')
   answers "$ready" || { echo "error: Ray did not start; see $state/ray.log." >&2; exit 1; }
 fi
 
-# The job's driver inherits the head's environment, so ours goes along explicitly.
-environment="$(python -c 'import json, os
-names = ("LORAT_HOME", "MLFLOW_TRACKING_URI")
-print(json.dumps({"env_vars": {n: os.environ[n] for n in names if n in os.environ}}))')"
-exec ray job submit --address "$address" --working-dir . --runtime-env-json "$environment" \
+# The job's driver inherits the head's environment, so ours goes along: addresses and passwords, as
+# the platform hands them on to its workers.  On the command line every user would see them.
+environment() { python - <<'PY'
+import json, os, sys
+sys.path[:0] = [".", "platform"]
+from lorat_platform.cluster import FORWARDED
+print(json.dumps({"env_vars": {n: os.environ[n] for n in FORWARDED if n in os.environ}}))
+PY
+}
+exec ray job submit --address "$address" --working-dir . --runtime-env <(environment) \
   -- python jobs/train.py "$@"

@@ -97,7 +97,7 @@ def start_storage(processes: Processes, python: Path) -> None:
 
 
 def start_mlflow(processes: Processes, python: Path, database: str) -> None:
-    """Start the MLflow server as infra/compose/compose.yaml does."""
+    """Start the MLflow server as infra/compose/compose.yaml does, but with one worker process."""
     port = free_port()
     (processes.folder / "auth.ini").write_text(
         f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database}\n"

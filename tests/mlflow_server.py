@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.server
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -15,12 +14,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from infra.processes import free_port
 
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+__all__ = ["Proxy", "Server", "free_port", "running_server"]
 
 
 class Server:

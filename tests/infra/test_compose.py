@@ -44,6 +44,20 @@ class Dependency(Strict):
     condition: Literal["service_healthy", "service_completed_successfully"]
 
 
+class BindOptions(Strict):
+    create_host_path: Literal[False]
+
+
+class Bind(Strict):
+    """A folder of the host that has to be there; the short form would make it, as root."""
+
+    type: Literal["bind"]
+    source: str = Field(pattern="^/")
+    target: str = Field(pattern="^/")
+    read_only: Literal[True]
+    bind: BindOptions
+
+
 class Service(Strict):
     image: str = Field(pattern=r"^[a-z0-9/-]+:v?\d[\w.-]*$")  # never "latest"
     build: Build | None = None
@@ -51,7 +65,7 @@ class Service(Strict):
     environment: dict[str, str] = {}
     command: list[str] = []
     ports: list[str] = []
-    volumes: list[str] = []
+    volumes: list[str | Bind] = []
     configs: list[dict[Literal["source", "target"], str]] = []
     network_mode: Literal["host"] | None = None
     healthcheck: Healthcheck | None = None
@@ -95,11 +109,28 @@ def test_the_stack_has_every_part(stack: Stack) -> None:
             healthy = dependency.condition == "service_healthy"
             assert not healthy or other.healthcheck, f"{name} has no health check"
         for volume in service.volumes:
+            if isinstance(volume, Bind):
+                continue
             source = volume.split(":")[0]
             if source.startswith("."):
                 assert (FOLDER / source).exists()
-            elif not source.startswith("/"):
-                assert source in stack.volumes
+            else:
+                assert source in stack.volumes, f"{volume} would be made as root"
+
+
+def test_the_folder_of_ray_is_never_made_by_docker(stack: Stack) -> None:
+    (folder,) = [v for v in stack.services["prometheus"].volumes if isinstance(v, Bind)]
+    assert (folder.source, folder.target) == ("/tmp/ray", "/ray")
+    told = _stack(RAY_TEMP_DIR="/srv/ray", **dict.fromkeys(FILLED, "x"))
+    (folder,) = [v for v in told.services["prometheus"].volumes if isinstance(v, Bind)]
+    assert folder.source == "/srv/ray"
+
+
+def test_the_database_is_healthy_only_when_clients_reach_it(stack: Stack) -> None:
+    """While PostgreSQL sets itself up it listens on its socket alone."""
+    healthcheck = stack.services["postgres"].healthcheck
+    assert healthcheck
+    assert "-h 127.0.0.1" in healthcheck.test[1]
 
 
 def test_everything_is_bound_to_loopback_unless_told_otherwise(stack: Stack) -> None:
@@ -136,7 +167,7 @@ def test_the_example_names_every_variable_and_no_value() -> None:
 
 def test_prometheus_scrapes_what_ray_announces() -> None:
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
-    (ray,) = [job for job in config["scrape_configs"] if job["job_name"] == "ray"]
+    (ray,) = config["scrape_configs"]  # and no address that BIND_ADDRESS would make wrong
     (path,) = ray["file_sd_configs"][0]["files"]
     from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 
@@ -158,7 +189,9 @@ def _exported() -> set[str]:
     )  # fmt: skip
     loop = ast.parse((ROOT / "platform" / "lorat_platform" / "train_loop.py").read_text())
     literals = {node.value for node in ast.walk(loop) if isinstance(node, ast.Constant)}
-    names = {n for n in literals if isinstance(n, str) and re.fullmatch(r"(train|data)/\w+", n)}
+    names = {
+        n for n in literals if isinstance(n, str) and re.fullmatch(r"(train|data|system)/\w+", n)
+    }
     return {"ray_lorat_" + name.replace("/", "_") for name in names | set(shown)}
 
 
@@ -196,7 +229,7 @@ def test_grafana_finds_the_dashboard_and_its_source() -> None:
         "providers"
     ]
     mounts = [
-        volume.split(":")[1]
+        str(volume).split(":")[1]
         for volume in _stack(**dict.fromkeys(FILLED, "x")).services["grafana"].volumes
     ]
     assert provider["options"]["path"] in mounts

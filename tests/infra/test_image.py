@@ -100,10 +100,10 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[Path]:
     """A fresh virtual environment, deleted at once: with everything in it, it has 7 GB."""
-    folder = tmp_path_factory.mktemp("environment")
+    folder = tmp_path / "environment"
     venv.create(folder, with_pip=True)
     yield folder
     shutil.rmtree(folder)

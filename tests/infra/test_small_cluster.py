@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 import re
 import subprocess
 import sys
@@ -15,15 +14,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.timeout(660)
-def test_a_training_survives_the_loss_of_a_node_and_registers_its_model() -> None:
-    if not glob.glob("/usr/lib/postgresql/*/bin/initdb") and os.geteuid() != 0:
-        pytest.skip("PostgreSQL is not installed and only root can install it")
+def test_a_training_survives_the_loss_of_nodes_and_registers_its_model() -> None:
     before = set(glob.glob("/tmp/lorat-small-*"))
     result = subprocess.run(
         [sys.executable, ROOT / "infra" / "small_cluster.py"], capture_output=True, text=True
     )
+    if "error: PostgreSQL is not installed" in result.stderr:
+        pytest.skip("PostgreSQL is not installed and cannot be installed here")
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
-    assert "the node train2 is killed" in result.stdout
+    for event in ("is killed", "a node will be taken away", "decoding is on decode1"):
+        assert event in result.stdout
     seconds = float(re.findall(r"\[ *([\d.]+) s\] done", result.stdout)[0])
     assert seconds < 600
     assert set(glob.glob("/tmp/lorat-small-*")) <= before
