@@ -3,6 +3,9 @@
 A record that was sent but whose answer got lost is sent again: MLflow ignores a metric that it
 has with the same time stamp and step, parameters and tags are set to the same value, and the
 run itself is found again by its key.
+
+Records go in order, but for artefacts that cannot be uploaded although MLflow answers: they are
+put aside and tried again later, so that nothing waits for them.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import json
 import logging
 import math
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+REPLAY_COMMAND = "python -m lorat_platform.tracking replay"
 KEY_TAG = "lorat.key"
 PARENT_TAG = "lorat.parent_key"
 MLFLOW_PARENT_TAG = "mlflow.parentRunId"
@@ -30,8 +35,14 @@ MAX_METRICS = 1000
 MAX_PARAMS = 100
 MAX_PARAM_LENGTH = 6000
 MAX_TAG_LENGTH = 8000
-REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST"}
+REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
 """Answers that repeating the same call will not change."""
+DOUBTFUL = "BAD_REQUEST"
+"""What MLflow answers to some wrong records, but also when its database is too busy."""
+DOUBTFUL_ATTEMPTS = 10
+"""Attempts, about 75 s of them, after which such an answer counts as a refusal."""
+ARTIFACT_RETRY_S = 300.0
+"""Longest pause between two attempts at an artefact that cannot be uploaded."""
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -43,8 +54,22 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError | TypeError | KeyError)
 
 
+def is_doubtful(error: BaseException) -> bool:
+    """Tell whether MLflow may take the same record later, or may never."""
+    return getattr(error, "error_code", None) == DOUBTFUL
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, with its class unless it is made to be read."""
+    lines = str(error).strip().splitlines()
+    kind = type(error).__name__
+    if lines and kind in ("UserError", "MlflowException", "RestException"):
+        return lines[0]
+    return f"{kind}: {lines[0]}" if lines else kind
+
+
 class Delivery:
-    """Send the records of one journal in order."""
+    """Send the records of one journal."""
 
     def __init__(self, journal: Journal, uri: str) -> None:
         self._journal = journal
@@ -52,8 +77,15 @@ class Delivery:
         self._client: MlflowClient | None = None
         self._params: dict[str, str] | None = None
         self._nonfinite: set[str] = set()
+        self._doubtful_attempts = 0
+        self._retry_at = 0.0
+        self._retry_pause_s = 1.0
         self.num_rejected = 0
         """Records that MLflow refused; they are in ``rejected.jsonl``."""
+        self.num_failed_uploads = 0
+        """Attempts at artefacts that failed although MLflow answers."""
+        self.artifact_error = ""
+        """Why the last of them failed."""
 
     @property
     def client(self) -> MlflowClient:
@@ -71,18 +103,33 @@ class Delivery:
         run_id = self._ensure_run()
         entries = self._next_batch()
         if not entries:
-            return 0
+            return self._send_postponed(run_id)
+        record, uploaded = entries[0].record, False
+        if record["op"] == "artifact":
+            uploaded = self._upload_or_postpone(run_id, record)
+        else:
+            self._send_batch(run_id, entries)
+        self._doubtful_attempts = 0
+        self._journal.deliver_to(entries[-1].end)
+        if uploaded:
+            self._journal.unstage(record["staged"])
+        return len(entries)
+
+    def retry_artifacts(self) -> None:
+        """Let the next step without records try the postponed artefacts at once."""
+        self._retry_at = 0.0
+
+    def _send_batch(self, run_id: str, entries: list[Entry]) -> None:
         try:
             self._apply(run_id, entries)
         except Exception as error:
             if not is_refusal(error):
-                raise
+                if not is_doubtful(error):
+                    raise
+                self._doubtful_attempts += 1
+                if self._doubtful_attempts < DOUBTFUL_ATTEMPTS:
+                    raise
             self._one_by_one(run_id, entries)
-        self._journal.deliver_to(entries[-1].end)
-        for entry in entries:
-            if entry.record["op"] == "artifact":
-                self._journal.unstage(entry.record["staged"])
-        return len(entries)
 
     def _next_batch(self) -> list[Entry]:
         batch: list[Entry] = []
@@ -102,17 +149,72 @@ class Delivery:
             try:
                 self._apply(run_id, [entry])
             except Exception as error:
-                if not is_refusal(error):
+                lasting = is_doubtful(error) and self._doubtful_attempts >= DOUBTFUL_ATTEMPTS
+                if not (is_refusal(error) or lasting):
                     raise
-                self.num_rejected += 1
-                self._journal.reject(entry.record, str(error))
-                log.warning(
-                    "MLflow refuses a record for ever: %s (kept in %s)",
-                    str(error).splitlines()[0],
-                    self._journal.folder / "rejected.jsonl",
-                )
+                self._reject(entry.record, error)
 
-    # -- the run -----------------------------------------------------------------------------
+    def _reject(self, record: dict[str, Any], error: Exception) -> None:
+        self.num_rejected += 1
+        self._journal.reject(record, str(error))
+        log.warning(
+            "MLflow refuses a record: %s (kept in %s; %s %s sends it again)",
+            first_line(error),
+            self._journal.folder / "rejected.jsonl",
+            REPLAY_COMMAND,
+            self._journal.folder,
+        )
+
+    def _upload_or_postpone(self, run_id: str, record: dict[str, Any]) -> bool:
+        try:
+            return self._upload(run_id, record)
+        except Exception as error:
+            self.client.get_run(run_id)  # raises if it is MLflow that does not answer
+            others = [other for other in self._journal.postponed() if other != record]
+            self._journal.set_postponed([*others, record])
+            self._note_failed_upload(error)
+            self._retry_at = time.monotonic() + self._retry_pause_s
+            log.warning(
+                "The artefact %s of the run cannot be uploaded (%s); the metrics go on without "
+                "it, and it is tried again.",
+                Path(record["staged"]).name,
+                self.artifact_error[:300],
+            )
+            return False
+
+    def _send_postponed(self, run_id: str) -> int:
+        records = self._journal.postponed()
+        if not records or time.monotonic() < self._retry_at:
+            return 0
+        left, uploaded = [], []
+        for record in records:
+            try:
+                if self._upload(run_id, record):
+                    uploaded.append(record)
+            except Exception as error:
+                left.append(record)
+                self._note_failed_upload(error)
+        self._journal.set_postponed(left)
+        for record in uploaded:
+            self._journal.unstage(record["staged"])
+        self._retry_pause_s = min(2 * self._retry_pause_s, ARTIFACT_RETRY_S) if left else 1.0
+        self._retry_at = time.monotonic() + self._retry_pause_s
+        return len(records) - len(left)
+
+    def _note_failed_upload(self, error: Exception) -> None:
+        self.artifact_error = first_line(error)
+        self.num_failed_uploads += 1
+
+    def _upload(self, run_id: str, record: dict[str, Any]) -> bool:
+        """Upload an artefact; False if MLflow refuses it, which is recorded."""
+        try:
+            self._send_artifact(run_id, record)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            self._reject(record, error)
+            return False
+        return True
 
     def _ensure_run(self) -> str:
         header = self._journal.header()
@@ -146,8 +248,6 @@ class Delivery:
         # A parent that MLflow does not know yet adopts the child when it arrives.
         return {PARENT_TAG: key} | ({MLFLOW_PARENT_TAG: found[0]} if found else {})
 
-    # -- the records -------------------------------------------------------------------------
-
     def _apply(self, run_id: str, entries: list[Entry]) -> None:
         record = entries[0].record
         match record["op"]:
@@ -157,8 +257,6 @@ class Delivery:
                 self._send_params(run_id, record["values"])
             case "tags":
                 self._send_tags(run_id, record["values"])
-            case "artifact":
-                self._send_artifact(run_id, record)
             case "status":
                 self.client.set_terminated(run_id, record["status"], end_time=record["time_ms"])
             case "resume":

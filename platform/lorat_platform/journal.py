@@ -1,8 +1,9 @@
 """What a run has to say, written to disk before anything is sent to MLflow.
 
 One folder per run and store: ``run.json`` (who the run is), ``journal.jsonl`` (append only),
-``delivered.json`` (how far MLflow has it), ``artifacts/`` (files waiting for upload) and
-``rejected.jsonl`` (records MLflow refuses for ever, with its reason).
+``delivered.json`` (how far MLflow has it), ``artifacts/`` (files waiting for upload),
+``postponed.json`` (artefacts that could not be uploaded yet) and ``rejected.jsonl`` (records that
+MLflow refused, with its reason).
 """
 
 from __future__ import annotations
@@ -51,8 +52,6 @@ class Journal:
         self.disk_error: OSError | None = None
         """Why the last append did not reach the disk, if it did not."""
 
-    # -- the run's identity ------------------------------------------------------------------
-
     def header(self) -> dict[str, Any]:
         """Return ``run.json``, or an empty dictionary."""
         try:
@@ -65,8 +64,6 @@ class Journal:
         header = self.header() | values
         write_json(self.folder / "run.json", header)
         return header
-
-    # -- records -----------------------------------------------------------------------------
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record; a full or broken disk never raises, see ``disk_error``."""
@@ -124,23 +121,49 @@ class Journal:
         """Remember that everything before ``offset`` is delivered (or rejected)."""
         write_json(self.folder / "delivered.json", {"offset": offset})
 
-    def is_delivered(self) -> bool:
-        """Tell whether MLflow has everything."""
+    def is_read(self) -> bool:
+        """Tell whether every record is delivered, rejected or postponed."""
         try:
             return not self._waiting and self.position() >= self._path.stat().st_size
         except FileNotFoundError:
             return not self._waiting
 
+    def is_delivered(self) -> bool:
+        """Tell whether nothing waits any more."""
+        return self.is_read() and not self.postponed()
+
     def num_pending(self) -> int:
         """Count the records that are not delivered yet."""
-        return len(self.read(limit=1 << 62)) + len(self._waiting)
+        return len(self.read(limit=1 << 62)) + len(self._waiting) + len(self.postponed())
+
+    def postponed(self) -> list[dict[str, Any]]:
+        """Return the records of artefacts that are tried again later."""
+        try:
+            return json.loads((self.folder / "postponed.json").read_text())
+        except FileNotFoundError:
+            return []
+
+    def set_postponed(self, records: list[dict[str, Any]]) -> None:
+        """Replace the records of artefacts that are tried again later."""
+        if records:
+            write_json(self.folder / "postponed.json", records)
+        else:
+            (self.folder / "postponed.json").unlink(missing_ok=True)
 
     def reject(self, record: dict[str, Any], reason: str) -> None:
-        """Keep a record that can never be delivered, with the reason."""
+        """Keep a record that MLflow refused, with the reason."""
         with open(self.folder / "rejected.jsonl", "a") as file:
             file.write(json.dumps({"reason": reason, "record": record}) + "\n")
 
-    # -- files -------------------------------------------------------------------------------
+    def take_up_rejected(self) -> None:
+        """Append the rejected records to the journal again; twice after a kill does no harm."""
+        path = self.folder / "rejected.jsonl"
+        if not path.exists():
+            return
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # cut by a kill; its record is still there whole
+                self.append(json.loads(line)["record"])
+        path.unlink()
 
     def stage(self, source: Path | bytes, name: str) -> str:
         """Copy a file, folder or bytes to wait for upload; return the path inside the journal."""
@@ -164,8 +187,6 @@ class Journal:
     def unstage(self, relative: str) -> None:
         """Delete a staged file or folder."""
         shutil.rmtree(self.staged(relative).parent, ignore_errors=True)
-
-    # -- ownership ---------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[bool]:

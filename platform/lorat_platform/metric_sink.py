@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shutil
 import tarfile
 import time
 from collections import deque
@@ -20,7 +21,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lorat_platform.mlflow_store import tracking_uri
-from lorat_platform.tracking import CLOSE_S, Recorder, Run, Status, open_run
+from lorat_platform.recorder import Recorder
+from lorat_platform.tracking import CLOSE_S, Run, Status, open_run
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ class MetricSink:
         unpacked = self._run.journal.folder / "received" / f"{time.time_ns()}"
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             tar.extractall(unpacked, filter="data")
-        self._run.log_artifact(unpacked / name, folder)
+        self._run.log_artifact(unpacked / name, folder)  # copies it
+        shutil.rmtree(unpacked)
 
     def identity(self) -> tuple[str, str | None]:
         """Return the run's key and, once MLflow has answered, its id."""
@@ -98,10 +101,10 @@ class RemoteRun(Recorder):
         return run_id
 
     def settle(self, timeout_s: float = CLOSE_S) -> bool:
-        """Wait until the actor has taken every record of this process; quick unless it restarts.
+        """Wait until the actor has taken every record of this process; False if it does not.
 
-        A worker calls this at its end: calls that Ray repeats after a restart of the actor may
-        arrive after others.
+        Quick unless the actor restarts.  A process that may end before the run is closed needs
+        it: calls that the actor has not taken are lost with their caller.
         """
         if self._calls:
             ray.wait(list(self._calls), num_returns=len(self._calls), timeout=timeout_s)

@@ -17,8 +17,8 @@ from lorat.images import DamagedImage
 from lorat.metrics import SCORE_NAMES
 from lorat.shards import ImageReader
 from lorat_platform.evaluation import DatasetResult, ground_truth
+from lorat_platform.recorder import Recorder
 from lorat_platform.subject import Subject
-from lorat_platform.tracking import Recorder
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from lorat.config import TrainConfig, to_dict
 from lorat.errors import UserError
 from lorat.storage import Location
 from lorat_platform.checkpoint_store import reason
-from lorat_platform.tracking import flatten
+from lorat_platform.recorder import flatten
 
 FILE = "run.json"
 OWNER = "driver.json"

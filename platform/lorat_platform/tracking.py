@@ -2,23 +2,19 @@
 
 A :class:`Run` only appends to a journal on disk; a thread brings the journal to MLflow, whenever
 MLflow can take it.  What is left when the process ends is delivered by the next run on this
-machine, or by ``python -m lorat_platform.tracking replay``.
+machine (:mod:`lorat_platform.backlog`), or by ``python -m lorat_platform.tracking replay``.
 """
 
 from __future__ import annotations
 
 import getpass
-import hashlib
-import json
 import logging
 import math
 import os
-import re
 import sys
 import threading
 import time
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -26,11 +22,12 @@ from typing import Any, Literal, Self
 
 import tenacity
 
-from lorat.errors import UserError
 from lorat.home import home
-from lorat_platform.delivery import Delivery
-from lorat_platform.journal import Journal, write_json
+from lorat_platform import backlog
+from lorat_platform.delivery import REPLAY_COMMAND, Delivery
+from lorat_platform.journal import Journal
 from lorat_platform.mlflow_store import tracking_uri, without_password
+from lorat_platform.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -45,52 +42,6 @@ ID_S = 300.0
 """Longest wait for the id of a run: making a new store can take minutes on a busy machine."""
 ID_ATTEMPTS = 4
 """Failed attempts after which MLflow counts as out of reach for that."""
-
-
-class Recorder(ABC):
-    """What a run can be told; values are checked and made plain here."""
-
-    @abstractmethod
-    def _record(self, op: str, **fields: Any) -> None: ...
-
-    @abstractmethod
-    def _store(self, source: Path | bytes, name: str, folder: str) -> None: ...
-
-    def log_metrics(self, values: Mapping[str, Any], step: int) -> None:
-        """Record numbers at a step; NaN and infinities are kept and marked, never refused."""
-        plain: dict[str, float] = {}
-        for name, value in values.items():
-            try:
-                plain[_valid_name(name)] = float(value)
-            except (TypeError, ValueError):
-                log.warning("The metric %s is %r, which is no number: left out.", name, value)
-        if plain:
-            self._record("metrics", values=plain, step=int(step))
-
-    def log_params(self, values: Mapping[str, Any]) -> None:
-        """Record parameters; nested ones become dotted names, long ones go to an artefact too."""
-        flat = {_valid_name(k): _text(v) for k, v in flatten(values).items()}
-        if flat:
-            self._record("params", values=flat)
-
-    def set_tags(self, values: Mapping[str, Any]) -> None:
-        """Set tags of the run."""
-        if values:
-            self._record("tags", values={_valid_name(k): _text(v) for k, v in values.items()})
-
-    def set_description(self, markdown: str) -> None:
-        """Set what the run's page shows at its top."""
-        self.set_tags({"mlflow.note.content": markdown})
-
-    def log_artifact(self, path: str | Path, folder: str = "") -> None:
-        """Record a copy of a file or folder, placed under ``folder`` of the run's artefacts."""
-        path = Path(path)
-        self._store(path, path.name, folder)
-
-    def log_bytes(self, data: bytes, name: str) -> None:
-        """Record an artefact from memory; ``name`` may hold folders, as in ``plots/a.png``."""
-        folder, _, name = name.rpartition("/")
-        self._store(data, name, folder)
 
 
 class Run(Recorder):
@@ -146,11 +97,17 @@ class Run(Recorder):
         return run_id
 
     def flush(self, timeout_s: float = CLOSE_S) -> bool:
-        """Wait until MLflow has everything; False if it does not within the time."""
+        """Wait until MLflow has everything; False if it does not within the time.
+
+        An artefact that cannot be uploaded is tried once more and then waited for no longer.
+        """
         deadline = time.monotonic() + timeout_s
-        attempts = self._failed_attempts
+        attempts, uploads = self._failed_attempts, self._delivery.num_failed_uploads
+        self._delivery.retry_artifacts()
         self._wake.set()
         while not (self.journal.is_delivered() and self.run_id):
+            if self.journal.is_read() and self._delivery.num_failed_uploads > uploads:
+                return False
             closing = self._closing.is_set()
             if closing and self._failed_attempts >= attempts + 2:
                 return False
@@ -173,14 +130,16 @@ class Run(Recorder):
         self._wake.set()
         self._thread.join(timeout=1.0)
         if delivered:
-            _forget(self.journal)
+            backlog.forget(self.journal)
         else:
             log.warning(
-                "MLflow at %s did not take everything: %d records wait in %s. The next run "
-                "delivers them, or now: python -m lorat_platform.tracking replay %s",
+                "MLflow at %s did not take everything%s: %d records wait in %s. The next run "
+                "delivers them, or now: %s %s",
                 without_password(self.uri),
+                f" ({self._delivery.artifact_error})" if self.journal.is_read() else "",
                 self.journal.num_pending(),
                 self.journal.folder,
+                REPLAY_COMMAND,
                 self.journal.folder,
             )
         return delivered
@@ -198,8 +157,6 @@ class Run(Recorder):
             self.close("FINISHED")
         else:
             self.close("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
-
-    # -- writing -----------------------------------------------------------------------------
 
     def _record(self, op: str, **fields: Any) -> None:
         self.write({"op": op, "time_ms": time.time_ns() // 1_000_000, **fields})
@@ -226,8 +183,6 @@ class Run(Recorder):
             return
         self._record("artifact", staged=staged, folder=folder)
 
-    # -- sending -----------------------------------------------------------------------------
-
     def _send(self) -> None:
         attempts = tenacity.Retrying(
             wait=tenacity.wait_random_exponential(multiplier=1.0, max=RETRY_S),
@@ -252,7 +207,7 @@ class Run(Recorder):
                     if num_sent == 0:
                         if not others_done and not self._closing.is_set():
                             others_done = True
-                            _replay_quietly()
+                            backlog.deliver_quietly()
                         self._pause(POLL_S)
             self._pause(POLL_S)
 
@@ -298,7 +253,7 @@ def open_run(
     """
     uri = tracking_uri()
     key = uuid.uuid4().hex
-    store = hashlib.sha256(uri.encode()).hexdigest()[:8]
+    store = backlog.store_name(uri)
     base = Path(folder) if folder is not None else home() / "journals" / key
     journal = Journal((base / f"mlflow-{store}").absolute())
     header = journal.header()
@@ -316,7 +271,7 @@ def open_run(
         )
     elif run_id and header.get("run_id") != run_id:
         journal.set_header(run_id=run_id)
-    _remember(journal)
+    backlog.remember(journal)
     run = Run(journal, uri)
     if resumed or run_id:
         run._record("resume")
@@ -333,122 +288,8 @@ def _user() -> str:
         return str(os.getuid())
 
 
-# -- names and values --------------------------------------------------------------------------
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested mappings into one with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def _valid_name(name: str) -> str:
-    return re.sub(r"[^\w\-. :/]", "_", str(name), flags=re.ASCII)[:250]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list | tuple | dict):
-        return json.dumps(value, default=str)
-    return str(value)
-
-
-# -- journals that other processes left ---------------------------------------------------------
-
-
-def _waiting_folder() -> Path:
-    return home() / "journals" / "waiting"
-
-
-def _remember(journal: Journal) -> None:
-    folder = _waiting_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{_waiting_name(journal)}.json", {"journal": str(journal.folder)})
-
-
-def _forget(journal: Journal) -> None:
-    (_waiting_folder() / f"{_waiting_name(journal)}.json").unlink(missing_ok=True)
-
-
-def _waiting_name(journal: Journal) -> str:
-    return hashlib.sha256(str(journal.folder).encode()).hexdigest()[:16]
-
-
-def waiting() -> list[Path]:
-    """List the journals of this machine that may hold undelivered records."""
-    folders = []
-    for entry in sorted(_waiting_folder().glob("*.json")):
-        folder = Path(json.loads(entry.read_text())["journal"])
-        if (folder / "run.json").exists():
-            folders.append(folder)
-        else:
-            entry.unlink(missing_ok=True)  # the run's folder was deleted
-    return folders
-
-
-def replay(folder: Path) -> int | None:
-    """Deliver what a journal still holds and return the number of records.
-
-    None means that the journal is left alone, since its process is still alive.
-
-    Raises:
-        UserError: if there is no journal, or it belongs to another MLflow store.
-        Exception: if MLflow does not take the records; they stay in the journal.
-    """
-    if not (folder / "run.json").exists():
-        raise UserError(f"There is no journal in {folder}; give a folder that has a run.json.")
-    journal = Journal(folder)
-    header = journal.header()
-    uri = tracking_uri()
-    if hashlib.sha256(uri.encode()).hexdigest()[:8] != header["store"]:
-        raise UserError(
-            f"The journal in {folder} belongs to {header['tracking_uri']} but MLflow is "
-            f"{without_password(uri)}; set MLFLOW_TRACKING_URI."
-        )
-    with journal.owned() as mine:
-        if not mine:
-            return None
-        delivery = Delivery(journal, uri)
-        total = 0
-        while sent := delivery.step():
-            total += sent
-    _forget(journal)
-    return total
-
-
-def _replay_quietly() -> None:
-    for folder in waiting():
-        try:
-            sent = replay(folder)
-        except Exception as error:
-            log.info("%s stays as it is: %s", folder, error)
-        else:
-            if sent:
-                log.warning("Delivered %d records that an earlier run left in %s.", sent, folder)
-
-
-def main(arguments: list[str]) -> int:
-    """Run ``python -m lorat_platform.tracking replay [FOLDER ...]``."""
-    if not arguments or arguments[0] != "replay":
-        print("usage: python -m lorat_platform.tracking replay [FOLDER ...]")
-        print("Delivers the metrics that MLflow could not take when they were recorded.")
-        return 2
-    failed = 0
-    for folder in [Path(a).absolute() for a in arguments[1:]] or waiting():
-        try:
-            sent = replay(folder)
-        except Exception as error:
-            failed += 1
-            print(f"error: {folder}: {str(error).splitlines()[0]}", file=sys.stderr)
-        else:
-            print(f"{folder}: " + ("still in use" if sent is None else f"{sent} records delivered"))
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
+    from lorat_platform.backlog import main
+
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     sys.exit(main(sys.argv[1:]))

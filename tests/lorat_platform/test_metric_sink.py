@@ -58,6 +58,8 @@ def test_metrics_of_a_worker_arrive_in_one_run(tmp_path: Path) -> None:
     assert client.get_run(run_id).data.tags["a"] == "1"
     assert [a.path for a in client.list_artifacts(run_id, "plots")] == ["plots/a.txt"]
     assert [a.path for a in client.list_artifacts(run_id, "other")] == ["other/b.txt"]
+    left = [path for path in (tmp_path / "run").rglob("*") if path.name in ("a.txt", "b.txt")]
+    assert left == [], "what was uploaded does not fill the disk"
 
 
 def test_killed_sink_comes_back_and_loses_nothing(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lorat.errors import UserError
-from lorat_platform import tracking
+from lorat_platform import backlog, delivery, tracking
 from lorat_platform.mlflow_store import connect, ensure_experiment, tracking_uri
 from tests.mlflow_home import make_home
 from tests.mlflow_server import Proxy, Server, free_port, running_server
@@ -173,6 +173,121 @@ def test_a_refused_record_does_not_block_the_others(tmp_path: Path) -> None:
     assert json.loads(rejected)["record"]["step"] == 1
 
 
+def test_a_busy_database_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import BAD_REQUEST
+    from mlflow.tracking import MlflowClient
+
+    log_batch, answers = MlflowClient.log_batch, ["QueuePool limit reached"] * 2
+
+    def busy(self: MlflowClient, *args: object, **values: object) -> object:
+        if answers:
+            raise MlflowException(answers.pop(), BAD_REQUEST)
+        return log_batch(self, *args, **values)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(MlflowClient, "log_batch", busy)
+    run = tracking.open_run("lorat", "a", folder=tmp_path)
+    run.log_metrics({"loss": 1.0}, step=0)
+    assert run.flush()
+    run.close()
+    assert answers == []
+    assert history(run.wait_for_id(), "loss") == {0: 1.0}
+    assert not (run.journal.folder / "rejected.jsonl").exists()
+
+
+def test_what_was_refused_is_sent_again_by_the_documented_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import BAD_REQUEST
+    from mlflow.tracking import MlflowClient
+
+    log_batch, refuse = MlflowClient.log_batch, [True]
+    tried: list[object] = []
+
+    def refusing(self: MlflowClient, *args: object, **values: object) -> object:
+        if refuse and "metrics" in values:
+            tried.append(values["metrics"])
+            raise MlflowException("no", BAD_REQUEST)
+        return log_batch(self, *args, **values)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(MlflowClient, "log_batch", refusing)
+    monkeypatch.setattr(delivery, "DOUBTFUL_ATTEMPTS", 3)
+    run = tracking.open_run("lorat", "a", folder=tmp_path)
+    run.log_metrics({"loss": 1.0}, step=0)
+    run.log_params({"after": 1})
+    assert run.flush()
+    run.close()
+    assert len(tried) == 4, "three times as a batch, then alone"
+    assert history(run.wait_for_id(), "loss") == {}
+    assert connect().get_run(run.wait_for_id()).data.params == {"after": "1"}
+
+    refuse.clear()
+    assert backlog.main(["replay", str(run.journal.folder)]) == 0
+    assert "1 records delivered" in capsys.readouterr().out
+    assert history(run.wait_for_id(), "loss") == {0: 1.0}
+    assert not (run.journal.folder / "rejected.jsonl").exists()
+
+
+def test_an_artefact_that_cannot_be_uploaded_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    log_artifact, missing = MlflowClient.log_artifact, [True]
+
+    def without_boto(self: MlflowClient, *args: object) -> object:
+        if missing:
+            raise ModuleNotFoundError("No module named 'boto3'")
+        return log_artifact(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", without_boto)
+    run = tracking.open_run("lorat", "a", folder=tmp_path)
+    run.log_bytes(b"picture", "plots/a.txt")
+    run.log_bytes(b"picture", "plots/b.txt")
+    run.log_metrics({"loss": 1.0}, step=0)
+    began = time.monotonic()
+    assert not run.close(), "the artefacts wait"
+    assert time.monotonic() - began < 30
+    assert history(run.wait_for_id(), "loss") == {0: 1.0}
+    assert connect().get_run(run.wait_for_id()).info.status == "FINISHED"
+    assert "a.txt of the run cannot be uploaded (ModuleNotFoundError: No module" in caplog.text
+    assert "cannot be reached" not in caplog.text
+    with pytest.raises(UserError, match=r"2 artefacts cannot be uploaded .*boto3"):
+        backlog.replay(run.journal.folder)
+
+    missing.clear()
+    again = tracking.open_run("lorat", "a", folder=tmp_path)
+    assert again.close()
+    listed = connect().list_artifacts(run.wait_for_id(), "plots")
+    assert [entry.path for entry in listed] == ["plots/a.txt", "plots/b.txt"]
+
+
+def test_a_journal_forgotten_at_that_moment_does_not_end_the_sender(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tracking.open_run("lorat", "other", folder=tmp_path / "other") as other:
+        pass
+    backlog.remember(other.journal)
+    [entry] = backlog._folder().glob("*.json")
+    read_text = Path.read_text
+
+    def forgotten_meanwhile(path: Path, *args: object, **values: object) -> str:
+        if path == entry:
+            entry.unlink(missing_ok=True)
+        return read_text(path, *args, **values)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "read_text", forgotten_meanwhile)
+    run = tracking.open_run("lorat", "a", folder=tmp_path / "run")
+    assert run.flush()
+    run.log_metrics({"loss": 1.0}, step=0)
+    time.sleep(1.5)  # the sender has looked for journals of others
+    assert not entry.exists()
+    run.log_metrics({"loss": 2.0}, step=1)
+    assert run.close()
+    assert history(run.wait_for_id(), "loss") == {0: 1.0, 1: 2.0}
+
+
 def test_line_cut_by_a_kill_costs_only_itself(tmp_path: Path) -> None:
     with tracking.open_run("lorat", "a", folder=tmp_path) as run:
         run.log_metrics({"loss": 1.0}, step=0)
@@ -322,7 +437,7 @@ def test_next_run_delivers_what_a_killed_process_left(tmp_path: Path) -> None:
     run = tracking.open_run("lorat", "next", folder=tmp_path / "next")
     run.flush()
     deadline = time.monotonic() + 30
-    while tracking.waiting() != [run.journal.folder] and time.monotonic() < deadline:
+    while backlog.waiting() != [run.journal.folder] and time.monotonic() < deadline:
         time.sleep(0.1)
     run.close()
     killed = next(r for r in find_runs("lorat") if r.info.run_name == "killed")
@@ -336,9 +451,9 @@ def test_replay_refuses_a_journal_of_another_store(
         pass
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     with pytest.raises(UserError, match="set MLFLOW_TRACKING_URI"):
-        tracking.replay(run.journal.folder)
+        backlog.replay(run.journal.folder)
     with pytest.raises(UserError, match="no journal"):
-        tracking.replay(tmp_path)
+        backlog.replay(tmp_path)
 
 
 def test_passwords_are_not_written_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

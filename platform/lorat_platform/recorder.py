@@ -1,0 +1,80 @@
+"""What a run can be told, whichever process keeps its journal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class Recorder(ABC):
+    """What a run can be told; values are checked and made plain here."""
+
+    @abstractmethod
+    def _record(self, op: str, **fields: Any) -> None: ...
+
+    @abstractmethod
+    def _store(self, source: Path | bytes, name: str, folder: str) -> None: ...
+
+    def log_metrics(self, values: Mapping[str, Any], step: int) -> None:
+        """Record numbers at a step; NaN and infinities are kept and marked, never refused."""
+        plain: dict[str, float] = {}
+        for name, value in values.items():
+            try:
+                plain[_valid_name(name)] = float(value)
+            except (TypeError, ValueError):
+                log.warning("The metric %s is %r, which is no number: left out.", name, value)
+        if plain:
+            self._record("metrics", values=plain, step=int(step))
+
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Record parameters; nested ones become dotted names, long ones go to an artefact too."""
+        flat = {_valid_name(k): _text(v) for k, v in flatten(values).items()}
+        if flat:
+            self._record("params", values=flat)
+
+    def set_tags(self, values: Mapping[str, Any]) -> None:
+        """Set tags of the run."""
+        if values:
+            self._record("tags", values={_valid_name(k): _text(v) for k, v in values.items()})
+
+    def set_description(self, markdown: str) -> None:
+        """Set what the run's page shows at its top."""
+        self.set_tags({"mlflow.note.content": markdown})
+
+    def log_artifact(self, path: str | Path, folder: str = "") -> None:
+        """Record a copy of a file or folder, placed under ``folder`` of the run's artefacts."""
+        path = Path(path)
+        self._store(path, path.name, folder)
+
+    def log_bytes(self, data: bytes, name: str) -> None:
+        """Record an artefact from memory; ``name`` may hold folders, as in ``plots/a.png``."""
+        folder, _, name = name.rpartition("/")
+        self._store(data, name, folder)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested mappings into one with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _valid_name(name: str) -> str:
+    return re.sub(r"[^\w\-. :/]", "_", str(name), flags=re.ASCII)[:250]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple | dict):
+        return json.dumps(value, default=str)
+    return str(value)
