@@ -59,16 +59,16 @@ print(*(s.getsockname()[1] for s in sockets))')
     sleep 1
   done
   answers "$ready" || { echo "error: Ray did not start; see $state/ray.log." >&2; exit 1; }
+elif [ -n "${MLFLOW_TRACKING_PASSWORD:-}${MLFLOW_TRACKING_TOKEN:-}${AWS_SECRET_ACCESS_KEY:-}" ]; then
+  echo "The local Ray keeps the passwords it was started with; for other ones 'make stop' first."
 fi
 
-# The job's driver inherits the head's environment, so ours goes along: addresses and passwords, as
-# the platform hands them on to its workers.  On the command line every user would see them.
-environment() { python - <<'PY'
-import json, os, sys
+# The job's driver inherits the head's environment, so ours goes along, as the platform hands it on
+# to its workers.  Not keys and passwords: Ray writes the environment of a job into its logs and
+# shows it to everybody on this machine.  A Ray that is started here has them from this shell.
+environment="$(python -c 'import json, os, sys
 sys.path[:0] = [".", "platform"]
 from lorat_platform.cluster import FORWARDED
-print(json.dumps({"env_vars": {n: os.environ[n] for n in FORWARDED if n in os.environ}}))
-PY
-}
-exec ray job submit --address "$address" --working-dir . --runtime-env <(environment) \
+print(json.dumps({"env_vars": {n: os.environ[n] for n in FORWARDED if n in os.environ}}))')"
+exec ray job submit --address "$address" --working-dir . --runtime-env-json "$environment" \
   -- python jobs/train.py "$@"

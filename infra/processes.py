@@ -120,15 +120,16 @@ class Processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def listening(self) -> dict[str, set[str]]:
-        """Return the addresses on which each process and its descendants listen."""
-        by_inode: dict[str, str] = {}
+    def listening(self) -> dict[str, set[tuple[str, int]]]:
+        """Return the addresses and ports on which each process and its descendants listen."""
+        by_inode: dict[str, tuple[str, int]] = {}
         for table in ("tcp", "tcp6"):
             for line in Path("/proc/net", table).read_text().splitlines()[1:]:
                 fields = line.split()
                 if fields[3] == "0A":
-                    by_inode[f"socket:[{fields[9]}]"] = _readable(fields[1].partition(":")[0])
-        found: dict[str, set[str]] = {}
+                    address, _, port = fields[1].partition(":")
+                    by_inode[f"socket:[{fields[9]}]"] = _readable(address), int(port, 16)
+        found: dict[str, set[tuple[str, int]]] = {}
         for name, process in self.running.items():
             for pid in family(process.pid):
                 for handle in glob.glob(f"/proc/{pid}/fd/*"):

@@ -2,11 +2,12 @@
 
     python infra/small_cluster.py
 
-Processes, each on loopback and stopped by its own id at the end: PostgreSQL, an object store
-that speaks S3, an MLflow server with passwords that keeps its runs in the first and its files in
-the second, and Ray nodes with a token: a head without work, a decode node known by its label, and
+Processes, each stopped by its own id at the end: on loopback PostgreSQL, an object store that
+speaks S3, and an MLflow server with passwords that keeps its runs in the first and its files in the
+second; and Ray nodes with a token, whose own ports other machines reach: a head without work, a decode node known by its label, and
 two training nodes.  Their Python has the project's dependencies but not the project, which
-comes with ``ray job submit --working-dir``.  One training node is killed while it trains.
+comes with ``ray job submit --working-dir``.  While the nodes train, one of them is killed, and
+later another is told that it will be taken away, as a spot node is, and then is.
 """
 
 from __future__ import annotations
@@ -22,115 +23,22 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
-from processes import Failure, Processes, answers, free_port, say, wait_for
+from processes import Failure, Processes, answers, say, wait_for
+from ray_nodes import Ray
 from servers import BUCKET, dependencies_only, start_mlflow, start_postgres, start_storage
 
 ROOT = Path(__file__).resolve().parents[1]
-DISCOVERY = "prom_metrics_service_discovery.json"
 STEP_S, TRAINING_S = 120, 400
 """Longest time that a server, a node or a change of the cluster takes, and a training."""
-
-
-def start_ray_node(processes: Processes, python: Path, name: str, *options: str) -> None:
-    """Start one Ray node, a machine of its own as far as Ray can tell."""
-    processes.start(
-        name, python, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
-        "--object-store-memory=200000000", "--min-worker-port=0", "--max-worker-port=0",
-        f"--dashboard-agent-listen-port={free_port()}",
-        f"--temp-dir={processes.folder}/{name}", *options,
-    )  # fmt: skip
-
-
-class Ray:
-    """The Ray cluster: its nodes, and its head as clients see it."""
-
-    def __init__(self, processes: Processes, python: Path) -> None:
-        self.processes, self.python = processes, python
-        dashboard = free_port()
-        self.url = f"http://127.0.0.1:{dashboard}"
-        # Ray replaces 127.0.0.1 by an address that other machines reach, but not 127.0.0.2.
-        self.address = f"127.0.0.2:{free_port()}"
-        self.addresses = {"head": "127.0.0.2"}
-        processes.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        start_ray_node(
-            processes, python, "head", "--head", "--node-ip-address=127.0.0.2",
-            f"--port={self.address.split(':')[1]}", "--num-cpus=0", "--include-dashboard=true",
-            "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-            f"--ray-client-server-port={free_port()}",
-        )  # fmt: skip
-
-    def join(self, name: str) -> None:
-        """Start a node with an address of its own; its role is the name up to the number."""
-        self.addresses[name] = f"127.0.0.{2 + len(self.addresses)}"
-        role = name.rstrip("0123456789")
-        # A decode node offers no CPU but the resource "decode": no training worker goes there.
-        offer = (
-            ["--num-cpus=0", '--resources={"decode": 1}'] if role == "decode" else ["--num-cpus=1"]
-        )
-        start_ray_node(
-            self.processes, self.python, name, f"--address={self.address}",
-            f"--node-ip-address={self.addresses[name]}", f"--labels=lorat-role={role}", *offer,
-        )  # fmt: skip
-
-    def get(self, path: str) -> dict[str, object]:
-        """Ask the head, with the token."""
-        token = self.processes.environment["RAY_AUTH_TOKEN"]
-        request = urllib.request.Request(
-            self.url + path, headers={"Authorization": f"Bearer {token}"}
-        )
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return json.load(answer)
-
-    def alive(self) -> dict[str, str]:
-        """Return the address of every living node with its id."""
-        summary = self.get("/nodes?view=summary")["data"]["summary"]
-        return {
-            node["raylet"]["nodeManagerAddress"]: node["raylet"]["nodeId"]
-            for node in summary
-            if node["raylet"].get("state") == "ALIVE"
-        }
-
-    def nodes(self) -> int:
-        """Count the nodes that are alive."""
-        return len(self.alive())
-
-    def announce_end(self, name: str) -> None:
-        """Announce that a node will end, as the pods of infra/kuberay do in their preStop."""
-        self.processes.run(
-            self.python, "-m", "ray.scripts.scripts", "drain-node", f"--address={self.address}",
-            f"--node-id={self.alive()[self.addresses[name]]}", "--reason-message=test",
-            "--reason=DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds=60",
-        )  # fmt: skip
-
-    def submit(self, *entrypoint: str) -> str:
-        """Submit a job from the repository; return its id."""
-        job = f"small-{secrets.token_hex(4)}"
-        self.processes.run(
-            self.python, "-m", "ray.scripts.scripts", "job", "submit", f"--address={self.url}",
-            f"--submission-id={job}", "--no-wait", f"--working-dir={ROOT}", "--", *entrypoint,
-        )  # fmt: skip
-        return job
-
-    def status(self, job: str) -> str:
-        """Return PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
-        return str(self.get(f"/api/jobs/{job}")["status"])
-
-    def logs(self, job: str) -> str:
-        """Return what a job printed so far."""
-        return str(self.get(f"/api/jobs/{job}/logs")["logs"])
-
-    def exported_metrics(self) -> set[str]:
-        """Return the names that Prometheus would read from the nodes."""
-        listed = json.loads((self.processes.folder / "head" / DISCOVERY).read_text())
-        names = set()
-        for target in {target for group in listed for target in group["targets"]}:
-            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
-                names |= {line.split("{")[0] for line in answer.read().decode().splitlines()}
-        return names
+NOTICE_S = 30
+"""Between the announcement that a node will be taken away and its end."""
+LOOPBACK = ("127.", "::ffff:127.", "::1")
 
 
 DATA = """
@@ -211,10 +119,11 @@ def start(processes: Processes, python: Path) -> Ray:
 
 
 def check_doors(processes: Processes, ray: Ray) -> None:
-    """Check that the servers are on loopback only, and that nobody comes in without a password."""
+    """Check who listens where, and that nobody comes in without a password."""
     listening = processes.listening()
     for name in ("postgres", "storage", "mlflow"):
-        require(listening[name] == {"127.0.0.1"}, f"{name} listens on {listening[name]}.")
+        addresses = {address for address, _ in listening[name]}
+        require(addresses == {"127.0.0.1"}, f"{name} listens on {addresses}.")
     mlflow = processes.environment["MLFLOW_TRACKING_URI"]
     for url in (
         f"{ray.url}/api/jobs/",
@@ -226,28 +135,99 @@ def check_doors(processes: Processes, ray: Ray) -> None:
             require(error.code == 401, f"{url} answers {error.code} without a password.")
         else:
             raise Failure(f"{url} lets everybody in.")
-    say("servers are on loopback; Ray and MLflow refuse who has no password")
+    token = processes.environment["RAY_AUTH_TOKEN"]
+    require(_control_plane_answers(processes, ray, token), "Ray's control plane does not answer.")
+    require(
+        not _control_plane_answers(processes, ray, secrets.token_hex(32)),
+        "Ray's control plane answers with a wrong token.",
+    )
+    say("PostgreSQL, object store, MLflow and Ray's dashboard are on loopback; "
+        "Ray and MLflow refuse who has no password")  # fmt: skip
+    for name in sorted(set(listening) - {"postgres", "storage", "mlflow"}):
+        ports = sorted(port for at, port in listening[name] if not at.startswith(LOOPBACK))
+        require(int(ray.url.rpartition(":")[2]) not in ports, "Ray's dashboard is open.")
+        say(f"the Ray node {name} listens for other machines on the ports {ports}")
 
 
-def lose_a_node(ray: Ray, job: str) -> None:
-    """Kill a training node after the first checkpoint, and add another."""
+def _control_plane_answers(processes: Processes, ray: Ray, token: str) -> bool:
+    """Ask Ray's control plane, which listens on every address, with a token."""
+    program = f"""
+import ray
+ray._raylet.GcsClient(address={ray.address!r}).internal_kv_get(b"nothing", None, timeout=20)
+"""
+    environment = processes.environment | {"RAY_AUTH_TOKEN": token}
+    asked = subprocess.run(
+        [ray.python, "-c", program], env=environment, cwd=processes.folder, stderr=subprocess.PIPE
+    )
+    return asked.returncode == 0
 
-    def saved() -> bool:
+
+def wait_in_training(ray: Ray, job: str, what: str, ready: Callable[[], bool]) -> None:
+    """Wait for something that happens while the training runs."""
+
+    def checked() -> bool:
         require(
             ray.status(job) in ("PENDING", "RUNNING"), f"the job ended: {ray.logs(job)[-3000:]}"
         )
-        prefix = f"{ray.processes.environment['AWS_ENDPOINT_URL']}/{BUCKET}?prefix=runs/small/step-"
-        with urllib.request.urlopen(prefix, timeout=10) as answer:
-            return b"complete.json" in answer.read()
+        return ready()
 
-    wait_for("the first checkpoint", saved, seconds=TRAINING_S)
-    say("a checkpoint is in the object store; the node train2 is killed")
-    ray.processes.kill("train2")
-    wait_for("noticing the loss", lambda: ray.nodes() == 3, seconds=STEP_S)
-    say("Ray has noticed")
-    ray.join("train3")
-    wait_for("the node train3", lambda: ray.nodes() == 4, seconds=STEP_S)
-    say("the node train3 has joined")
+    wait_for(what, checked, seconds=TRAINING_S)
+
+
+def saved_steps(ray: Ray) -> set[int]:
+    """Return the steps of which a whole checkpoint is in the object store."""
+    prefix = f"{ray.processes.environment['AWS_ENDPOINT_URL']}/{BUCKET}?prefix=runs/small/step-"
+    with urllib.request.urlopen(prefix, timeout=10) as answer:
+        return {int(step) for step in re.findall(rb"step-(\d+)/complete.json", answer.read())}
+
+
+def check_places(ray: Ray, trainers: list[str]) -> None:
+    """Check that decoding is on the decode node, and one training worker on each of the others."""
+    found = ray.actors("RayTrainWorker")
+    require(found == trainers, f"the training workers are on {found}, not on {trainers}.")
+    decoders = ray.actors("BlockDecoder")
+    require(set(decoders) == {"decode1"}, f"decoding is on {decoders}, not on decode1 alone.")
+    say(f"decoding is on decode1, the training workers are on {' and '.join(trainers)}")
+
+
+def replace(ray: Ray, lost: str, new: str) -> None:
+    """Kill a node as a machine is lost, and add another."""
+    before = ray.nodes()
+    ray.processes.kill(lost)
+    wait_for("noticing the loss", lambda: ray.nodes() == before - 1, seconds=STEP_S)
+    say(f"the node {lost} is killed, and Ray has noticed")
+    ray.join(new)
+    wait_for(f"the node {new}", lambda: ray.nodes() == before, seconds=STEP_S)
+    say(f"the node {new} has joined")
+
+
+def lose_a_node(ray: Ray, job: str) -> None:
+    """Kill a training node after the first checkpoint, without a word, and add another."""
+    wait_in_training(ray, job, "the first checkpoint", lambda: bool(saved_steps(ray)))
+    say("a checkpoint is in the object store")
+    check_places(ray, ["train1", "train2"])
+    replace(ray, "train2", "train3")
+    wait_in_training(
+        ray, job, "training again", lambda: bool(re.search("going on from step-", ray.logs(job)))
+    )
+    say("training goes on from a checkpoint")
+
+
+def take_a_node_away(ray: Ray, job: str) -> int:
+    """Announce the end of a training node, see it used, and end it; return the saved step."""
+    ray.announce_end("train1", NOTICE_S)
+    end = time.monotonic() + NOTICE_S
+    said = r"a node will be taken away: writing a checkpoint at step (\d+)"
+    wait_in_training(ray, job, "hearing of it", lambda: bool(re.search(said, ray.logs(job))))
+    step = int(re.findall(said, ray.logs(job))[0])
+    require(step % STEPS_PER_EPOCH != 0, f"step {step} has a checkpoint anyway.")
+    wait_in_training(ray, job, "the checkpoint", lambda: step in saved_steps(ray))
+    left = end - time.monotonic()
+    require(left > 0, f"the checkpoint came {-left:.0f} s too late.")
+    say(f"a node will be taken away: the checkpoint of step {step} came {left:.0f} s before that")
+    time.sleep(left)
+    replace(ray, "train1", "train4")
+    return step
 
 
 def check_metrics(ray: Ray) -> None:
@@ -262,14 +242,18 @@ def check_metrics(ray: Ray) -> None:
     say(f"Prometheus would read all {len(wanted)} metrics of the dashboard")
 
 
-def check_result(processes: Processes, python: Path, logs: str) -> None:
+def check_result(processes: Processes, python: Path, logs: str, taken_at: int) -> None:
     """Check what the training left in MLflow and in the object store."""
     report = json.loads(processes.run(python, "-c", REPORT).splitlines()[-1])
     require(report["status"] == "FINISHED", f"the run is {report['status']}.")
     require(report["num_runs"] == 1, f"one training made {report['num_runs']} runs.")
     steps = list(range(10, STEPS + 1, 10))
     require(report["steps"] == steps, f"MLflow has the steps {report['steps']}.")
-    require("going on from step-" in logs, "the training began anew after the loss.")
+    resumed = [int(step) for step in re.findall(r"going on from step-(\d+)", logs)]
+    require(
+        len(resumed) == 2 and resumed[0] % STEPS_PER_EPOCH == 0 and resumed[1] >= taken_at,
+        f"the training went on from the steps {resumed}, the second time not from {taken_at}.",
+    )
     weights = list((processes.folder / "model").rglob("*.safetensors"))
     require(bool(weights), "the registered model has no weights.")
     say(f"MLflow has one finished run with all {STEPS} steps, and lorat version "
@@ -292,6 +276,7 @@ def run(folder: Path) -> None:
             "LORAT_HOME": f"{folder}/home",
             "HOME": str(folder),
             "OMP_NUM_THREADS": "1",
+            "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         },
     )
     require(
@@ -307,16 +292,14 @@ def run(folder: Path) -> None:
         job = ray.submit("python", "jobs/train.py", *TRAINING)
         say("the training is submitted")
         lose_a_node(ray, job)
+        taken_at = take_a_node_away(ray, job)
         check_metrics(ray)
         ended = ("SUCCEEDED", "FAILED", "STOPPED")
         wait_for("the training", lambda: ray.status(job) in ended, seconds=TRAINING_S)
         logs = ray.logs(job)
         print(logs)
         require(ray.status(job) == "SUCCEEDED", f"the training is {ray.status(job)}.")
-        check_result(processes, python, logs)
-        ray.announce_end("decode1")
-        wait_for("the node decode1 to leave", lambda: ray.nodes() == 3, seconds=STEP_S)
-        say("a node that was told of its end has left by itself")
+        check_result(processes, python, logs, taken_at)
     except BaseException:
         for log in sorted(folder.glob("*.log")):
             print(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}", file=sys.stderr)

@@ -169,7 +169,7 @@ import ray, processes
 ray.get(ray.remote(lambda: 1).remote())
 started = processes.Processes(processes.Path("."), {{}})
 started.running["this"] = types.SimpleNamespace(pid=os.getpid())
-print(sorted(started.listening()["this"]))
+print(sorted({{address for address, _ in started.listening()["this"]}}))
 cluster.disconnect()
 """
     printed = subprocess.run(
