@@ -51,11 +51,16 @@ class Dimension:
         return low, high
 
     def nearest(self, value: Any) -> Scalar:
-        """Return ``value`` if it is allowed, else the closest allowed one (ratio for log)."""
+        """Return ``value`` if it is allowed, else the closest allowed one (ratio for log).
+
+        None, which is no number, becomes the middle of a range.
+        """
         if isinstance(value, list | tuple):
             value = "+".join(value)
         if self.kind != "choice":
             low, high = self.bounds
+            if value is None:
+                value = math.sqrt(low * high) if self.log else (low + high) / 2
             clipped = min(max(value, low), high)
             return int(clipped) if self.kind in ("int", "logint") else float(clipped)
         if value in self.values or not isinstance(value, int | float):
@@ -88,8 +93,13 @@ class SearchSpace:
 
     def prior(self) -> dict[str, Scalar]:
         """The base configuration's own values (the paper's), or the nearest that are allowed."""
+        base = self.base
+        if base.lora.alpha is None and self.dimensions.get("lora.alpha"):
+            base = replace_path(base, "lora.alpha", base.lora.resolved_alpha)
+        if base.micro_batch is None and self.dimensions.get("micro_batch"):
+            base = replace_path(base, "micro_batch", base.batch_size)
         return {
-            path: dimension.nearest(_get_path(self.base, path))
+            path: dimension.nearest(_get_path(base, path))
             for path, dimension in self.dimensions.items()
         }
 

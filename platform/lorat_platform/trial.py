@@ -26,10 +26,10 @@ from lorat_platform.trial_work import (
     Progress,
     TrialSetup,
     batch_source,
+    measure,
     open_cache,
     prepare_process,
     start_weights,
-    validate,
 )
 
 STATE_FILE = "trial.json"
@@ -58,24 +58,16 @@ def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
         for rung in range(len(progress.history), setup.rungs.num_rungs):
             step = setup.rungs.steps[rung]
             trained = time.perf_counter()
-            metrics: dict[str, float] = {}
             run(
                 config,
                 batch_source(cache, config, setup, learner.world, step),
                 world=learner.world,
-                hooks=_hooks(setup, step, progress, metrics),
+                hooks=training_hooks(setup, trial_folder(setup), progress, step),
                 learner=learner,
                 end_step=step,
             )
             progress.train_seconds += time.perf_counter() - trained
-            measured = validate(learner.model, config, setup, device, progress)
-            learner.model.train()
-            measured |= {
-                "loss": metrics["train/loss"],
-                "parameters": float(sum(p.numel() for p in learner.parameters)),
-                "crop_cache_hit_rate": cache.hit_rate,
-                "crops_decoded": float(cache.num_decoded),
-            }
+            measured = measure(learner, config, setup, progress, cache)
             seconds = before + time.perf_counter() - began
             report = progress.report(setup, rung, measured, seconds)
             with tempfile.TemporaryDirectory() as name:
@@ -116,23 +108,39 @@ def trial_folder(setup: TrialSetup) -> storage.Location:
     return storage.locate(setup.folder).child(BETWEEN_RUNGS).child(str(trial_id))
 
 
-def _hooks(
-    setup: TrialSetup, end_step: int, progress: Progress, metrics: dict[str, float]
+def training_hooks(
+    setup: TrialSetup,
+    folder: storage.Location,
+    progress: Progress,
+    end_step: int,
+    *,
+    rank: int = 0,
+    save_end: bool = False,
 ) -> Hooks:
-    """Fill ``metrics`` at the end, and save every few minutes before it."""
+    """Note the loss at the end of a rung, and let worker 0 save every few minutes before it.
+
+    Args:
+        setup: of the search.
+        folder: where to save.
+        progress: takes the loss.
+        end_step: of the rung.
+        rank: of this worker.
+        save_end: also save at the end of the rung, where no report does it.
+    """
     saved = time.perf_counter()
 
     def due(step: int) -> bool:
-        return step < end_step and time.perf_counter() - saved > setup.save_every_s
+        late = time.perf_counter() - saved > setup.save_every_s
+        return rank == 0 and step < end_step and late
 
     def save(learner: Learner, _: dict[str, float]) -> None:
         nonlocal saved
-        if learner.step < end_step:
-            save_state(learner, trial_folder(setup), progress)
+        if rank == 0 and (save_end or learner.step < end_step):
+            save_state(learner, folder, progress)
             saved = time.perf_counter()
 
     def keep(_: int, values: dict[str, float]) -> None:
-        metrics.update(values)
+        progress.loss = values["train/loss"]
 
     return Hooks(log_every=setup.rungs.max_steps, on_interval=keep, on_step=due, on_checkpoint=save)
 

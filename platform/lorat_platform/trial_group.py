@@ -22,16 +22,16 @@ from lorat.storage import Location
 from lorat_platform import checkpoint_store
 from lorat_platform.command import user_message
 from lorat_platform.learner import Learner, World
-from lorat_platform.train_loop import Hooks, run
-from lorat_platform.trial import hand_over, read_progress, save_state, trial_folder
+from lorat_platform.train_loop import run
+from lorat_platform.trial import hand_over, read_progress, training_hooks, trial_folder
 from lorat_platform.trial_work import (
     Progress,
     TrialSetup,
     batch_source,
+    measure,
     open_cache,
     prepare_process,
     start_weights,
-    validate,
 )
 
 START_ATTEMPTS = 3
@@ -138,10 +138,11 @@ def _worker(work: RungWork) -> None:
     device = prepare_process(work.setup)
     world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=device)
     config, folder, progress = work.config, work.folder, work.progress
-    metrics: dict[str, float] = {}
     last = checkpoint_store.newest(folder)
     with tempfile.TemporaryDirectory() as name, open_cache(config, work.setup) as cache:
         resume = checkpoint_store.download(folder, last, Path(name)) if last else None
+        if resume is not None:  # at the end of the rung there is nothing left to train
+            progress.loss = read_progress(resume).loss
         learner = Learner(
             config,
             world=world,
@@ -153,49 +154,20 @@ def _worker(work: RungWork) -> None:
             config,
             batch_source(cache, config, work.setup, world, work.end_step),
             world=world,
-            hooks=_hooks(work, world, metrics),
+            hooks=training_hooks(
+                work.setup, folder, progress, work.end_step, rank=world.rank, save_end=True
+            ),
             learner=learner,
             end_step=work.end_step,
         )
         seconds = time.perf_counter() - began
         if world.rank == 0:
             evaluated = progress.evaluation_seconds
-            measured = validate(learner.model, config, work.setup, device, progress) | {
-                "loss": metrics["train/loss"],
-                "parameters": float(sum(p.numel() for p in learner.parameters)),
-                "crop_cache_hit_rate": cache.hit_rate,
-                "crops_decoded": float(cache.num_decoded),
-            }
             done = {
-                "measured": measured,
+                "measured": measure(learner, config, work.setup, progress, cache),
                 "latency_ms": progress.latency_ms,
                 "train_seconds": seconds,
                 "evaluation_seconds": progress.evaluation_seconds - evaluated,
             }
             folder.write_bytes(work.result_file, json.dumps(done).encode())
         dist.barrier()
-
-
-def _hooks(work: RungWork, world: World, metrics: dict[str, float]) -> Hooks:
-    """Worker 0 saves every few minutes and at the end."""
-    saved = time.perf_counter()
-
-    def due(step: int) -> bool:
-        return world.rank == 0 and time.perf_counter() - saved > work.setup.save_every_s
-
-    def save(learner: Learner, _: dict[str, float]) -> None:
-        nonlocal saved
-        if world.rank != 0:
-            return
-        save_state(learner, work.folder, work.progress)
-        saved = time.perf_counter()
-
-    def keep(_: int, values: dict[str, float]) -> None:
-        metrics.update(values)
-
-    return Hooks(
-        log_every=work.setup.rungs.max_steps,
-        on_interval=keep,
-        on_step=due,
-        on_checkpoint=save,
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from lorat_platform.crop_cache import (
     remove_stale_caches,
 )
 from lorat_platform.evaluation import ground_truth
-from lorat_platform.learner import World
+from lorat_platform.learner import Learner, World
 from lorat_platform.scheduling import BUDGET, Rungs
 from lorat_platform.sources import fingerprints, open_indexes, open_pairs, resolve_sources
 from lorat_platform.space import SearchSpace
@@ -69,6 +70,8 @@ class Progress:
 
     history: list[dict[str, Any]]
     """``budget`` and objectives of every report."""
+    loss: float | None = None
+    """Mean training loss up to the rung trained last."""
     latency_ms: float | None = None
     train_seconds: float = 0.0
     evaluation_seconds: float = 0.0
@@ -166,6 +169,24 @@ def batch_source(
         num_workers=world.size,
         threads=max(1, int(setup.worker_resources.get("CPU", 1.0)) - 1),
     )
+
+
+def measure(
+    learner: Learner,
+    config: TrainConfig,
+    setup: TrialSetup,
+    progress: Progress,
+    cache: CropCache,
+) -> dict[str, float]:
+    """Return everything that is reported of a rung which has been trained."""
+    scores = validate(learner.model, config, setup, learner.device, progress)
+    learner.model.train()
+    return scores | {
+        "loss": math.nan if progress.loss is None else progress.loss,
+        "parameters": float(sum(p.numel() for p in learner.parameters)),
+        "crop_cache_hit_rate": cache.hit_rate,
+        "crops_decoded": float(cache.num_decoded),
+    }
 
 
 def validate(

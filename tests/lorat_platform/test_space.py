@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from lorat.config import LoraConfig, TrainConfig
+from lorat.config import LoraConfig, TrainConfig, field_paths, replace_path
 from lorat.errors import UserError
-from lorat_platform.space import build_space, parse_entry
+from lorat_platform.space import _field_type, _members, build_space, parse_entry
 
 
 def test_default_space_of_the_paper_is_rank_lr_and_head_depth() -> None:
@@ -41,6 +43,49 @@ def test_entries_add_replace_and_fix_fields() -> None:
     config = space.configure({"lora.targets": "q+v", "lora.dropout": 0.1})
     assert config.lora.targets == ("q", "v")
     assert config.lora.dropout == 0.1
+
+
+NULLABLE = {
+    "lora.alpha": "uniform(1,48)",
+    "drop_path": "uniform(0,0.3)",
+    "init_from": "choice(none,other.safetensors)",
+    "val_data": "choice(none,synthetic)",
+    "augment.color_jitter": "uniform(0.1,0.5)",
+    "augment.three_augment": "choice(none,true,false)",
+    "micro_batch": "int(1,8)",
+    "lr": "loguniform(1e-4,1e-2)",
+    "min_lr": "loguniform(1e-7,1e-6)",
+    "warmup_epochs": "uniform(0,2)",
+}
+OF_THE_SCHEDULE = ("epochs", "pairs_per_epoch", "batch_size")
+"""Fields that may be none, too, but cannot be searched over."""
+
+
+def test_the_list_of_fields_that_may_be_none_is_complete() -> None:
+    base = TrainConfig()
+    nullable = {
+        path for path in field_paths(base) if type(None) in _members(_field_type(base, path))
+    }
+    assert nullable == {*NULLABLE, *OF_THE_SCHEDULE}
+
+
+@pytest.mark.parametrize("path", NULLABLE)
+def test_every_field_that_may_be_none_can_be_searched_over(path: str) -> None:
+    space = build_space(TrainConfig(), [f"{path}={NULLABLE[path]}"])
+    for base in (space.base, replace_path(space.base, path, None)):
+        value = replace(space, base=base).prior()[path]
+        space.configure({path: value})
+        dimension = space.dimensions[path]
+        if dimension.kind == "choice":
+            assert value in dimension.values
+        else:
+            assert dimension.bounds[0] <= value <= dimension.bounds[1]
+
+
+def test_what_none_stands_for_is_tried_first() -> None:
+    space = build_space(TrainConfig(), ["lora.alpha=uniform(1,128)", "micro_batch=int(1,64)"])
+    assert space.prior()["lora.alpha"] == 64.0, "the rank"
+    assert space.prior()["micro_batch"] == 32, "the whole batch"
 
 
 def test_space_without_adapters_has_no_rank() -> None:

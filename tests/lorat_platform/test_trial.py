@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from lorat.config import TrainConfig
-from lorat_platform import trial
+from lorat.storage import locate
+from lorat_platform import trial, trial_group
 from lorat_platform.scheduling import Rungs
 from lorat_platform.space import build_space
 from lorat_platform.trial_work import TrialSetup
@@ -147,3 +148,41 @@ def test_only_the_last_states_between_rungs_are_kept(tune: Tune, setup: TrialSet
     trial.run_trial(VALUES, setup)
     kept = sorted(p.name for p in (Path(setup.folder) / trial.BETWEEN_RUNGS / "t1").iterdir())
     assert kept == ["step-00000010", "step-00000011"]
+
+
+def test_a_group_that_dies_at_the_end_of_a_rung_goes_on(
+    setup: TrialSetup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ray.train
+    import torch.distributed
+
+    place = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr(ray.train, "get_context", lambda: place)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    monkeypatch.setenv("LORAT_CROP_CACHE", str(tmp_path / "crops"))
+
+    def work(name: str) -> trial_group.RungWork:
+        folder = locate(str(tmp_path / name))
+        folder.make()
+        return trial_group.RungWork(
+            config=setup.space.configure(VALUES), setup=setup, rung=0, folder=folder,
+            progress=trial.read_progress(None),
+        )  # fmt: skip
+
+    whole = work("whole")
+    trial_group._worker(whole)
+    expected = json.loads(whole.folder.read_bytes(whole.result_file))["measured"]
+
+    def dies(*_: Any) -> dict[str, float]:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trial_group, "measure", dies)
+        with pytest.raises(Stopped):
+            trial_group._worker(work("killed"))
+    again = work("killed")
+    assert not again.folder.exists(again.result_file)
+    trial_group._worker(again)
+    got = json.loads(again.folder.read_bytes(again.result_file))["measured"]
+    assert got["loss"] == expected["loss"]
+    assert got["ao"] == expected["ao"]
