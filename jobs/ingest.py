@@ -154,8 +154,13 @@ def run_preview(options: Preview) -> int:
     )
     if not cv2.haveImageWriter(str(options.output)):
         raise UserError(f"Cannot write {options.output}: give a name that ends in .png or .jpg.")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(options.output), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        written = cv2.imwrite(str(options.output), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    except OSError:
+        written = False
+    if not written:
+        raise UserError(f"Cannot write {options.output}; give a file in a folder with room.")
     log.info("%d pairs of %s: %s", options.num_pairs, options.uri, options.output)
     return 0
 

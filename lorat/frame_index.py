@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lorat import storage
 from lorat.errors import UserError
@@ -50,6 +52,10 @@ FRAME_COLUMNS: dict[str, tuple[str, int]] = {
 """Columns of ``frames.arrow``: element type and width."""
 _PLACE_COLUMNS = ("shard", "offset")
 _FILES = ("frames.arrow", "tracks.arrow", "valid.arrow")
+_FOLDER_NAME = re.compile(r"index-[0-9A-Za-z_-]+")
+_SHARD_NAME = re.compile(r"shard-\d+\.parquet")
+_ODD_SEQUENCE = r"[/\\\x00-\x1f\x7f]|^\.{0,2}$"
+"""Names of sequences become file names of results."""
 
 
 class FrameIndex:
@@ -109,6 +115,9 @@ class FrameIndex:
         self.valid_start = _view(valid, "valid_start")
         self.valid_rows = _view(valid, "valid_rows")
         self._sequence = tracks.column("sequence")
+        odd = pc.index(pc.match_substring_regex(self._sequence, _ODD_SEQUENCE), True).as_py()
+        if odd >= 0:
+            storage.check_plain_name(self._sequence[odd].as_py(), f"the dataset {self.uri}")
         self._category = tracks.column("category")
 
     @classmethod
@@ -116,7 +125,8 @@ class FrameIndex:
         """Open the index of the dataset at ``uri``; a remote one is copied to the cache once.
 
         Raises:
-            UserError: if there is no whole dataset, or one of another schema version.
+            UserError: if there is no whole dataset, one of another schema version, or one whose
+                names lead out of its folder.
         """
         location = storage.locate(uri)
         manifest = read_manifest(location)
@@ -186,7 +196,34 @@ def read_manifest(location: storage.Location) -> dict[str, Any]:
             f"python jobs/ingest.py reindex {location.uri}"
         ) from error
     check_schema_version(version, location.uri)
+    if not _has_own_files(manifest):
+        raise UserError(
+            f"{MANIFEST} at {location.uri} names files that are not those of a dataset; rebuild it "
+            f"with: python jobs/ingest.py reindex {location.uri}"
+        )
     return manifest
+
+
+def _has_own_files(manifest: dict[str, Any]) -> bool:
+    """Tell whether the manifest names an index folder and shards, all of them in its folder."""
+    try:
+        files = [s["file"] for s in manifest["shards"]]
+        return (
+            _FOLDER_NAME.fullmatch(manifest["index"]["folder"]) is not None
+            and set(manifest["index"]["bytes"]) == set(_FILES)
+            and all(_SHARD_NAME.fullmatch(file) for file in files)
+        )
+    except (KeyError, TypeError):
+        return False
+
+
+def previous_manifest(location: storage.Location) -> dict[str, Any]:
+    """Return what is legible of the manifest that a new one will replace, else nothing."""
+    try:
+        manifest = json.loads(location.read_bytes(MANIFEST))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) and _has_own_files(manifest) else {}
 
 
 def check_schema_version(version: object, where: str) -> None:
@@ -223,11 +260,13 @@ def write_index(
         info: ``name``, ``split``, ``storage`` and whatever else the manifest shall say.
 
     Raises:
-        UserError: if there is no frame.
+        UserError: if there is no frame, or a sequence has a name that no file can have.
     """
     num_frames = len(columns["frame_number"])
     if num_frames == 0:
         raise UserError(f"No usable frame is left for the dataset at {location.uri}.")
+    for sequence in sequences:
+        storage.check_plain_name(sequence, f"the dataset {location.uri}")
     track_start = np.asarray(track_start, np.int64)
     valid_rows = np.flatnonzero(columns["valid"]).astype(np.int64)
     fingerprint = content_fingerprint(columns, track_start, sequences, categories, info)
@@ -270,7 +309,7 @@ def write_index(
         "shards": shards,
         "index": {"folder": folder, "bytes": sizes},
     }
-    old = _index_folder(location)
+    old = previous_manifest(location).get("index", {}).get("folder")
     location.write_bytes(MANIFEST, json.dumps(manifest, indent=1).encode())
     if old and old != folder:
         location.delete_folder(old)
@@ -293,13 +332,6 @@ def content_fingerprint(
         if name not in _PLACE_COLUMNS:
             digest.update(np.ascontiguousarray(columns[name], dtype).tobytes())
     return digest.hexdigest()
-
-
-def _index_folder(location: storage.Location) -> str | None:
-    try:
-        return json.loads(location.read_bytes(MANIFEST))["index"]["folder"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _reopen(uri: str, fingerprint: str) -> FrameIndex:

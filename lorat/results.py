@@ -21,9 +21,7 @@ import numpy as np
 from lorat.errors import UserError
 from lorat.geometry import RASTER_EPSILON, xywh_from_xyxy, xyxy_from_xywh
 from lorat.metrics.dialects import family
-
-TRACKINGNET_TEST_SEQUENCES = 511
-GOT10K_TEST_SEQUENCES = 180
+from lorat.storage import check_plain_name
 
 _PREFIXES = {"uav": "uav_", "nfs": "nfs_", "tc128": "tpl_", "tpl": "tpl_"}
 _ONE_BASED = ("lasot", "vasttrack")
@@ -47,8 +45,12 @@ def write_pytracking(
 
     Returns:
         The files.
+
+    Raises:
+        UserError: if a sequence has a name that no file can have.
     """
     folder = Path(folder)
+    _check_names(folder, boxes)
     folder.mkdir(parents=True, exist_ok=True)
     offset = 1.0 if family(dataset) in _ONE_BASED else 0.0
     written = []
@@ -120,10 +122,12 @@ def write_got10k(
         seconds: time per frame (n,) of each run, extra runs as extra columns.
 
     Raises:
-        UserError: if the runs do not have the same sequences.
+        UserError: if the runs do not have the same sequences, or one has a name that no file can
+            have.
     """
     all_runs = list(runs)
     _check_runs(all_runs)
+    _check_names(path, [tracker, *all_runs[0]])
     all_seconds = None if seconds is None else list(seconds)
     files = {}
     for name in sorted(all_runs[0]):
@@ -179,7 +183,11 @@ def write_trackingnet(path: str | Path, boxes: Mapping[str, np.ndarray]) -> Path
     Args:
         path: a ``.zip`` for the server, otherwise a folder.
         boxes: xyxy (n, 4) per sequence; the server wants all 511 of the test set.
+
+    Raises:
+        UserError: if a sequence has a name that no file can have.
     """
+    _check_names(path, boxes)
     files = {
         f"{name}.txt": _rows(xywh_from_xyxy(whole_pixels(boxes[name])), "%.2f", ",")
         for name in sorted(boxes)
@@ -210,6 +218,11 @@ def whole_pixels(boxes: np.ndarray) -> np.ndarray:
     wide[:, 2:] = np.floor(boxes[:, 2:] + 1 - RASTER_EPSILON)
     wide[:1] = boxes[:1]
     return wide
+
+
+def _check_names(path: str | Path, names: Iterable[str]) -> None:
+    for name in names:
+        check_plain_name(name, f"the results for {path}")
 
 
 def _check_runs(runs: list[Mapping[str, np.ndarray]]) -> None:

@@ -6,6 +6,7 @@ one, by the byte range that the index knows, which costs exactly their bytes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -82,8 +83,13 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._writer.close()
-        self._scratch.unlink(missing_ok=True)
+        # The footer that closing writes may not fit on a full disk, and nobody will read it.
+        try:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            self._writer.is_open = False
+        finally:
+            self._scratch.unlink(missing_ok=True)
 
     def begin_track(self, sequence: str, category: str) -> None:
         """Make the following frames a new track."""

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
+import time
 import urllib.parse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +24,9 @@ from lorat.errors import UserError
 from lorat.home import home
 
 _LOCAL = pafs.LocalFileSystem()
+_NOT_IN_A_NAME = re.compile(r"[/\\\x00-\x1f\x7f]")
+_ABANDONED_SECONDS = 24 * 3600
+"""Age from which an unfinished file in the upload folder belongs to a run that was killed."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,13 @@ class Location:
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     def file(self, name: str) -> str:
-        """Return the file system's path of a file in the folder."""
+        """Return the file system's path of a file in the folder, ``a/b`` in a folder of it.
+
+        Raises:
+            UserError: if the name leads out of the folder.
+        """
+        for part in name.split("/"):
+            check_plain_name(part, f"the address {self.uri}")
         return f"{self.path}/{name}"
 
     def exists(self, name: str) -> bool:
@@ -62,11 +74,13 @@ class Location:
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a whole file so that no reader ever sees a part of it."""
         if self.is_local:
-            with tempfile.NamedTemporaryFile(
-                dir=self.path, prefix=".part-", delete=False
-            ) as handle:
-                handle.write(data)
-            publish(Path(handle.name), self, name)
+            descriptor, part = tempfile.mkstemp(dir=self.path, prefix=".part-")
+            try:
+                with os.fdopen(descriptor, "wb") as handle:
+                    handle.write(data)
+                publish(Path(part), self, name)
+            finally:
+                Path(part).unlink(missing_ok=True)
         else:
             with self.filesystem.open_output_stream(self.file(name)) as stream:
                 stream.write(data)
@@ -92,12 +106,52 @@ class Location:
             self.filesystem.delete_file(self.file(name))
 
     def delete_folder(self, name: str) -> None:
-        """Delete a folder and what is in it, if it is there."""
+        """Delete a folder directly in this one and what is in it, if it is there.
+
+        Raises:
+            UserError: if the name is that of another place.
+        """
+        check_plain_name(name, f"the address {self.uri}")
         if self.is_local:
             shutil.rmtree(self.file(name), ignore_errors=True)
         else:
             with contextlib.suppress(FileNotFoundError):
                 self.filesystem.delete_dir(self.file(name))
+
+
+def is_plain_name(name: str) -> bool:
+    """Tell whether a name is that of one file or folder: no separators or control characters."""
+    return name not in ("", ".", "..") and not _NOT_IN_A_NAME.search(name)
+
+
+def check_plain_name(name: str, where: str) -> None:
+    """Refuse a name, found in somebody's file, that cannot be one of a file or folder.
+
+    Raises:
+        UserError: for an empty name, ``.``, ``..``, separators and control characters.
+    """
+    if not is_plain_name(name):
+        raise UserError(
+            f"The name {name!r} in {where} cannot be that of a file (it has a separator or a "
+            "control character, or leads elsewhere); use data from a source that you trust."
+        )
+
+
+@contextlib.contextmanager
+def writing_to(location: Location) -> Iterator[None]:
+    """Turn the failure of a file system or object store into a user's error.
+
+    Raises:
+        UserError: for a full disk, a bucket that is not there, missing rights and the like.
+    """
+    try:
+        yield
+    except OSError as error:
+        lines = str(error.strerror or error).strip().splitlines()
+        raise UserError(
+            f"Cannot write to {location.uri}: {lines[0][:300] if lines else type(error).__name__}; "
+            "make room there or give another place, then run the same command again."
+        ) from error
 
 
 def locate(uri: str | os.PathLike[str]) -> Location:
@@ -135,9 +189,23 @@ def cache_folder() -> Path:
 
 def scratch_folder(location: Location) -> Path:
     """Return a local folder from which a finished file can be published to ``location``."""
-    folder = Path(location.path) if location.is_local else cache_folder() / "upload"
+    if location.is_local:
+        folder = Path(location.path)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    folder = cache_folder() / "upload"
     folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
     return folder
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what killed runs have left in the upload folder."""
+    oldest = time.time() - _ABANDONED_SECONDS
+    for path in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process has just deleted or uploaded it
+            if path.stat().st_mtime < oldest:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def publish(file: Path, location: Location, name: str) -> None:

@@ -14,9 +14,18 @@ import pyarrow as pa
 from lorat import shard_rows, storage
 from lorat.conversion import usable
 from lorat.errors import UserError
-from lorat.frame_index import FRAME_COLUMNS, FrameIndex, content_fingerprint, write_index
+from lorat.frame_index import (
+    FRAME_COLUMNS,
+    WORK_FOLDER,
+    FrameIndex,
+    content_fingerprint,
+    previous_manifest,
+    write_index,
+)
 from lorat.images import DamagedImage, decode_rgb
 
+KEPT_FROM_INGEST = ("plan", "attributes")
+"""What the manifest says that no shard does."""
 _SHARD_NAME = re.compile(r"shard-\d+\.parquet")
 MapShards = Callable[[Callable[..., Any], list[tuple[Any, ...]]], Iterable[Any]]
 """Applies a function to argument tuples, in order; the built-in one below does so in turn."""
@@ -60,14 +69,23 @@ def read_shard(uri: str, file: str) -> tuple[dict[str, Any], dict[str, Any], pa.
 def rebuild_index(uri: str, map_shards: MapShards = in_turn) -> FrameIndex:
     """Make the index of a dataset anew from nothing but its shards.
 
+    How it was ingested and which attributes its sequences have is taken from the manifest, where
+    that can still be read.
+
     Raises:
-        UserError: if there are no shards, or they belong to different datasets.
+        UserError: if there are no shards, they belong to different datasets, the ingest is not
+            finished, or the index cannot be written.
     """
     location = storage.locate(uri)
+    if location.exists(WORK_FOLDER):
+        raise UserError(
+            f"The ingest into {location.uri} is not finished; run the same ingest command again, "
+            f"or delete the folder {WORK_FOLDER} there to do with the shards that are there."
+        )
     files = [n for n in location.names() if _SHARD_NAME.fullmatch(n)]
     if not files:
         raise UserError(f"There are no shards (shard-NNNNN.parquet) at {uri}; check the address.")
-    parts = list(map_shards(read_shard, [(uri, file) for file in files]))
+    parts = list(map_shards(read_shard, [(location.uri, file) for file in files]))
     info = parts[0][0]
     for other, entry, _ in parts:
         if other != info:
@@ -75,7 +93,11 @@ def rebuild_index(uri: str, map_shards: MapShards = in_turn) -> FrameIndex:
                 f"{entry['file']} at {uri} is from another dataset than {files[0]} "
                 f"({other} against {info}); keep one dataset per folder."
             )
-    return index_shards(location, info, [p[1] for p in parts], [p[2] for p in parts])
+    before = previous_manifest(location)
+    if all(before.get(key) == value for key, value in info.items()):
+        info = info | {key: before[key] for key in KEPT_FROM_INGEST if key in before}
+    with storage.writing_to(location):
+        return index_shards(location, info, [p[1] for p in parts], [p[2] for p in parts])
 
 
 def index_shards(
@@ -105,7 +127,7 @@ def verify(uri: str, map_shards: MapShards = in_turn) -> list[Problem]:
     """
     index = FrameIndex.open(uri)
     problems = _check_fingerprint(index)
-    arguments = [(uri, number) for number in range(len(index.shard_files))]
+    arguments = [(index.uri, number) for number in range(len(index.shard_files))]
     for found in map_shards(verify_shard, arguments):
         problems += found
     return problems

@@ -11,9 +11,11 @@ import dataclasses
 import hashlib
 import json
 import logging
+import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -69,8 +71,9 @@ def ingest(source: Source, config: IngestConfig) -> Ingested:
 
     Raises:
         UserError: if the source has another layout, nothing usable is in it, or the output
-            holds something else.
+            holds something else or cannot be written.
     """
+    source = with_absolute_paths(source)
     findings = Findings()
     entries = source.entries(findings)
     windowed = source.for_training and not config.full_frame
@@ -79,23 +82,34 @@ def ingest(source: Source, config: IngestConfig) -> Ingested:
     info = dataset_info(name=name, split=source.split_name, law=law)
     groups = group_entries(entries, source.frames_hint)
     location = storage.locate(config.output)
-    location.make()
     plan = _describe_plan(source, info, entries)
-    if location.exists(MANIFEST):
-        return _already_there(location, plan)
-    work = location.child(WORK_FOLDER)
-    work.make()
-    _check_plan(location, work, plan)
-    receipts = set(work.names())
+    with storage.writing_to(location):
+        location.make()
+        if location.exists(MANIFEST):
+            return _already_there(location, plan)
+        work = location.child(WORK_FOLDER)
+        work.make()
+        _check_plan(location, work, plan)
+        receipts = set(work.names())
     missing = [n for n in range(len(groups)) if receipt_name(n) not in receipts]
     if len(missing) < len(groups):
         log.info("%d of %d shards are already there.", len(groups) - len(missing), len(groups))
     arguments = [
-        (source, groups[n], config.output, n, info, law, source.for_training) for n in missing
+        (source, groups[n], location.uri, n, info, law, source.for_training) for n in missing
     ]
     for _ in map_tasks(write_shard, arguments, what=f"ingest {name} {source.split_name}"):
         pass
-    return _finish(location, info, len(groups), findings, plan, len(missing))
+    with storage.writing_to(location):
+        return _finish(location, info, len(groups), findings, plan, len(missing))
+
+
+def with_absolute_paths(source: Source) -> Source:
+    """Return the source with absolute paths: tasks have other working directories."""
+    paths = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
+    return dataclasses.replace(
+        source,
+        **{n: p.expanduser().absolute() for n, p in paths.items() if isinstance(p, Path)},
+    )
 
 
 def group_entries(entries: Sequence[Entry], frames_hint: int) -> list[list[Entry]]:
@@ -122,11 +136,33 @@ def write_shard(
     law: WindowLaw | None,
     for_training: bool,
 ) -> int:
-    """Convert some entries into one shard and leave its receipt; return the number of frames."""
+    """Convert some entries into one shard and leave its receipt; return the number of frames.
+
+    Raises:
+        UserError: if the dataset is not to be seen on this machine, or the shard cannot be written.
+    """
     import cv2
 
     cv2.setNumThreads(1)
+    if not source.source.exists():
+        raise UserError(
+            f"{source.source} is not there on {socket.gethostname()}, a machine of the cluster; "
+            "give a --source that all of them see, such as a shared folder."
+        )
     location = storage.locate(uri)
+    with storage.writing_to(location):
+        return _write_shard(source, entries, location, number, info, law, for_training)
+
+
+def _write_shard(
+    source: Source,
+    entries: list[Entry],
+    location: storage.Location,
+    number: int,
+    info: dict[str, Any],
+    law: WindowLaw | None,
+    for_training: bool,
+) -> int:
     findings = Findings()
     file = shard_name(number)
     with shards.ShardWriter(location, file, info) as writer:
@@ -210,8 +246,12 @@ def format_report(findings: Iterable[Finding]) -> str:
 
 
 def read_report(uri: str) -> list[Finding]:
-    """Read the anomalies saved beside the shards."""
-    content = json.loads(storage.locate(uri).read_bytes(REPORT))
+    """Read the anomalies saved beside the shards; none where the report is gone."""
+    try:
+        content = json.loads(storage.locate(uri).read_bytes(REPORT))
+    except FileNotFoundError:
+        log.warning("%s is missing in %s; what was odd is not known any more.", REPORT, uri)
+        return []
     return [_finding(f) for f in content["findings"]]
 
 
@@ -256,18 +296,21 @@ def _check_plan(location: storage.Location, work: storage.Location, plan: dict[s
         )
     if location.is_local:  # what an earlier run was writing when it was stopped
         for name in location.names():
-            if name.startswith(".shard-") and name.endswith(".part"):
+            if name.startswith(".part-") or (name.startswith(".shard-") and name.endswith(".part")):
                 location.delete(name)
 
 
 def _already_there(location: storage.Location, plan: dict[str, Any]) -> Ingested:
     index = FrameIndex.open(location.uri)
     made_as = index.manifest.get("plan")
-    if made_as is not None and made_as != plan:
+    info: dict[str, Any] = plan["info"]
+    other = {key for key, value in info.items() if index.manifest.get(key) != value}
+    if other or (made_as is not None and made_as != plan):
         raise UserError(
             f"{location.uri} already holds {index.name} {index.split}, made of other files or with "
             "other options; give another --output, or delete that folder."
         )
+    location.delete_folder(WORK_FOLDER)  # of a run that was stopped after its last file
     log.info("The dataset is already there; nothing to do.")
     return Ingested(index=index, findings=read_report(location.uri), num_shards_made=0)
 

@@ -14,9 +14,9 @@ import pytest
 
 from lorat.frame_index import FrameIndex
 from tests.lorat import layouts
+from tests.real_data import REAL_DATA
 
 ROOT = Path(__file__).parents[2]
-REAL_DATA = Path(os.environ.get("LORAT_REAL_DATA", ROOT.parent / "shared" / "data"))
 JOB = [sys.executable, str(ROOT / "jobs" / "ingest.py")]
 
 
@@ -31,7 +31,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.skipif(not (REAL_DATA / "sequences").is_dir(), reason=f"no {REAL_DATA}/sequences")
+@pytest.mark.skipif(not (REAL_DATA / "sequences").is_dir(), reason="no real sequences")
 def test_real_sequences_are_ingested_verified_reindexed_and_shown(tmp_path: Path) -> None:
     root = tmp_path / "got"
     root.mkdir()

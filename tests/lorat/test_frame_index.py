@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from lorat import storage
 from lorat.conversion import write_dataset
 from lorat.errors import UserError
 from lorat.frame_index import FRAME_COLUMNS, MANIFEST, WORK_FOLDER, FrameIndex, write_index
+from lorat.verification import rebuild_index
 from tests.lorat.small_sets import tracks
 
 
@@ -123,3 +126,72 @@ def test_an_index_travels_as_its_address_and_notices_a_change(tmp_path: Path) ->
     write_dataset(str(tmp_path), tracks(seed=5))
     with pytest.raises(UserError, match="was changed"):
         pickle.loads(packed)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"index": {"folder": "../precious", "bytes": {}}},
+        {"index": {"folder": "/precious", "bytes": {}}},
+        {"index": {"folder": "index-1/../../precious", "bytes": {}}},
+        {"shards": [{"file": "../precious/letter.txt", "bytes": 1, "rows": 24}]},
+        {"index": None},
+    ],
+)
+def test_a_foreign_manifest_cannot_name_what_lies_outside(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    precious = tmp_path / "precious" / "letter.txt"
+    precious.parent.mkdir()
+    precious.write_text("keep")
+    folder = tmp_path / "set"
+    write_dataset(str(folder), tracks())
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | change))
+    with pytest.raises(UserError, match="reindex"):
+        FrameIndex.open(folder)
+    assert rebuild_index(str(folder)).num_frames == 24
+    assert precious.read_text() == "keep"
+
+
+@pytest.mark.parametrize("name", ["../x", "..", ".", "", "a/b", "a\\b", "a\nb", "a\0"])
+def test_a_location_refuses_names_that_lead_elsewhere(tmp_path: Path, name: str) -> None:
+    location = storage.locate(tmp_path)
+    with pytest.raises(UserError, match="cannot be that of a file"):
+        location.delete_folder(name)
+    if name != "a/b":
+        for use in (location.file, location.child, location.read_bytes, location.delete):
+            with pytest.raises(UserError, match="cannot be that of a file"):
+                use(name)
+    assert location.file("a/b") == f"{tmp_path}/a/b"
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "a\\b", "..", "a\tb", ""])
+def test_a_sequence_that_no_file_can_be_named_after_is_refused(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tracks()
+    made[2] = dataclasses.replace(made[2], name=name)
+    with pytest.raises(UserError, match="cannot be that of a file"):
+        write_dataset(str(tmp_path), made)
+    with monkeypatch.context() as patch:  # as somebody else's program may have written it
+        patch.setattr(storage, "check_plain_name", lambda *_: None)
+        write_dataset(str(tmp_path), made)
+    with pytest.raises(UserError, match="cannot be that of a file"):
+        FrameIndex.open(tmp_path)
+
+
+def test_old_leftovers_of_uploads_are_swept_and_new_ones_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAT_HOME", str(tmp_path))
+    monkeypatch.setattr(storage.Location, "is_local", False)
+    upload = storage.scratch_folder(storage.locate(tmp_path))
+    old, old_folder, new = (upload / n for n in (".a.part", ".index-a", ".b.part"))
+    old_folder.mkdir()
+    for path in (old, old_folder / "frames.arrow", new):
+        path.write_bytes(b"PAR1")
+    for path in (old, old_folder):
+        os.utime(path, (1, 1))
+    storage.scratch_folder(storage.locate(tmp_path))
+    assert list(upload.iterdir()) == [new]

@@ -1,7 +1,7 @@
 """Metrics reproduce the numbers of the toolkits, and their rules on small hand-made cases.
 
-The raw results of published trackers are read from ``LORAT_REAL_DATA`` (by default
-``../shared/data`` beside the repository); where that folder is missing those tests are skipped.
+The raw results of published trackers are read from the folder of :mod:`tests.real_data`; where it
+is missing those tests are skipped.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import functools
 import gzip
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,8 @@ import pytest
 from lorat.errors import UserError
 from lorat.geometry import xyxy_from_xywh
 from lorat.metrics import DIALECTS, SCORE_NAMES, Evaluation, GroundTruth, evaluate, score_sequence
+from tests.real_data import REAL_DATA
 
-REAL_DATA = Path(
-    os.environ.get("LORAT_REAL_DATA") or Path(__file__).parents[2].parent / "shared" / "data"
-)
 METRICS = REAL_DATA / "metrics"
 OTB_TRACKERS = ("KCF", "SRDCF", "Struck", "SiamFC-3s")
 

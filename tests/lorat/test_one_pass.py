@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +19,7 @@ from lorat.model import build_model
 from lorat.one_pass import SequenceResult, track_sequences
 from lorat.tracker import Tracker
 from tests.lorat.fake_index import FakeIndex, FakeReader
-
-REAL_DATA = Path(
-    os.environ.get("LORAT_REAL_DATA") or Path(__file__).parents[2].parent / "shared" / "data"
-)
+from tests.real_data import REAL_DATA
 
 
 class Recorder:

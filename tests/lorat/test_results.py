@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 
@@ -20,10 +19,8 @@ from lorat.results import (
     write_pytracking,
     write_trackingnet,
 )
+from tests.real_data import REAL_DATA
 
-REAL_DATA = Path(
-    os.environ.get("LORAT_REAL_DATA") or Path(__file__).parents[2].parent / "shared" / "data"
-)
 BOXES = np.array([[10.25, 20.5, 40.75, 60.0], [11.0, 21.99995, 40.00005, 60.3]])
 SECONDS = np.array([0.5, 0.0125])
 
@@ -164,3 +161,18 @@ def test_the_devkits_own_submission_is_read(tmp_path: Path) -> None:
     result = evaluate(again, truths, dialect="trackingnet")
     assert result.scores["coverage"] == 1
     assert result.scores["SUC"] > 0.85
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "a\\b", "..", "a\nb"])
+def test_a_sequence_cannot_write_outside_the_results(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "deep" / "results"
+    with pytest.raises(UserError, match="cannot be that of a file"):
+        write_pytracking(target, {"good": BOXES, name: BOXES})
+    for path in (target, target.with_suffix(".zip")):
+        with pytest.raises(UserError, match="cannot be that of a file"):
+            write_got10k(path, [{name: BOXES}])
+        with pytest.raises(UserError, match="cannot be that of a file"):
+            write_got10k(path, [{"good": BOXES}], tracker=name)
+        with pytest.raises(UserError, match="cannot be that of a file"):
+            write_trackingnet(path, {name: BOXES})
+    assert list(tmp_path.rglob("*")) == []

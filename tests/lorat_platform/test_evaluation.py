@@ -27,6 +27,7 @@ from lorat_platform.evaluation import DatasetResult, EvaluationConfig, SequenceW
 from lorat_platform.report import flat_metrics, lost_at, write_report
 from lorat_platform.subject import Subject, load_subject, subject_of
 from tests.constant_trackers import random_tracker, staying_tracker
+from tests.real_data import REAL_DATA
 from tests.small_shards import make_shards
 
 
@@ -224,9 +225,6 @@ def test_baselines_need_no_model(uri: str, tmp_path: Path) -> None:
     assert threading.active_count() < 50
 
 
-REAL_DATA = Path(
-    os.environ.get("LORAT_REAL_DATA", Path(__file__).resolve().parents[3] / "shared" / "data")
-)
 
 
 @pytest.mark.skipif(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 
 from lorat import datasets
+from lorat.conversion import dataset_info
 from lorat.datasets import Entry, Finding
 from lorat.errors import UserError
 from lorat.frame_index import MANIFEST, WORK_FOLDER, FrameIndex
@@ -20,6 +25,7 @@ from lorat_platform import cluster, ingestion
 from lorat_platform.ingestion import IngestConfig, ingest, map_tasks
 from tests.lorat import layouts
 from tests.object_store import KEYS, object_store
+
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_cluster() -> Iterator[None]:
@@ -137,6 +143,124 @@ def test_a_stopped_run_is_continued_and_makes_the_same_dataset(
     assert not half_written.exists()
     assert not (folder / WORK_FOLDER).exists()
     assert verify(str(folder)) == []
+
+
+def test_relative_paths_mean_the_same_in_every_process(
+    got10k: datasets.Got10k, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "names.txt").write_text("GOT-10k_Train_000001\n")
+    monkeypatch.chdir(tmp_path)
+    source = datasets.Got10k(source=Path("got"), include_list=Path("names.txt"))
+    index = ingest(source, IngestConfig(output="out")).index
+    assert index.num_tracks == 1
+    assert verify("out", map_tasks) == []
+    assert rebuild_index("out", map_tasks).fingerprint == index.fingerprint
+    (tmp_path / "own" / "frames").mkdir(parents=True)
+    layouts.make_folder(tmp_path / "own")
+    own = datasets.Folder(
+        source=Path("own/frames"), annotation=Path("own/track.csv"), box_format="xyxy"
+    )
+    assert ingest(own, IngestConfig(output="mine")).index.num_frames == 8
+
+
+def test_a_machine_that_does_not_see_the_source_says_so(
+    got10k: datasets.Got10k, tmp_path: Path
+) -> None:
+    entries = got10k.entries(datasets.Findings())
+    shutil.rmtree(got10k.source)
+    info = dataset_info(name="got10k", split="train", law=None)
+    with pytest.raises(UserError, match=r"a --source that all of them see"):
+        ingestion.write_shard(got10k, entries, str(tmp_path / "out"), 0, info, None, True)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_parts(
+    got10k: datasets.Got10k, tmp_path: Path
+) -> None:
+    """A child whose files may not grow beyond 4 KB writes as on a full disk."""
+    code = f"""if True:
+        import resource, signal, sys
+        from pathlib import Path
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        from lorat import datasets, storage
+        from lorat.conversion import dataset_info
+        from lorat.errors import UserError
+        from lorat_platform import ingestion
+        source = datasets.Got10k(source=Path({str(got10k.source)!r}))
+        entries = source.entries(datasets.Findings())
+        info = dataset_info(name="got10k", split="train", law=None)
+        storage.locate("out").child("_ingest").make()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            ingestion.write_shard(source, entries, "out", 0, info, None, True)
+        except UserError as error:
+            print(error)
+    """
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{root}:{root / 'platform'}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "File too large; make room there" in done.stdout, done.stderr
+    assert done.stderr == ""
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+
+
+def test_an_output_that_cannot_be_written_is_a_user_error(
+    got10k: datasets.Got10k, tmp_path: Path, bucket: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"Cannot create the folder"):
+        ingest(got10k, IngestConfig(output=str(tmp_path / "file" / "out")))
+    wrong = bucket.format("x").replace("videos", "no-such-bucket")
+    with pytest.raises(UserError, match=r"Cannot write to .*no-such-bucket"):
+        ingest(got10k, IngestConfig(output=wrong))
+
+
+def test_reindex_does_not_finish_an_ingest_that_was_stopped(
+    got10k: datasets.Got10k, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = IngestConfig(output=str(tmp_path / "out"))
+
+    def stop_after_two(function, arguments, what=""):  # type: ignore[no-untyped-def]
+        for values in arguments[:2]:
+            yield function(*values)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingestion, "map_tasks", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            ingest(got10k, config)
+    with pytest.raises(UserError, match="is not finished; run the same ingest command"):
+        rebuild_index(config.output)
+    with pytest.raises(UserError, match="not finished"):
+        FrameIndex.open(config.output)
+    assert ingest(got10k, config).index.num_tracks == 3
+
+
+def test_a_reindexed_dataset_is_still_known_for_what_it_is(
+    got10k: datasets.Got10k, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first = ingest(got10k, IngestConfig(output=str(out)))
+    again = rebuild_index(str(out))
+    assert again.manifest["plan"] == first.index.manifest["plan"]
+    (out / WORK_FOLDER).mkdir()  # stopped after the very last file was written
+    (out / "report.json").unlink()
+    left_alone = ingest(got10k, IngestConfig(output=str(out)))
+    assert (left_alone.num_shards_made, left_alone.findings) == (0, [])
+    assert not (out / WORK_FOLDER).exists()
+    (out / MANIFEST).unlink()
+    assert "plan" not in rebuild_index(str(out)).manifest
+    test = datasets.Got10k(source=got10k.source, split="test")
+    for source, options in (
+        (test, {}),
+        (got10k, {"full_frame": True}),
+        (got10k, {"variant": "L-378"}),
+    ):
+        with pytest.raises(UserError, match="already holds got10k train"):
+            ingest(source, IngestConfig(output=str(out), **options))
+    assert ingest(got10k, IngestConfig(output=str(out))).num_shards_made == 0
 
 
 def test_a_finished_dataset_is_left_alone_and_never_overwritten(
