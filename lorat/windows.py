@@ -17,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from lorat.config import SamplingConfig
 from lorat.regions import SEGMENT_WIDTH
 from lorat.variants import Variant
 
@@ -57,12 +58,22 @@ class WindowLaw:
             template_area_factor=variant.template_area_factor,
         )
 
-    def serves(self, variant: Variant) -> bool:
-        """Tell whether crops of ``variant`` stay inside this law's windows and resolution."""
+    def serves(self, variant: Variant, sampling: SamplingConfig | None = None) -> bool:
+        """Tell whether crops of ``variant`` stay inside this law's windows and resolution.
+
+        Args:
+            sampling: how crops are jittered; none means as published.
+        """
+        sampling = sampling or SamplingConfig()
+        wanted = self.for_variant(variant)
         return (
-            variant.search_size <= self.search_size
-            and variant.search_area_factor <= self.search_area_factor
-            and variant.template_size <= self.template_size
+            wanted.search_area_factor <= self.search_area_factor
+            # A template is cut without jitter, so it lies inside the search crop around it.
+            and wanted.template_area_factor <= self.search_area_factor
+            and sampling.scale_jitter <= self.scale_jitter
+            and sampling.translation_jitter <= self.translation_jitter
+            and sampling.min_object_size >= self.min_object_size
+            and all(_scale(r, 1, wanted) <= _scale(r, 1, self) for r in (1, 2, 4, 8, 16, 32))
         )
 
     def describe(self) -> dict[str, Any]:
@@ -78,12 +89,13 @@ def crop_scale(width: float, height: float, area_factor: float, crop_size: int) 
 
 def needed_scale(width: float, height: float, law: WindowLaw) -> float:
     """Return the largest of the search and template scales, at most 1."""
-    return min(
-        1.0,
-        max(
-            crop_scale(width, height, law.search_area_factor, law.search_size),
-            crop_scale(width, height, law.template_area_factor, law.template_size),
-        ),
+    return min(1.0, _scale(width, height, law))
+
+
+def _scale(width: float, height: float, law: WindowLaw) -> float:
+    return max(
+        crop_scale(width, height, law.search_area_factor, law.search_size),
+        crop_scale(width, height, law.template_area_factor, law.template_size),
     )
 
 

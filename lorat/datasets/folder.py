@@ -27,8 +27,9 @@ _TRUTH_NAMES = ("groundtruth.txt", "groundtruth_rect.txt", "annotation.txt", "bo
 @dataclass(frozen=True, kw_only=True)
 class _OwnData(Source):
     annotation: Path | None = None
-    """File with one box per frame and line, numbers separated by comma, tab or spaces; none means
-    the file beside that has the usual or the same name."""
+    """File with one box per frame and line, numbers separated by comma, tab or spaces, below a line
+    with the columns' names if there is one; none means the file beside that has the usual or the
+    same name."""
     box_format: Literal["xywh", "xyxy"] = "xywh"
     """Left, top, width, height; or left, top, right, bottom."""
     one_based: bool = False
@@ -44,7 +45,7 @@ class _OwnData(Source):
         """Read the boxes as xyxy, 0-based; a row of zeros means that the target is absent."""
         if not file.is_file():
             raise UserError(f"There is no annotation file {file}; give it with --annotation.")
-        rows = read_rows(file, 4, sequence, findings)
+        rows = read_rows(file, 4, sequence, findings, header=True)
         absent = (rows == 0).all(axis=1)
         if self.box_format == "xywh":
             box = xyxy_from_xywh(rows, one_based=self.one_based)
@@ -80,7 +81,7 @@ class Folder(_OwnData):
         """Read the sequence."""
         box = self.read_box(Path(entry.values), entry.name, findings)
         images = list_images(self.source)
-        numbered = all(Path(p).stem.isdigit() for p in images)
+        numbered = all(Path(p).stem.isdecimal() for p in images)
         first = int(Path(images[0]).stem) if numbered else 1
         align = align_numbered if numbered else align_in_order
         aligned = align(images, len(box), first, entry.name, findings)
@@ -112,7 +113,11 @@ class Video(_OwnData):
         else:
             folder = self.folder()
             files = sorted(
-                (p for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES),
+                (
+                    p
+                    for p in folder.iterdir()
+                    if p.suffix.lower() in VIDEO_SUFFIXES and not p.name.startswith(".")
+                ),
                 key=lambda p: natural_key(p.name),
             )
             if not files:

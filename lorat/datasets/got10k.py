@@ -56,6 +56,11 @@ class Got10k(Source):
         """Read names, or positions in list.txt counted from 0."""
         if not all(line.isdigit() for line in lines):
             return lines
+        if not (self.source / self.split / "list.txt").is_file():
+            raise UserError(
+                f"{self.include_list} has numbers, which are positions in {self.split}/list.txt, "
+                f"but {self.source} has no such file; put it there or give names."
+            )
         beyond = [line for line in lines if int(line) >= len(entries)]
         if beyond:
             raise UserError(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lorat import geometry
 from lorat.datasets.records import Findings
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})
@@ -25,11 +26,19 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 
 def list_images(folder: Path) -> list[str]:
-    """List the paths of the images in a folder, by their numbers; none if it is missing."""
+    """List the paths of the images in a folder, by their numbers; none if it is missing.
+
+    Hidden files are no images, such as the ``._1.jpg`` that macOS leaves beside every file.
+    """
     if not folder.is_dir():
         return []
     with os.scandir(folder) as items:
-        found = [i.path for i in items if os.path.splitext(i.name)[1].lower() in IMAGE_SUFFIXES]
+        found = [
+            item.path
+            for item in items
+            if os.path.splitext(item.name)[1].lower() in IMAGE_SUFFIXES
+            and not item.name.startswith(".")
+        ]
     return sorted(found, key=lambda p: natural_key(os.path.basename(p)))
 
 
@@ -39,10 +48,16 @@ def list_folders(folder: Path) -> list[str]:
         return sorted((i.name for i in items if i.is_dir()), key=natural_key)
 
 
-def read_rows(file: Path, num_columns: int, sequence: str, findings: Findings) -> np.ndarray:
+def read_rows(
+    file: Path, num_columns: int, sequence: str, findings: Findings, *, header: bool = False
+) -> np.ndarray:
     """Read rows of numbers, whatever separates them (comma, semicolon, tab, spaces).
 
     Rows that are no ``num_columns`` numbers become NaN and are reported.
+
+    Args:
+        header: the first line may name the columns; then it is no row, and neither is a first
+            column with the number of the frame a part of one.
 
     Returns:
         float64 (n, num_columns).
@@ -50,9 +65,15 @@ def read_rows(file: Path, num_columns: int, sequence: str, findings: Findings) -
     lines = file.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
+    left_out = 0
+    names = _column_names(lines[0]) if header and lines else []
+    if names:
+        del lines[0]
+        left_out = int(names[0].startswith("frame") and len(names) > num_columns)
+        findings.add(sequence, "repaired", f"{file.name}: the first line names columns, not a box")
     rows, unreadable = [], []
     for number, line in enumerate(lines):
-        fields = [f for f in _SEPARATORS.split(line.strip()) if f]
+        fields = [f for f in _SEPARATORS.split(line.strip()) if f][left_out:]
         try:
             row = [float(f) for f in fields[:num_columns]]
         except ValueError:
@@ -65,6 +86,19 @@ def read_rows(file: Path, num_columns: int, sequence: str, findings: Findings) -
         why = f"{file.name}: row is no {num_columns} numbers, taken as no box"
         findings.add(sequence, "repaired", why, unreadable)
     return np.array(rows, np.float64).reshape(-1, num_columns)
+
+
+def _column_names(line: str) -> list[str]:
+    """Return the words of a line that has no number at all, in lower case, else nothing."""
+    words = [w for w in _SEPARATORS.split(line.strip().lower().strip("#")) if w]
+    for word in words:
+        try:
+            float(word)
+        except ValueError:
+            continue
+        return []
+    named = any(character.isalpha() for word in words for character in word)
+    return [word.strip("\"'") for word in words] if named else []
 
 
 def read_flags(
@@ -94,9 +128,7 @@ def xyxy_from_xywh(box_xywh: np.ndarray, *, one_based: bool = False) -> np.ndarr
     Args:
         one_based: the first pixel has the coordinate 1, as in MATLAB.
     """
-    shift = 1.0 if one_based else 0.0
-    low = box_xywh[:, :2] - shift
-    return np.concatenate([low, low + box_xywh[:, 2:]], axis=1)
+    return geometry.xyxy_from_xywh(box_xywh) - (1.0 if one_based else 0.0)
 
 
 def align_numbered(
@@ -104,13 +136,21 @@ def align_numbered(
 ) -> tuple[tuple[str, ...], np.ndarray] | None:
     """Match images named by number to annotation rows; row i belongs to number ``first + i``.
 
+    Other files between the images are ignored if every row has its number; else all are taken in
+    order.
+
     Returns:
         Path (empty where missing) and number of each frame, or none if the two cannot belong
         together; rows after the last image are cut off.
     """
-    by_number = {int(stem): p for p in images if (stem := Path(p).stem).isdigit()}
-    if len(by_number) < len(images):
-        return align_in_order(images, num_rows, first, sequence, findings)
+    by_number = {int(stem): p for p in images if (stem := Path(p).stem).isdecimal()}
+    num_others = len(images) - len(by_number)
+    if num_others:
+        if not num_rows or any(n not in by_number for n in range(first, first + num_rows)):
+            return align_in_order(images, num_rows, first, sequence, findings)
+        why = f"{num_others} images that are not named by a number of their own are ignored"
+        findings.add(sequence, "repaired", why)
+        images = list(by_number.values())
     numbers = sorted(by_number)
     if len(numbers) == num_rows and numbers and numbers[-1] - numbers[0] + 1 == num_rows:
         first = numbers[0]

@@ -155,9 +155,14 @@ def open_datasets(config: TrainConfig) -> Datasets:
             )
     for source, index in zip(train, open_indexes(train), strict=True):
         law = index.manifest["window"]
-        if law and not WindowLaw(**law).serves(config.model_variant):
+        if law and not WindowLaw(**law).serves(config.model_variant, config.sampling):
+            remedy = f"--variant {config.variant}"
+            if not WindowLaw.for_variant(config.model_variant).serves(
+                config.model_variant, config.sampling
+            ):
+                remedy = "--full-frame, or train with the usual sampling"
             raise UserError(
                 f"data {source.uri} stores windows for {law['search_size']}-px search crops, too "
-                f"small for {config.variant}; ingest it again with --variant {config.variant}."
+                f"small for {config.variant} with this sampling; ingest it again with {remedy}."
             )
     return Datasets(train=train, val=val, fingerprints=fingerprints(train))

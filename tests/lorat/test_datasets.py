@@ -101,6 +101,28 @@ def test_an_include_list_that_does_not_fit_is_refused(tmp_path: Path) -> None:
             source.entries(Findings())
 
 
+def test_positions_are_refused_without_the_list_they_count_in(tmp_path: Path) -> None:
+    layouts.make_got10k(tmp_path / "got")
+    (tmp_path / "got" / "train" / "list.txt").unlink()
+    (tmp_path / "names.txt").write_text("0\n")
+    source = datasets.Got10k(source=tmp_path / "got", include_list=tmp_path / "names.txt")
+    with pytest.raises(UserError, match=r"positions in train/list\.txt.*or give names"):
+        source.entries(Findings())
+    (tmp_path / "names.txt").write_text("GOT-10k_Train_000002\n")
+    assert [e.name for e in source.entries(Findings())] == ["GOT-10k_Train_000002"]
+
+
+def test_files_between_the_numbered_images_do_no_harm(tmp_path: Path) -> None:
+    layouts.make_lasot(tmp_path)
+    folder = tmp_path / "cat" / "cat-1" / "img"
+    for name in ("00000001 (1).jpg", "cover.jpg", "._00000002.jpg"):
+        layouts.write_image(folder / name, 9)
+    found, reasons = load_all(datasets.Lasot(source=tmp_path, split="test"))
+    assert [Path(p).name for p in found["cat-1"].images] == [f"0000000{n}.jpg" for n in range(1, 5)]
+    assert found["cat-1"].frame_number.tolist() == [1, 2, 3, 4]
+    assert "2 images that are not named by a number" in reasons[("cat-1", "repaired")]
+
+
 def test_lasot_is_one_based_and_takes_as_many_frames_as_rows(tmp_path: Path) -> None:
     layouts.make_lasot(tmp_path / "lasot")
     index, findings = to_shards(datasets.Lasot(source=tmp_path / "lasot"), tmp_path / "out")
@@ -269,6 +291,41 @@ def test_a_plain_folder_of_frames(tmp_path: Path) -> None:
     np.testing.assert_array_equal(recording.box[0], [10, 12, 40, 36])
     with pytest.raises(UserError, match="--annotation"):
         datasets.Folder(source=tmp_path / "frames").entries(Findings())
+
+
+HEADERS = ("x,y,w,h", "# left top width height", '"X";"Y";"W";"H"', "frame,x,y,w,h,score")
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_line_of_column_names_is_no_box(tmp_path: Path, header: str) -> None:
+    layouts.make_folder(tmp_path / "own")
+    layouts.make_videos(tmp_path / "videos")
+    rows = layouts.boxes(8)
+    if header.startswith("frame"):
+        rows = [[t, *row, 0.5] for t, row in enumerate(rows)]
+    for file, count in (("own/frames/groundtruth.txt", 8), ("videos/one.txt", 6)):
+        layouts.write_rows(tmp_path / file, rows[:count])
+        (tmp_path / file).write_text(f"{header}\n{(tmp_path / file).read_text()}")
+    for source, name in (
+        (datasets.Folder(source=tmp_path / "own" / "frames"), "frames"),
+        (datasets.Video(source=tmp_path / "videos"), "one"),
+    ):
+        found, reasons = load_all(source)
+        count = len(found[name].box)
+        assert count == {"frames": 8, "one": 6}[name]
+        np.testing.assert_array_equal(found[name].box[0], [10, 12, 40, 36])
+        np.testing.assert_array_equal(found[name].box[-1][0], 10 + 2 * (count - 1))
+        assert "names columns" in reasons[(name, "repaired")]
+
+
+@pytest.mark.parametrize("first", ["nan,nan,nan,nan", "", "-,-,-,-"])
+def test_a_first_frame_without_box_is_no_line_of_column_names(tmp_path: Path, first: str) -> None:
+    layouts.make_folder(tmp_path)
+    truth = tmp_path / "frames" / "groundtruth.txt"
+    layouts.write_rows(truth, layouts.boxes(7))
+    truth.write_text(f"{first}\n{truth.read_text()}")
+    found, _ = load_all(datasets.Folder(source=tmp_path / "frames"))
+    assert found["frames"].visible.tolist() == [False] + [True] * 7
 
 
 def test_video_files(tmp_path: Path) -> None:

@@ -122,3 +122,20 @@ def test_a_law_serves_smaller_variants_only() -> None:
     assert law.serves(VARIANTS["T-112"])
     assert law.serves(VARIANTS["g-224"])
     assert not law.serves(VARIANTS["B-378"])
+
+
+def test_a_law_serves_no_wider_sampling_and_no_other_template() -> None:
+    row = VARIANTS["B-224"]
+    law = WindowLaw.for_variant(row)
+    assert law.serves(row, SamplingConfig())
+    for name, narrower, wider in (
+        ("translation_jitter", 2.0, 4.0),
+        ("scale_jitter", 0.1, 0.5),
+        ("min_object_size", 20.0, 5.0),
+    ):
+        assert law.serves(row, SamplingConfig(**{name: narrower}))
+        assert not law.serves(row, SamplingConfig(**{name: wider}))
+    assert not law.serves(dataclasses.replace(row, template_area_factor=5.0))
+    assert not law.serves(dataclasses.replace(row, template_area_factor=1.2))
+    for wanted in VARIANTS.values():
+        assert WindowLaw.for_variant(wanted).serves(wanted)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorat.config import TrainConfig, resolve
+from lorat.config import SamplingConfig, TrainConfig, resolve
 from lorat.errors import UserError
 from lorat_platform.sources import open_datasets, parse_sources, resolve_sources
 from tests.small_shards import make_shards
@@ -32,6 +32,9 @@ def test_windows_are_refused_where_they_are_too_small_or_would_flatter(tmp_path:
     assert open_datasets(resolve(config)).fingerprints
     with pytest.raises(UserError, match=r"224-px search crops.*--variant B-378"):
         open_datasets(resolve(TrainConfig(variant="B-378", data=windows)))
+    wider = SamplingConfig(translation_jitter=5.0)
+    with pytest.raises(UserError, match=r"this sampling.*--full-frame, or train with the usual"):
+        open_datasets(resolve(TrainConfig(variant="B-224", data=windows, sampling=wider)))
     with pytest.raises(UserError, match="--full-frame"):
         open_datasets(resolve(TrainConfig(variant="B-224", data=windows, val_data=windows)))
 
