@@ -33,7 +33,7 @@ def train_job(
     run: Annotated[RunOptions, FLAT],
     config: Path | None = None,
     dry_run: bool = False,
-    replay: Path | None = None,
+    replay: str | None = None,
 ) -> tuple[TrainConfig, RunOptions, bool, Path | None]:
     """Train a tracker, evaluate it by tracking, and register it.
 
@@ -80,7 +80,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, RunOptions, bool, Path | N
         run: Annotated[RunOptions, FLAT] = RunOptions(),  # noqa: B008 (frozen)
         config: Path | None = None,
         dry_run: bool = False,
-        replay: Path | None = None,
+        replay: str | None = None,
     ) -> Any:
         return train_job(train, run, config, dry_run, replay)
 

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Otherwise every task without a GPU warns about a future change of Ray.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A task that asks for no GPU sees none, so that it cannot take memory from one that did.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     # Without it everything that a training worker prints appears twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
@@ -33,14 +33,15 @@ ENVIRONMENT = {
 """Environment of the driver and of every worker."""
 
 FORWARDED = (
-    "LORAT_HOME",
-    "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD",
-    "MLFLOW_TRACKING_TOKEN", "MLFLOW_S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION",
-    "AWS_REGION", "GOOGLE_APPLICATION_CREDENTIALS", "HF_HOME", "HF_HUB_OFFLINE",
+    "LORAT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL",
+    "AWS_DEFAULT_REGION", "AWS_REGION", "HF_HOME", "HF_HUB_OFFLINE",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S",
 )  # fmt: skip
-"""Variables of the driver that the workers see too, where they are set."""
+"""Variables of the driver that the workers see too, where they are set.
+
+No keys or passwords: Ray writes the environment of a job into its logs.  The nodes of a cluster
+have those from where they were started; an embedded Ray inherits them.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,9 @@ def benchmark_data(options: DataBenchmark) -> dict[str, float]:
         "stream, as a worker sees it", max(stream), 100 * figures["stream_share"],
         100 * WANTED_SHARE,
     )  # fmt: skip
+    # CPU time of all cores that a pair costs in the stream and not in the bare processes.
+    figures["transport_us"] = 1e6 * num * (1 / max(stream) - 1 / best.pairs_per_s)
+    log.info("  %-26s %10.0f   µs/pair on one core", "transport", figures["transport_us"])
     if loader:
         figures["loader_pairs_per_s"] = max(loader)
         log.info("  %-26s %10.1f", "DataLoader, loose JPEGs", max(loader))
@@ -110,15 +113,14 @@ def benchmark_data(options: DataBenchmark) -> dict[str, float]:
     return figures
 
 
-def stages(
-    config: TrainConfig, sources: tuple[Source, ...], num_pairs: int = 200
-) -> dict[str, float]:
+def stages(config: TrainConfig, sources: tuple[Source, ...]) -> dict[str, float]:
     """Return microseconds per pair of sampling, reading, decoding and cropping on one core."""
     import cv2
 
     from lorat.pairs import load_pairs
 
     cv2.setNumThreads(1)
+    num_pairs = 200
     sampler, readers = open_pairs(config, sources)
     timed = [_TimedReader(reader) for reader in readers]
     load_pairs(sampler, timed, range(20))  # opens the shards

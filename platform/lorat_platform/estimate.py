@@ -8,7 +8,7 @@ from lorat.complexity import Description, describe
 from lorat.config import TrainConfig
 from lorat.errors import UserError
 from lorat_platform.run_options import RunOptions
-from lorat_platform.sources import SYNTHETIC, parse_sources
+from lorat_platform.sources import SYNTHETIC, SYNTHETIC_PRETRAIN, parse_sources
 from lorat_platform.stream import local_range, pair_bytes
 from lorat_platform.telemetry import PEAK_FLOPS, duration, peak_flops
 
@@ -108,10 +108,10 @@ def _bytes_per_pair(config: TrainConfig) -> tuple[float, str]:
     """Return the mean bytes of a pair's two images, weighted as the mixture is."""
     from lorat.frame_index import FrameIndex
 
-    if SYNTHETIC in config.data:
-        return 2 * 18_000.0, "typical of the synthetic data"
     total = weights = 0.0
     for source in parse_sources(config.data):
+        if source.uri in (SYNTHETIC, SYNTHETIC_PRETRAIN):
+            return 2 * 18_000.0, "typical of the synthetic data"
         try:
             index = FrameIndex.open(source.uri)
         except UserError:

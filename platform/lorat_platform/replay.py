@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from lorat import checkpoint
 from lorat.augment import augment, foreground_mask
 from lorat.errors import UserError
+from lorat.storage import Location, locate
+from lorat.tensor_files import write_tensors
 from lorat_platform.checkpoint_store import reason
 
 if TYPE_CHECKING:
     from lorat_platform.learner import Learner
 
 
-def dump(learner: Learner, batch: dict[str, np.ndarray], folder: Path) -> Path:
-    """Write the batch, the weights that it met, and where that was; return the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: np.ascontiguousarray(v) for k, v in batch.items()}, folder / "batch.safetensors")
+def dump(learner: Learner, batch: dict[str, np.ndarray], target: Location) -> str:
+    """Write the batch, the weights that it met, and where that was; return the address.
+
+    Raises:
+        OSError: if there is no room, or the storage cannot be reached.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        _write(learner, batch, Path(scratch))
+        target.filesystem.create_dir(target.path, recursive=True)
+        pafs.copy_files(
+            scratch, target.path, destination_filesystem=target.filesystem, use_threads=False
+        )
+    return target.uri
+
+
+def _write(learner: Learner, batch: dict[str, np.ndarray], folder: Path) -> None:
+    write_tensors(
+        {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()},
+        folder / "batch.safetensors",
+    )
     checkpoint.save(learner.model, learner.config, folder / "checkpoint")
     content = {
         "step": learner.step - 1,
@@ -31,15 +52,30 @@ def dump(learner: Learner, batch: dict[str, np.ndarray], folder: Path) -> Path:
         "precision": str(learner.amp_dtype or torch.float32).removeprefix("torch."),
     }
     (folder / "dump.json").write_text(json.dumps(content, indent=2) + "\n")
-    return folder
 
 
-def replay(folder: Path) -> str:
+def replay(uri: str) -> str:
     """Run a dump forward and backward, pair by pair, and say which pairs are at fault.
 
     Raises:
-        UserError: if the folder holds no dump.
+        UserError: if the address holds no dump.
     """
+    location = locate(uri)
+    if location.is_local:
+        return _replay(Path(location.path))
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            pafs.copy_files(
+                location.path, scratch, source_filesystem=location.filesystem, use_threads=False
+            )
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(
+                f"{uri} cannot be read ({reason(error)}); give the address that the message named."
+            ) from error
+        return _replay(Path(scratch))
+
+
+def _replay(folder: Path) -> str:
     try:
         content = json.loads((folder / "dump.json").read_text())
         arrays = load_file(folder / "batch.safetensors")

@@ -48,7 +48,7 @@ class RunOptions:
     val_sequences: int = 16
     """Sequences that are tracked in a validation; the evaluation at the end takes all."""
     val_gpus: float | None = None
-    """GPU share of a validation; none means a whole one where one is left, else none."""
+    """GPU share of a validation; none means a whole one where one is left, else the CPU."""
     final_evaluation: bool = True
     """Track all validation sequences at the end, beside the static and the MIL tracker."""
     register: bool = True
@@ -100,6 +100,8 @@ class Placement:
     threads: int | None
     """Torch threads per worker; none on a GPU."""
     spare_gpus: float
+    validation_threads: int
+    """CPU threads of a validation that gets no GPU."""
 
     @classmethod
     def plan(cls, options: RunOptions, cluster: Cluster, batch_size: int) -> Placement:
@@ -138,4 +140,18 @@ class Placement:
             cpus=cpus,
             threads=None if use_gpu else cpus,
             spare_gpus=max(0.0, cluster.gpus - high) if use_gpu else 0.0,
+            validation_threads=max(1, min(8, int(total - high * cpus))) if use_gpu else 1,
         )
+
+    def wanted(self) -> str:
+        """Say what the fewest workers ask for."""
+        gpus = f" and {self.low} GPUs" if self.use_gpu else ""
+        return f"{self.low * self.cpus:g} CPUs{gpus}"
+
+    def missing(self, cluster: Cluster) -> str | None:
+        """Say what the cluster does not have yet for the fewest workers, if so."""
+        enough = self.low * self.cpus <= cluster.cpus
+        if enough and (not self.use_gpu or self.low <= cluster.gpus):
+            return None
+        there = f"{cluster.cpus:g} CPUs and {cluster.gpus:g} GPUs"
+        return f"{self.wanted()} are asked for, {there} are there"

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from lorat.config import TrainConfig
+from lorat.errors import UserError
 from lorat.variants import Variant
 from lorat_platform.console import Console
 from lorat_platform.sources import Source, open_pairs
@@ -199,18 +200,29 @@ class Decoder:
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
 
     def load(self, indices: np.ndarray) -> Batch:
-        """Return what :func:`lorat.pairs.load_pairs` gives."""
-        from lorat.pairs import load_pairs
+        """Return what :func:`lorat.pairs.load_pairs` gives.
 
+        Raises:
+            UserError: if one image after the other is damaged.
+        """
         if self._pool is None or len(indices) < 2:
-            return load_pairs(self._sampler, self._readers, indices.tolist())
+            return self._load(indices)
         parts = list(
-            self._pool.map(
-                lambda part: load_pairs(self._sampler, self._readers, part.tolist()),
-                np.array_split(indices, min(self._threads, len(indices))),
-            )
+            self._pool.map(self._load, np.array_split(indices, min(self._threads, len(indices))))
         )
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _load(self, indices: np.ndarray) -> Batch:
+        from lorat.images import DamagedImage
+        from lorat.pairs import load_pairs
+
+        try:
+            return load_pairs(self._sampler, self._readers, indices.tolist())
+        except DamagedImage as error:
+            raise UserError(
+                f"One image after the other is damaged, the last because {error}; check the data "
+                "with 'python jobs/ingest.py verify URI', and ingest it again."
+            ) from error
 
 
 class BlockDecoder:

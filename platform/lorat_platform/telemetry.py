@@ -72,7 +72,7 @@ class StepClock:
         return wall, seconds
 
 
-def peak_flops(device: torch.device, num_threads: int | None = None) -> tuple[float, str]:
+def peak_flops(device: torch.device) -> tuple[float, str]:
     """Return the assumed peak of one worker, in FLOP/s, and where the figure comes from.
 
     A GPU's is its data sheet's; a CPU's is measured with a large float32 matrix product.

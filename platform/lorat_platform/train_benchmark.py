@@ -19,9 +19,10 @@ from lorat.config import TrainConfig, resolve
 from lorat.criterion import Criterion
 from lorat.model import build_model
 from lorat.optimisation import build_optimizer
+from lorat_platform import cluster
 from lorat_platform.learner import Learner, World, resolve_precision
-from lorat_platform.sources import open_pairs, resolve_sources
-from lorat_platform.stream import Batch, Decoder, LocalSource
+from lorat_platform.sources import resolve_sources
+from lorat_platform.stream import Batch, DecodePool, Layout, RayStream, split_stream
 from lorat_platform.telemetry import peak_flops
 from lorat_platform.train_loop import Hooks, run
 
@@ -146,7 +147,7 @@ def random_batch(config: TrainConfig, num_pairs: int) -> Batch:
 
 
 class Bare:
-    """The same forward, backward and optimiser on tensors that are on the device already."""
+    """The same forward, backward and optimiser on tensors that are ready for the model."""
 
     def __init__(self, config: TrainConfig, device: torch.device, batch: Batch) -> None:
         self._device = device
@@ -160,19 +161,19 @@ class Bare:
         if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
             self._model.compile(dynamic=False)
         names = ("template", "search", "template_box", "search_box", "augment")
-        self._batch = {name: torch.from_numpy(batch[name]).to(device) for name in names}
-        self._size = config.model_variant.search_size
+        on_device = {name: torch.from_numpy(batch[name]).to(device) for name in names}
+        with torch.no_grad():
+            template, search, template_box, search_box = augment(on_device)
+        self._inputs = template, search, foreground_mask(template_box, self._model.variant)
+        self._target = search_box / config.model_variant.search_size
 
     def steps(self, count: int) -> None:
         """Take steps."""
         for _ in range(count):
-            with torch.no_grad():
-                template, search, template_box, search_box = augment(self._batch)
-                mask = foreground_mask(template_box, self._model.variant)
             enabled = self._dtype is not None
             with torch.autocast(self._device.type, self._dtype or torch.float32, enabled=enabled):
-                outputs = self._model(template, search, mask)
-            loss = self._criterion(outputs, search_box / self._size)["loss"]
+                outputs = self._model(*self._inputs)
+            loss = self._criterion(outputs, self._target)["loss"]
             self._scaler.scale(loss).backward()
             self._scaler.unscale_(self._optimizer)
             torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
@@ -224,17 +225,24 @@ def memory(options: TrainBenchmark, device: torch.device) -> dict[str, float]:
 
 
 def stall(options: TrainBenchmark, device: torch.device) -> float:
-    """Return the share of time that training waits for pairs decoded beside it."""
+    """Return the share of time that training waits for the stream, decoded beside it by Ray Data.
+
+    As in a training job, the decoders run on what the torch threads leave of the CPUs.
+    """
     config = _config(options, "lora")
-    sampler, readers = open_pairs(config, resolve_sources(options.data or "synthetic", "train"))
-    decoder = Decoder(sampler, readers)
-    end = options.steps * 2
-    source = LocalSource(decoder.load, batch_size=options.batch_size, end_step=end)
+    sources = resolve_sources(options.data or "synthetic", "train")
+    end = options.steps * 3
+    layout = Layout.plan(config, 1, 0, end)
     shares: list[float] = []
 
     def keep(step: int, metrics: dict[str, float]) -> None:
         shares.append(metrics["system/data_stall_share"])
 
-    hooks = Hooks(log_every=options.steps, on_interval=keep)
-    run(config, source, world=World(device=device), hooks=hooks, end_step=end)
-    return shares[-1]
+    with cluster.connected("local") as ray_cluster:
+        on_cpu = 0 if device.type == "cuda" else torch.get_num_threads()
+        pool = DecodePool.plan(worker_cpus=on_cpu, cluster_cpus=ray_cluster.cpus)
+        (iterator,) = split_stream(config, sources, layout, pool)
+        hooks = Hooks(log_every=options.steps, on_interval=keep)
+        source = RayStream(iterator, layout, 0)
+        run(config, source, world=World(device=device), hooks=hooks, end_step=end)
+    return statistics.mean(shares[1:])  # the first interval starts the pipeline

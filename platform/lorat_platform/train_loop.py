@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import GeneratorType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 
 from lorat.complexity import describe
 from lorat.config import TrainConfig
 from lorat.errors import UserError
+from lorat.storage import Location
+from lorat_platform.checkpoint_store import reason
 from lorat_platform.learner import Learner, StepResult, World
 from lorat_platform.stream import Batch, BatchSource
 from lorat_platform.telemetry import PARTS, memory_bytes, peak_flops, summarise
@@ -27,7 +30,9 @@ log = logging.getLogger(__name__)
 Prepared = tuple[Batch, Callable[[], dict[str, torch.Tensor]]]
 
 FEWEST_IMAGES = 500
-"""Images that are read before their damaged share can stop the training."""
+"""Images that are read before their damaged share can stop the training, but at its end."""
+MOST_DUMPS = 3
+"""Steps that are dumped in one life of a worker; each holds the weights."""
 
 
 @dataclass(kw_only=True)
@@ -45,8 +50,8 @@ class Hooks:
     """Called when a checkpoint is due, at the end too, with the last interval's metrics."""
     on_step: Callable[[int], bool | None] | None = None
     """Called after every step with the steps taken; true asks for a checkpoint now."""
-    dump_folder: Path | None = None
-    """Where a batch that gives a loss or gradient that is not finite is written."""
+    dumps: Location | None = None
+    """Where batches that give a loss or gradient that is not finite are written."""
 
 
 @dataclass
@@ -109,7 +114,7 @@ def run(
         result = learner.train_step(on_device)
         _add(interval, result, world.device)
         if not result.finite:
-            _handle_nonfinite(learner, batch, hooks, world)
+            _handle_nonfinite(learner, batch, result, hooks, world)
         save_now = bool(hooks.on_step and hooks.on_step(learner.step))
         due = learner.step % hooks.log_every == 0 or learner.step == end_step
         if due:
@@ -117,7 +122,9 @@ def run(
             damaged_total += int(metrics.pop("_damaged"))
             images_total += int(metrics.pop("_images"))
             metrics["system/damaged_share"] = damaged_total / max(images_total, 1)
-            _check_damage(config, damaged_total, images_total)
+            enough = images_total >= FEWEST_IMAGES or learner.step == end_step
+            if enough:
+                _check_damage(config, damaged_total, images_total)
             interval = _Interval()
             stop = bool(hooks.on_interval and hooks.on_interval(learner.step, metrics))
         every = hooks.checkpoint_every
@@ -247,12 +254,14 @@ def _report(
         flops_per_pair=flops,
         peak=peak,
     )
-    metrics |= {f"system/memory_gb/{k}": v / world.size / 2**30 for k, v in zip(memory, held, strict=True)}
+    metrics |= {
+        f"system/memory_gb/{k}": v / world.size / 2**30 for k, v in zip(memory, held, strict=True)
+    }
     return metrics
 
 
 def _check_damage(config: TrainConfig, damaged: int, images: int) -> None:
-    if images >= FEWEST_IMAGES and damaged > config.max_damaged * images:
+    if damaged > config.max_damaged * images:
         raise UserError(
             f"{damaged} of {images} images are damaged, more than the allowed share "
             f"{config.max_damaged:g} (max_damaged); their names are in the log: ingest the data "
@@ -260,23 +269,91 @@ def _check_damage(config: TrainConfig, damaged: int, images: int) -> None:
         )
 
 
-def _handle_nonfinite(
-    learner: Learner, batch: dict[str, np.ndarray], hooks: Hooks, world: World
-) -> None:
-    step = learner.step - 1
-    first, last = int(batch["index"].min()), int(batch["index"].max())
-    where = ""
-    if hooks.dump_folder is not None:
-        from lorat_platform.replay import dump
+@dataclass(frozen=True)
+class _Fault:
+    """What a worker knows about a step that is not finite."""
 
-        folder = dump(learner, batch, hooks.dump_folder / f"step-{step:08d}-rank-{world.rank}")
-        where = f"; replay it with: python jobs/train.py --replay {folder}"
-    message = (
-        f"The loss or a gradient is not finite at step {step} (pairs {first} to {last}){where}"
+    rank: int
+    own_loss: bool
+    """Whether its own part of the loss is not finite."""
+    first: int
+    last: int
+    dump: str | None = None
+    note: str = ""
+
+
+def _handle_nonfinite(
+    learner: Learner,
+    batch: dict[str, np.ndarray],
+    result: StepResult,
+    hooks: Hooks,
+    world: World,
+) -> None:
+    """Dump the parts of the batch that are at fault and name them; every worker calls it.
+
+    A worker is at fault if its own loss is not finite; if no loss is to blame, all may be.
+    """
+    step = learner.step - 1
+    own = _Fault(
+        rank=world.rank,
+        own_loss=not bool(torch.isfinite(result.loss)),
+        first=int(batch["index"].min()),
+        last=int(batch["index"].max()),
     )
+    blamed = any(fault.own_loss for fault in _gathered(own, world))
+    if own.own_loss or not blamed:
+        own = _dumped(own, learner, batch, hooks, step)
+    faults = [f for f in _gathered(own, world) if f.own_loss or not blamed]
+    where = ", ".join(f"{f.first} to {f.last}" for f in faults)
+    message = f"The loss or a gradient is not finite at step {step} (pairs {where})"
+    message += "".join(f"; replay it with: python jobs/train.py --replay {f.dump}"
+                       for f in faults if f.dump)  # fmt: skip
+    message += "".join(f.note for f in faults)
     if learner.config.nonfinite == "stop":
         raise UserError(f"{message}; --nonfinite skip leaves such steps out.")
-    log.warning("%s; the step is left out", message)
+    if world.rank == 0:
+        log.warning("%s; the step is left out", message)
+
+
+def _gathered(fault: _Fault, world: World) -> list[_Fault]:
+    """Return what every worker knows."""
+    if world.size == 1:
+        return [fault]
+    faults: list[Any] = [None] * world.size
+    dist.all_gather_object(faults, fault)
+    return faults
+
+
+def _dumped(
+    fault: _Fault, learner: Learner, batch: dict[str, np.ndarray], hooks: Hooks, step: int
+) -> _Fault:
+    """Dump a worker's part of the batch, as long as there are not many dumps yet."""
+    from lorat_platform.replay import dump
+
+    if hooks.dumps is None or learner.num_skipped > MOST_DUMPS:
+        return fault
+    try:
+        uri = dump(learner, batch, hooks.dumps.child(f"step-{step:08d}-rank-{fault.rank}"))
+    except (OSError, pa.ArrowException) as error:
+        return dataclasses.replace(fault, note=f"; it cannot be dumped: {reason(error)}")
+    return dataclasses.replace(fault, dump=uri)
+
+
+def parts_line(metrics: dict[str, Any]) -> str:
+    """Write where the time of a step goes, and how the hardware is used."""
+    parts = ", ".join(f"{name} {metrics[f'system/time_ms/{name}']:.1f}" for name in PARTS)
+    mfu = metrics.get("system/mfu")
+    memory = ", ".join(
+        f"{value:.1f} GB {name.rpartition('/')[2].replace('_', ' ')}"
+        for name, value in metrics.items()
+        if name.startswith("system/memory_gb/")
+    )
+    return (
+        f"     step {metrics['system/step_ms']:.1f} ms ({parts}); "
+        f"{metrics['system/samples_per_s_per_worker']:.1f} samples/s per worker; "
+        + (f"MFU {100 * mfu:.0f} %; " if mfu is not None else "")
+        + f"memory {memory}"
+    )
 
 
 def metrics_line(step: int, end_step: int, metrics: dict[str, Any], seconds_left: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from lorat.config import TrainConfig
 from lorat.errors import UserError
-from lorat.home import home
 from lorat.storage import Location
 from lorat_platform import checkpoint_store, run_record
 from lorat_platform.console import Console
@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 SCORE = "val/ao"
 """What the best checkpoints are kept by."""
 UNSCORED = -1.0
+LOOK_EVERY_S = 1.0
+"""Seconds between looks for nodes that are about to be taken away."""
+PARTS_EVERY_S = 60.0
+"""Seconds between lines that split the time of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +106,7 @@ def train_worker(setup: WorkerSetup) -> None:
             checkpoint_every=setup.checkpoint_every,
             on_checkpoint=reporter.checkpoint,
             on_step=reporter.preempted,
-            dump_folder=_dump_folder(folder),
+            dumps=folder.child("dumps"),
         ),
     )
 
@@ -113,11 +117,6 @@ def _start_weights(setup: WorkerSetup) -> Path | None:
     from lorat_platform.registry import resolve
 
     return resolve(setup.start_weights)
-
-
-def _dump_folder(folder: Location) -> Path:
-    """Return where batches for replay go: beside the checkpoints, or the home folder."""
-    return Path(folder.file("dumps")) if folder.is_local else home() / "dumps" / folder.path
 
 
 def _open_stream(setup: WorkerSetup, world: Any, start: int) -> Any:
@@ -154,8 +153,10 @@ class _Reporter:
         self._end = setup.config.total_steps
         self._rate: float | None = None
         self._last = (time.perf_counter(), start_step)
+        self._parts_shown = float("-inf")
         self._gauges = Gauges(setup.run_name)
         self._preempted: set[str] = set()
+        self._look_every = 1
         if self._rank == 0:
             peak, origin = peak_flops(world.device)
             known = (
@@ -165,8 +166,10 @@ class _Reporter:
 
     def interval(self, step: int, metrics: dict[str, float]) -> None:
         """Show and record an interval."""
-        from lorat_platform.train_loop import metrics_line
+        from lorat_platform.train_loop import metrics_line, parts_line
 
+        # The same on every worker, since the metrics are: looking is a call of all of them.
+        self._look_every = max(1, int(1e3 * LOOK_EVERY_S / metrics["system/step_ms"]))
         if self._rank == 0:
             now, before = time.perf_counter(), self._last
             rate = (now - before[0]) / max(step - before[1], 1)
@@ -174,6 +177,9 @@ class _Reporter:
             self._last = (now, step)
             left = self._rate * (self._end - step)
             self._setup.console.line(metrics_line(step, self._end, metrics, left))
+            if now - self._parts_shown > PARTS_EVERY_S:
+                self._parts_shown = now
+                self._setup.console.line(parts_line(metrics))
             if self._setup.run is not None:
                 self._setup.run.log_metrics(metrics, step)
             self._gauges.set(metrics)
@@ -191,6 +197,7 @@ class _Reporter:
             try:
                 learner.save(local)
             except OSError as error:
+                shutil.rmtree(local, ignore_errors=True)
                 raise UserError(
                     f"The checkpoint of step {step} cannot be written to {local}: "
                     f"{checkpoint_store.reason(error)}; make room, or set TMPDIR."
@@ -209,7 +216,7 @@ class _Reporter:
         """Ask for a checkpoint now when a node of a worker is about to be taken away."""
         import ray.train
 
-        if step % self._setup.log_every:
+        if step % self._look_every:
             return False
         info = ray.train.get_preemption_info()
         new = set(info.preempted_node_ids) - self._preempted if info else set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+START_TIMEOUT_S = 300
+"""Longest wait for the nodes of the training workers, by default; embedded, Ray's own minute."""
+VALIDATION_TIMEOUT_S = 3600.0
+"""Longest validation; the end of the training waits for the last one."""
 CONTROLLER_FAILURES = 3
 """Starts of the worker group that may time out before the run gives up."""
 
@@ -94,7 +99,9 @@ def _open_run(
     """Open the MLflow run, the same one for a run that goes on; a thread records its id."""
     from lorat_platform.metric_sink import open_remote_run
 
-    journal = folder.path if folder.is_local else str(home() / "runs" / record.name)
+    # Runs of one name in several storages are different runs.
+    place = hashlib.sha256(folder.uri.encode()).hexdigest()[:8]
+    journal = folder.path if folder.is_local else str(home() / "runs" / f"{record.name}-{place}")
     run = open_remote_run(
         options.experiment,
         record.name,
@@ -164,8 +171,13 @@ def _fit(
     from ray.train.v2.api.validation_config import ValidationConfig
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    if not cluster.embedded:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
     assert config.batch_size is not None and config.epochs is not None
     place = Placement.plan(options, cluster, config.batch_size)
+    wanted = place.missing(cluster)
+    if wanted:
+        log.info("waiting for nodes: %s", wanted)
     every = options.validate_every
     if every is None:
         every = max(1, config.epochs // 4)
@@ -197,10 +209,18 @@ def _fit(
             sources=datasets.val,
             num_pairs=options.val_pairs,
             num_sequences=options.val_sequences,
+            threads=place.validation_threads,
         )
+        if place.use_gpu and not val_gpus:
+            log.info(
+                "validation runs on %d CPU threads, since no GPU is left; --val-gpus 1 with one "
+                "more GPU is faster, --validate-every 0 leaves it to the end",
+                place.validation_threads,
+            )
         validation = ValidationConfig(
             fn=CheckpointValidation(plan=plan, run=run, console=console),
             ray_remote_kwargs={"num_cpus": 0, "num_gpus": val_gpus, "max_retries": 1},
+            timeout_s=VALIDATION_TIMEOUT_S,
         )
     resources: dict[str, float] = {"CPU": place.cpus}
     if place.use_gpu:
@@ -234,7 +254,7 @@ def _fit(
         validation_config=validation,
     )
     began = time.perf_counter()
-    _in_thread(trainer.fit)
+    _in_thread(trainer.fit, place)
     name = checkpoint_store.newest(folder)
     if name is None:
         raise UserError(f"The training ended without a checkpoint in {folder.uri}.")
@@ -255,7 +275,7 @@ def _validation_steps(wanted: int, checkpoint_every: int) -> int:
     return max(1, round(wanted / checkpoint_every)) * checkpoint_every
 
 
-def _in_thread(fit: Callable[[], Any]) -> None:
+def _in_thread(fit: Callable[[], Any], place: Placement) -> None:
     """Run ``fit`` beside the main thread, which stays free for Ctrl-C.
 
     Ray Train would install a handler of its own that ends the process with code 0.
@@ -274,6 +294,11 @@ def _in_thread(fit: Callable[[], Any]) -> None:
         thread.join(timeout=0.2)
     if failure:
         message = user_message(failure[0])
+        if message is None and "WorkerGroupStartupTimeoutError" in repr(failure[0]):
+            message = (
+                f"The cluster did not give the {place.wanted()} of the training workers in time; "
+                "add nodes or lower --workers, and the same command goes on."
+            )
         if message is not None:
             raise UserError(message) from failure[0]
         raise failure[0]
@@ -294,6 +319,12 @@ def _stop_at_user_errors(console: Console) -> Any:
                 message = user_message(error)
                 if message is not None:
                     raise UserError(message)
+                if "CUDA out of memory" in str(error):
+                    raise UserError(
+                        f"The GPU of worker {rank} ran out of memory; give a smaller "
+                        "--micro-batch (the batch stays the same), --activation-checkpointing or "
+                        "--frozen-dtype bf16, and the same command goes on."
+                    )
                 lines = str(error).strip().splitlines()
                 console.line(f"worker {rank} failed: {lines[-1] if lines else repr(error)}")
 

@@ -124,6 +124,17 @@ def evenly(items: Sequence[int], count: int) -> list[int]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+def _has_gpu() -> bool:
+    """Tell whether this task was given a GPU; one that it only sees belongs to a worker."""
+    import ray
+
+    if not torch.cuda.is_available():
+        return False
+    return not ray.is_initialized() or bool(
+        ray.get_runtime_context().get_accelerator_ids().get("GPU")
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointValidation:
     """The function that Ray Train runs as a task of its own for a checkpoint."""
@@ -147,7 +158,7 @@ class CheckpointValidation:
         torch.set_num_threads(self.plan.threads)
         began = time.perf_counter()
         step = json.loads((folder / "training_state.json").read_text())["step"]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if _has_gpu() else "cpu"
         metrics = validate(checkpoint.load(folder).to(device), self.plan)
         metrics["val/seconds"] = time.perf_counter() - began
         if self.run is not None:

@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from lorat.errors import UserError
-from lorat_platform.learner import Learner
+from lorat.storage import locate
+from lorat_platform.learner import Learner, World
 from lorat_platform.replay import replay
 from lorat_platform.stream import Batch
 from lorat_platform.telemetry import PARTS
@@ -72,12 +75,12 @@ def test_a_loss_that_is_not_finite_stops_and_is_dumped_for_replay(tmp_path: Path
             CONFIG,
             source(load=spoilt({34})),
             learner=learner,
-            hooks=Hooks(dump_folder=tmp_path),
+            hooks=Hooks(dumps=locate(tmp_path)),
         )
     folder = tmp_path / "step-00000003-rank-0"
-    assert f"--replay {folder}" in str(caught.value)
+    assert f"--replay {locate(folder).uri}" in str(caught.value)
     assert all(torch.isfinite(p).all() for p in learner.model.parameters())
-    text = replay(folder)
+    text = replay(str(folder))
     assert "pair 34: loss nan" in text
     assert "1 of 10 pairs" in text
 
@@ -92,11 +95,17 @@ def test_a_loss_that_is_not_finite_can_be_skipped() -> None:
 
 def test_replaying_a_folder_that_is_no_dump_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no dump"):
-        replay(tmp_path)
+        replay(str(tmp_path))
 
 
-def test_too_many_damaged_images_stop_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorat_platform.train_loop.FEWEST_IMAGES", 50)
+@pytest.mark.parametrize(
+    ("judged_from", "message"),
+    [(50, "of 105 images are damaged"), (1000, "of 420 images are damaged")],
+)
+def test_too_many_damaged_images_stop_the_training_early_or_at_its_end(
+    judged_from: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorat_platform.train_loop.FEWEST_IMAGES", judged_from)
 
     def load(indices: np.ndarray) -> Batch:
         batch = random_pairs(indices)
@@ -104,7 +113,34 @@ def test_too_many_damaged_images_stop_the_training(monkeypatch: pytest.MonkeyPat
         return batch
 
     hooks = Hooks(log_every=5)
-    with pytest.raises(UserError, match="of 105 images are damaged"):
+    with pytest.raises(UserError, match=message):
         run(CONFIG, source(load=load), hooks=hooks)
     lenient = dataclasses.replace(CONFIG, max_damaged=0.06)
     assert run(lenient, source(load=load), hooks=hooks).step == 20
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    hooks = Hooks(dumps=locate(f"{folder}/dumps"))
+    try:
+        run(
+            CONFIG,
+            source(rank, 2, spoilt({37})),
+            world=World(rank=rank, size=2),
+            hooks=hooks,
+        )
+    except UserError as error:
+        Path(folder, f"message-{rank}").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def test_of_several_workers_the_one_at_fault_is_named_and_dumped(tmp_path: Path) -> None:
+    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    messages = [(tmp_path / f"message-{rank}").read_text() for rank in range(2)]
+    assert messages[0] == messages[1]
+    assert "not finite at step 3 (pairs 35 to 39)" in messages[0]
+    (folder,) = (tmp_path / "dumps").iterdir()
+    assert folder.name == "step-00000003-rank-1"
+    assert "1 of 5 pairs" in replay(str(folder))
