@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -116,10 +118,16 @@ class Ray:
         return str(self.get(f"/api/jobs/{job}/logs")["logs"])
 
     def exported_metrics(self) -> set[str]:
-        """Return the names that Prometheus would read from the nodes."""
+        """Return the names that Prometheus would read; who does not answer has none.
+
+        The head also lists ports of its own programs, which another Ray of this machine may have.
+        """
         listed = json.loads((self.processes.folder / "head" / DISCOVERY).read_text())
         names = set()
         for target in {target for group in listed for target in group["targets"]}:
-            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+            with (
+                contextlib.suppress(urllib.error.URLError),
+                urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer,
+            ):
                 names |= {line.split("{")[0] for line in answer.read().decode().splitlines()}
         return names
