@@ -168,7 +168,7 @@ def _fit(
         RunConfig,
         ScalingConfig,
     )
-    from ray.train.v2.api.validation_config import ValidationConfig
+    from ray.train.v2.api.validation_config import ValidationConfig, ValidationTaskConfig
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if not cluster.embedded:
@@ -220,7 +220,7 @@ def _fit(
         validation = ValidationConfig(
             fn=CheckpointValidation(plan=plan, run=run, console=console),
             ray_remote_kwargs={"num_cpus": 0, "num_gpus": val_gpus, "max_retries": 1},
-            timeout_s=VALIDATION_TIMEOUT_S,
+            task_config=ValidationTaskConfig(timeout_s=VALIDATION_TIMEOUT_S),
         )
     resources: dict[str, float] = {"CPU": place.cpus}
     if place.use_gpu:

@@ -46,7 +46,10 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
     tmp_path: Path, shards: tuple[str, str]
 ) -> None:
     data, val = shards
-    done = train(tmp_path, *SMALL, "--data", data, "--val-data", val, "--name", "small")
+    done = train(
+        tmp_path, *SMALL, "--data", data, "--val-data", val, "--name", "small",
+        "--checkpoint-every", "1", "--keep", "2",
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     out = done.stdout
     assert re.search(r"^step +10/10  loss \d+\.\d+ .* samples/s .* left 0 s$", out, re.MULTILINE)
@@ -55,6 +58,10 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
         assert re.search(rf"^val +{tracker} +[01]\.\d+", out, re.MULTILINE), out
     assert "model       models:/lorat/1, alias candidate" in out
     assert "mlflow server --backend-store-uri" in out
+    # The best are kept; only those that were validated, one an epoch, have a score.
+    kept = sorted(path.name for path in (tmp_path / "runs" / "small").glob("step-*"))
+    assert kept == ["step-00000005", "step-00000010"]
+    assert re.search(r"^ +step \d+\.\d ms \(data \d", out, re.MULTILINE)
     record = json.loads((tmp_path / "runs" / "small" / "run.json").read_text())
     assert record["finished"]
     assert record["config"]["batch_size"] == 8
@@ -70,11 +77,21 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
     assert run.info.status == "FINISHED"
     assert run.data.params["config.lora.rank"] == "2"
     assert run.data.tags["dataset.train"] == record["data"]["train"]
-    assert {"train/loss", "system/samples_per_s", "val/ao", "eval/val/ao"} <= set(
-        run.data.metrics
-    )
+    assert {"train/loss", "system/samples_per_s", "val/ao", "eval/val/ao"} <= set(run.data.metrics)
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert {"config.json", "checkpoint"} <= names
+    assert {"config.json", "checkpoint", "evaluation"} <= names
+    about = run.data.tags["mlflow.note.content"]
+    for tracker in ("LoRAT", "static", "mil"):
+        assert re.search(rf"^\| val \| {tracker} \| [01]\.\d+", about, re.MULTILINE), about
+    assert "N-112, lora rank 2, head depth" in about
+    report = {
+        Path(file.path).name: file.path
+        for folder in ("evaluation", "evaluation/val", "evaluation/val/clips")
+        for file in client.list_artifacts(run.info.run_id, folder)
+    }
+    assert {"success.png", "precision.png", "sequences.csv", "report.md"} <= set(report)
+    assert {name.split("-")[0] for name in report if name.endswith(".mp4")} == {"best", "worst"}
+    assert json.loads(version.tags["benchmark"]) == [val]
 
     again = train(tmp_path, *SMALL, "--data", data, "--val-data", val, "--name", "small")
     assert again.returncode == 2
@@ -87,7 +104,9 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
         "--init-from", "models:/lorat@candidate", "--validate-every", "0", "--lr", "1e-6",
     )  # fmt: skip
     assert warm.returncode == 0, warm.stdout + warm.stderr
-    cold_end, warm_end = (float(re.findall(r"loss (\d+\.\d+)  lr", o)[-1]) for o in (out, warm.stdout))
+    cold_end, warm_end = (
+        float(re.findall(r"loss (\d+\.\d+)  lr", o)[-1]) for o in (out, warm.stdout)
+    )
     assert warm_end < cold_end
 
 
