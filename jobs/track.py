@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import bootstrap  # noqa: F401
 import numpy as np
@@ -47,8 +48,8 @@ class Options:
     """Variant of a released file, which does not name it."""
     output: Path = Path("tracked.mp4")
     """Annotated video, .mp4 or .webm; the boxes go beside it as .csv and .json."""
-    device: str | None = None
-    """cpu or cuda; none means cuda where it is there."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Auto means the GPU where there is one."""
     show: bool = False
     """Show the video while tracking; q ends it."""
     max_frames: int | None = None
@@ -57,6 +58,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.output.suffix.lower() not in CODECS:
             raise UserError(f"output is {self.output}; give a name in {' or '.join(CODECS)}.")
+        if self.output.resolve() == Path(self.source).expanduser().resolve():
+            raise UserError(f"output is {self.output}, the video itself; give another name.")
         if (self.box is None) != self.select:
             raise UserError("The object is not given once; give either --box L,T,W,H or --select.")
         if self.max_frames is not None and self.max_frames < 1:
@@ -104,6 +107,21 @@ def need_screen(option: str) -> None:
     probe = "import cv2; cv2.namedWindow('probe'); cv2.destroyAllWindows()"
     if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode != 0:
         raise UserError(f"{option} needs a screen and there is none; leave it out and give --box.")
+
+
+def torch_device(name: str) -> str | None:
+    """Return torch's name of a device; none means whatever is there.
+
+    Raises:
+        UserError: for a GPU where there is none.
+    """
+    if name == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("device is gpu, but this machine has none; give cpu or auto.")
+        return "cuda"
+    return None if name == "auto" else name
 
 
 def select_box(frame: np.ndarray) -> np.ndarray:
@@ -156,8 +174,9 @@ def main() -> int:
     first = next(frames)
     if given is not None:
         check_inside(given, first)
+    device = torch_device(options.device)
     subject = load_subject(options.model, variant=options.variant)
-    tracker = subject.tracker(options.device)
+    tracker = subject.tracker(device)
     box = select_box(first) if given is None else given
 
     total = source.num_frames

@@ -17,7 +17,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from timm.layers import Mlp, SwiGLUPacked, build_sincos2d_pos_embed
 from timm.layers.attention import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from lorat.embedding import resize_position
 from lorat.errors import UserError
-from lorat.tensor_files import read_tensors
+from lorat.tensor_files import read_tensors, write_tensors
 from lorat.variants import Variant
 
 logger = logging.getLogger(__name__)
@@ -324,5 +323,4 @@ def write_backbone(
     weights["pos_embed"] = torch.cat([position.new_zeros(1, 1, dim), position], dim=1)
     weights["cls_token"] = position.new_zeros(1, 1, dim)
     weights["mask_token"] = position.new_zeros(1, dim)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, path)
+    write_tensors(weights, path)

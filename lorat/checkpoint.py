@@ -28,9 +28,7 @@ from lorat.model import LoRAT, assemble, differences, load_weights
 from lorat.tensor_files import read_json, read_safetensors, write_json, write_tensors
 from lorat.training_state import (
     TrainingState,
-    load_rng,
     load_training_state,
-    save_rng,
     save_training_state,
 )
 from lorat.variants import VARIANTS, Variant, get_variant
@@ -39,13 +37,11 @@ __all__ = [
     "TrainingState",
     "load",
     "load_merged",
-    "load_rng",
     "load_training_state",
     "read_config",
     "save",
     "save_backbone",
     "save_merged",
-    "save_rng",
     "save_training_state",
     "warm_start",
 ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorat.errors import UserError
+from lorat.field_types import describe, fits
 from lorat.variants import VARIANTS, Variant, get_variant
 
 Adaptation = Literal["lora", "full", "head"]
@@ -290,8 +291,14 @@ def from_dict(cls: type[Any], values: dict[str, Any], *, path: str = "") -> Any:
     """Build ``cls`` from what :func:`to_dict` gave, or from a part of it.
 
     Raises:
-        UserError: if a key is no field.
+        UserError: if a key is no field, or a value has another type than its field.
     """
+    _require(
+        isinstance(values, dict),
+        f"The configuration{' ' * bool(path)}{path.rstrip('.')} is "
+        f"{json.dumps(values, default=str)}; give an "
+        f"object with the fields {', '.join(f.name for f in dataclasses.fields(cls))}.",
+    )
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
     _require(
@@ -302,10 +309,15 @@ def from_dict(cls: type[Any], values: dict[str, Any], *, path: str = "") -> Any:
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         kind = hints[name]
-        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        if dataclasses.is_dataclass(kind):
             value = from_dict(typing.cast(type[Any], kind), value, path=f"{path}{name}.")
         elif isinstance(value, list):
             value = tuple(value)
+        _require(
+            fits(value, kind),
+            f"Configuration field {path}{name} is {json.dumps(value, default=str)}; give "
+            f"{describe(kind)}.",
+        )
         arguments[name] = value
     return cls(**arguments)
 

@@ -38,10 +38,6 @@ class CropParams(NamedTuple):
         sx, sy, tx, ty = self
         return CropParams(1 / sx, 1 / sy, -tx / sx, -ty / sy)
 
-    def as_array(self) -> np.ndarray:
-        """Return ``[[sx, sy], [tx, ty]]``, float64."""
-        return np.array(self, dtype=np.float64).reshape(2, 2)
-
 
 def xyxy_from_xywh(boxes: np.ndarray) -> np.ndarray:
     """Convert boxes (..., 4) from left, top, width, height to corners."""
@@ -64,12 +60,6 @@ def clip_box(box: Box, width: float, height: float) -> Box:
         min(max(x2, 0.0), width),
         min(max(y2, 0.0), height),
     )
-
-
-def clip_boxes(boxes: np.ndarray, size_wh: np.ndarray) -> np.ndarray:
-    """Clip boxes (..., 4) to frames of ``size_wh`` (..., 2) or (2,)."""
-    size_wh = np.asarray(size_wh)
-    return np.clip(boxes, 0, np.concatenate([size_wh, size_wh], axis=-1))
 
 
 def intersects(box: Box, width: float, height: float) -> bool:

@@ -152,22 +152,19 @@ class LoRAT(nn.Module):
         return merged.requires_grad_(False).eval()
 
 
-def build_model(
-    config: TrainConfig, *, variant: Variant | None = None, load_backbone: bool = True
-) -> LoRAT:
+def build_model(config: TrainConfig, *, variant: Variant | None = None) -> LoRAT:
     """Build the model that ``config`` describes, on the CPU, in train mode.
 
     Args:
         config: adapters, head, drop path and backbone weights; ``seed`` draws what is random
             (the global generator is left as it was).
         variant: sizes, instead of those that ``config.variant`` names.
-        load_backbone: read pretrained weights; otherwise they are random.
 
     Raises:
         UserError: if the backbone cannot be read or does not fit, with every key that differs.
     """
     variant = variant or config.model_variant
-    source = source_of(config.backbone, variant) if load_backbone else "none"
+    source = source_of(config.backbone, variant)
     weights = None if source == "none" else read_backbone(source, variant)
     return assemble(config, variant, weights, source=source)
 

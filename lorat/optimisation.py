@@ -1,16 +1,14 @@
-"""Optimiser groups, learning-rate schedule and the optimiser step."""
+"""Optimiser groups and learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorat.config import TrainConfig
-from lorat.errors import UserError
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -82,55 +80,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group the same learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def accumulation_steps(local_batch: int, micro_batch: int | None) -> int:
-    """Return the fewest equal forward passes g that keep each within ``micro_batch`` pairs.
-
-    The loss of each is divided by g, and the optimiser steps once after all of them, so a step
-    and its learning rate count optimiser updates, not passes.
-
-    Raises:
-        UserError: if there is no pair or the micro-batch is below 1.
-    """
-    limit = local_batch if micro_batch is None else micro_batch
-    if local_batch < 1 or limit < 1:
-        raise UserError(
-            f"A worker has {local_batch} pairs in a step and micro_batch is {limit}; "
-            "both must be 1 or more."
-        )
-    candidates = (g for g in range(1, local_batch + 1) if local_batch % g == 0)
-    return next(g for g in candidates if local_batch // g <= limit)
-
-
-def clip_and_step(
-    optimizer: torch.optim.Optimizer,
-    parameters: Iterable[nn.Parameter],
-    *,
-    lr: float,
-    clip_norm: float,
-    scaler: torch.amp.GradScaler | None = None,
-) -> Tensor:
-    """Clip the global gradient norm, step with ``lr``, and drop the gradients.
-
-    Args:
-        optimizer: holds ``parameters``.
-        parameters: everything that is trained.
-        lr: learning rate of this step.
-        clip_norm: largest L2 norm over all gradients.
-        scaler: loss scaler; it unscales first and leaves the step out if a gradient is not finite.
-
-    Returns:
-        The norm before clipping.
-    """
-    set_learning_rate(optimizer, lr)
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(list(parameters), clip_norm)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return norm

@@ -80,12 +80,12 @@ def _curves(
     return _figure(axes)
 
 
-def sequence_plot(scores: Mapping[str, float], title: str, label: str = "AO") -> Figure:
-    """Draw the score of every sequence, sorted; names where there is room for them."""
+def sequence_plot(scores: Mapping[str, float], title: str) -> Figure:
+    """Draw the AO of every sequence, sorted; names where there is room for them."""
     names = sorted(scores, key=lambda name: scores[name])
     values = [scores[name] for name in names]
     height = min(12.0, max(2.4, 0.22 * len(names) + 1.2))
-    axes = new_axes(title, label, "", size=(6.4, height))
+    axes = new_axes(title, "AO", "", size=(6.4, height))
     axes.barh(range(len(names)), values, color=COLORS[0], height=0.7)
     if values:
         axes.axvline(float(np.mean(values)), color=GREY, linestyle="--", linewidth=1)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -48,11 +50,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file; a reader sees the old file or the whole new one."""
+    """Write a safetensors file; a reader sees the old file or the whole new one.
+
+    Raises:
+        OSError: if it cannot be written, such as on a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
+    except SafetensorError as error:
+        part.unlink(missing_ok=True)
+        raise _as_os_error(error, path) from error
     os.replace(part, path)
+
+
+def _as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """Read the operating system's number out of safetensors' message, if it has one."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number:
+        return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
+    return OSError(f"{path} cannot be written: {error}")
 
 
 def write_json(content: Any, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What resuming needs beside the weights: optimiser, loss scaler, position, generators."""
+"""What resuming needs beside the weights: optimiser, loss scaler, position."""
 
 from __future__ import annotations
 
@@ -96,23 +96,3 @@ def load_training_state(
     if scaler is not None and content["scaler"]:
         scaler.load_state_dict(content["scaler"])
     return TrainingState(step=content["step"], extra=content["extra"])
-
-
-def save_rng(folder: Path | str, rank: int = 0) -> None:
-    """Write the state of torch's generators (CPU, and the current CUDA device) of one worker."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    write_tensors(states, Path(folder) / f"rng-{rank}.safetensors")
-
-
-def load_rng(folder: Path | str, rank: int = 0) -> bool:
-    """Put torch's generators back; return whether this worker had saved them."""
-    path = Path(folder) / f"rng-{rank}.safetensors"
-    if not path.exists():
-        return False
-    states = read_safetensors(path)
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    return True

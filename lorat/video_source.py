@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -13,7 +14,11 @@ import numpy as np
 from lorat.errors import UserError
 from lorat.images import DamagedImage, decode_rgb
 
+log = logging.getLogger(__name__)
+
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+_MAX_ROUNDED_FRAMES = 1
+"""Some files tell a duration, from which the number of frames is off by one."""
 
 
 class VideoSource:
@@ -77,7 +82,7 @@ class VideoSource:
         self.num_frames = count if count > 0 else None
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Yield uint8 RGB frames (H, W, 3).
+        """Yield uint8 RGB frames (H, W, 3); a video that ends early is warned of by name.
 
         Raises:
             UserError: if the first frame, or an image of a folder, cannot be decoded.
@@ -89,16 +94,21 @@ class VideoSource:
                 except DamagedImage as error:
                     raise UserError(f"{image} cannot be read ({error}); repair it.") from error
             return
-        seen = False
+        num_seen = 0
         while True:
             there, frame = self._capture.read()
             if not there:
                 break
-            seen = True
+            num_seen += 1
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
         self._capture.release()
-        if not seen:
+        if not num_seen:
             raise UserError(f"{self.source} has no frame that can be decoded; give another video.")
+        if self.num_frames is not None and num_seen < self.num_frames - _MAX_ROUNDED_FRAMES:
+            log.warning(
+                "%s announces %d frames, but only %d can be decoded; it is damaged or cut.",
+                self.source, self.num_frames, num_seen,
+            )  # fmt: skip
 
 
 def _number_key(path: Path) -> tuple[list[int], str]:

@@ -1,6 +1,6 @@
 """Model, loss and optimiser of one worker, and one optimiser step over the global batch.
 
-B batch, C 3 channels, H W crop rows and columns.
+B batch, C 3 channels, H W crop rows and columns, h w template grid.
 """
 
 from __future__ import annotations
@@ -62,13 +62,20 @@ class StepResult:
 class Learner:
     """What learns in one worker.
 
+    The step of a global batch is the same for any number of workers, with one exception: which
+    branches drop path and LoRA's dropout leave out is drawn by each worker for its own pairs,
+    from the seed, the step and the worker's rank.  So with drop path (by default L and g) it is
+    repeated by resuming on as many workers, and equal in law, not in value, on others.  Above a
+    rate of 0.1 even the number of left out pairs is that of a worker's part (DINOv2's rule).
+
     Args:
         config: resolved.
         world: this worker's place; DDP is used where there are several.
         model: instead of the one that ``config`` describes.
         clock: where the parts of a step are timed.
         resume: checkpoint folder with a training state to go on from.
-        start_weights: checkpoint folder or file to start from, warm.
+        start_weights: checkpoint folder or file to start from, warm; frozen weights that it lacks
+            come from the configuration's backbone, if that is a file or ``hub``.
 
     Raises:
         UserError: if the precision does not fit the device, or weights do not fit the model.
@@ -94,7 +101,9 @@ class Learner:
         elif model is None:
             model = build_model(config)
             if start_weights is not None:
-                checkpoint.warm_start(model, start_weights, variant=config.variant)
+                # Where a checkpoint's own frozen weights are known, auto means those.
+                given = config.backbone if config.backbone not in ("auto", "none") else None
+                checkpoint.warm_start(model, start_weights, variant=config.variant, backbone=given)
         self.model = model.to(self.device).train()
         self.criterion = Criterion()
         self.optimizer = build_optimizer(self.model, config)
@@ -130,8 +139,6 @@ class Learner:
                 bucket_cap_mb=BUCKET_MB,
             )
 
-    # -- one step ----------------------------------------------------------------------------
-
     def to_device(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
         """Copy what the device needs of a batch; through pinned memory on CUDA."""
         tensors = {}
@@ -146,29 +153,40 @@ class Learner:
         return tensors
 
     def train_step(self, batch: dict[str, Tensor]) -> StepResult:
+        """Augment this worker's part of a global batch and take one optimiser step on it."""
+        if self.random:
+            torch.manual_seed(_step_seed(self.config.seed, self.step, self.world))
+        with self.clock.device_part("augment"), torch.no_grad():
+            template, search, template_box, search_box = augment(batch)
+            variant = self.model.variant
+            mask = foreground_mask(template_box, variant)
+        return self.step_on(template, search, mask, search_box / variant.search_size)
+
+    def step_on(
+        self, template_BCHW: Tensor, search_BCHW: Tensor, mask_Bhw: Tensor, box_norm_B4: Tensor
+    ) -> StepResult:
         """Take one optimiser step on this worker's part of a global batch.
 
         Gradients are those of the whole global batch, however many workers and passes share it:
         the loss is a sum over pairs divided by the positives of all of them.
+
+        Args:
+            template_BCHW, search_BCHW, mask_Bhw: as the model takes them.
+            box_norm_B4: targets, xyxy as fractions of the search crop.
         """
-        config, clock = self.config, self.clock
-        if self.random:
-            torch.manual_seed(_step_seed(config.seed, self.step, self.world))
+        clock = self.clock
         with clock.device_part("augment"), torch.no_grad():
-            template, search, template_box, search_box = augment(batch)
-            variant = self.model.variant
-            mask = foreground_mask(template_box, variant)
-            box_norm = search_box / variant.search_size
-            num_positive = self.criterion.count_positives(box_norm, variant.search_grid)
+            num_positive = self.criterion.count_positives(
+                box_norm_B4, self.model.variant.search_grid
+            )
             if self.world.size > 1:
                 dist.all_reduce(num_positive)
                 num_positive /= self.world.size
-        num_pairs = len(search)
-        passes = math.ceil(num_pairs / (config.micro_batch or num_pairs))
+        num_pairs = len(search_BCHW)
+        passes = math.ceil(num_pairs / (self.config.micro_batch or num_pairs))
         totals = torch.zeros(3, device=self.device)
-        parts = zip(
-            *(t.tensor_split(passes) for t in (template, search, mask, box_norm)), strict=True
-        )
+        given = (template_BCHW, search_BCHW, mask_Bhw, box_norm_B4)
+        parts = zip(*(t.tensor_split(passes) for t in given), strict=True)
         for number, part in enumerate(parts):
             with self._no_sync(number == passes - 1):
                 totals += self._pass(part, num_positive)
@@ -250,8 +268,6 @@ class Learner:
         if finite or self.config.nonfinite == "skip":
             self.optimizer.zero_grad(set_to_none=True)
         return norm.detach(), finite
-
-    # -- state -------------------------------------------------------------------------------
 
     def save(self, folder: Path | str, **extra: Any) -> None:
         """Write weights and everything that resuming needs."""

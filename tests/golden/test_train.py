@@ -1,4 +1,4 @@
-"""Training steps reproduce losses, gradients, learning rates and weights, with drop path too."""
+"""The learner's steps reproduce losses, gradients, rates and weights, with drop path too."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from lorat.config import TrainConfig
-from lorat.criterion import Criterion, positive_mask
 from lorat.model import LoRAT
 from lorat.official import import_official, official_state
-from lorat.optimisation import build_optimizer, clip_and_step, scheduled_lr
+from lorat.optimisation import build_optimizer
+from lorat_platform.learner import Learner
 from tests.golden.fixture_files import beside, golden, name_of
 from tests.golden.official_sets import variant_of
 
@@ -67,8 +67,7 @@ def test_training_steps(path: Path) -> None:
     config = recipe(io)
     model = initial_model(path, io)
     names = official_names(model)
-    optimizer = build_optimizer(model, config)
-    criterion = Criterion()
+    learner = Learner(config, model=model)
     first_gradients: dict[str, torch.Tensor] = {}
 
     def keep_first_gradients(*_: object) -> None:
@@ -77,7 +76,7 @@ def test_training_steps(path: Path) -> None:
                 if parameter.grad is not None:
                     first_gradients[name] = parameter.grad.clone()
 
-    optimizer.register_step_pre_hook(keep_first_gradients)
+    learner.optimizer.register_step_pre_hook(keep_first_gradients)
     if int(io["torch_seed"]) >= 0:
         torch.manual_seed(int(io["torch_seed"]))
     size, batch_size = io["x"].shape[-1], int(io["batch_size"])
@@ -87,29 +86,23 @@ def test_training_steps(path: Path) -> None:
             torch.from_numpy(io[name][rows])
             for name in ("z", "x", "z_feat_mask", "gt_boxes_crop_pixels")
         )
-        outputs = model(template, search, mask)
-        losses = criterion(
-            outputs,
-            (box_px / size).float(),
-            positive_BHW=positive_mask(box_px, size, int(io["meta_search_feat"])),
-        )
-        losses["loss"].backward()
-        lr = scheduled_lr(step, config)
-        norm = clip_and_step(
-            optimizer, model.trainable_parameters(), lr=lr, clip_norm=config.clip_norm
-        )
+        box_norm = (box_px / size).float()
+        lr = learner.lr
+        result = learner.step_on(template, search, mask, box_norm)
+        assert {g["lr"] for g in learner.optimizer.param_groups} == {lr}
         tolerance = 1e-5 if step == 0 else 1e-3
         for ours, published in (
-            (losses["loss"], "loss"),
-            (losses["loss_cls"], "loss_cls"),
-            (losses["loss_reg"], "loss_reg"),
-            (norm, "grad_norm"),
+            (result.loss, "loss"),
+            (result.loss_cls, "loss_cls"),
+            (result.loss_reg, "loss_reg"),
+            (result.grad_norm, "grad_norm"),
         ):
             np.testing.assert_allclose(
                 ours.item(), io[published][step], rtol=tolerance, err_msg=f"{published} {step}"
             )
         np.testing.assert_allclose(lr, io["lr"][step], rtol=1e-12)
-        assert losses["num_positive"].item() == io["num_positive"][step]
+        num_positive = learner.criterion.count_positives(box_norm, int(io["meta_search_feat"]))
+        assert num_positive.item() == io["num_positive"][step]
 
     published = load_file(beside(path, "_io.npz", "_first_step_clipped_grads.safetensors"))
     assert {names[n] for n in first_gradients} == published.keys()

@@ -106,6 +106,10 @@ def test_video_file_and_baseline(video: synthetic.Video, box: str, tmp_path: Pat
         (["{folder}", "--box", "10,10,0,20"], "give left,top,width,height in pixels"),
         (["{folder}", "--box", "10,10"], "give left,top,width,height in pixels"),
         (["{folder}"], "give either --box"),
+        (["tracked.mp4", "--box", "1,1,5,5"], "output is tracked.mp4, the video itself"),
+        (["./a.mp4", "--box", "1,1,5,5", "--output", "{folder}/../a.mp4"], "the video itself"),
+        (["{folder}", "--box", "1,1,5,5", "--device", "gpu"], "this machine has none"),
+        (["{folder}", "--box", "1,1,5,5", "--device", "tpu"], "tpu"),
         (["nowhere.mp4", "--box", "1,1,5,5"], "There is no nowhere.mp4"),
         (["empty", "--box", "1,1,5,5"], "holds no image"),
         (["text.mp4", "--box", "1,1,5,5"], "cannot be read as a video"),
@@ -130,6 +134,7 @@ def test_mistake_is_one_sentence(
     monkeypatch.setenv("LORAT_HOME", str(make_home(tmp_path / "home")))
     monkeypatch.setenv("DISPLAY", "")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert run_in_process("track", *(a.format(folder=folder) for a in arguments)) == 2
     printed = [line for line in capfd.readouterr().err.splitlines() if "INFO mlflow" not in line]
     assert len(printed) == 1, printed

@@ -14,13 +14,11 @@ from safetensors.torch import load_file, save_file
 from lorat.checkpoint import (
     load,
     load_merged,
-    load_rng,
     load_training_state,
     read_config,
     save,
     save_backbone,
     save_merged,
-    save_rng,
     save_training_state,
     warm_start,
 )
@@ -29,7 +27,7 @@ from lorat.criterion import Criterion
 from lorat.errors import UserError
 from lorat.model import LoRAT, build_model
 from lorat.official import export_official
-from lorat.optimisation import build_optimizer, clip_and_step, scheduled_lr
+from lorat.optimisation import build_optimizer, scheduled_lr, set_learning_rate
 from lorat.variants import Variant
 from tests.lorat.tiny_models import BOTH_FFNS, batch, shake, tiny_config, tiny_model
 
@@ -184,10 +182,11 @@ def train(
 ) -> None:
     boxes = torch.tensor([[0.2, 0.3, 0.6, 0.7]]).expand(4, 4)
     for step in steps:
+        torch.manual_seed(step)
         Criterion()(model(*batch(size=4, seed=step)), boxes)["loss"].backward()
-        clip_and_step(
-            optimizer, model.trainable_parameters(), lr=scheduled_lr(step, config), clip_norm=1.0
-        )
+        set_learning_rate(optimizer, scheduled_lr(step, config))
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "full"])
@@ -199,12 +198,10 @@ def test_resuming_reproduces_the_uninterrupted_run(adaptation, tmp_path: Path) -
     )
     model = build_model(config)
     optimizer = build_optimizer(model, config)
-    torch.manual_seed(5)
     train(model, optimizer, config, range(3))
     save(model, config, tmp_path)
     scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
     save_training_state(tmp_path, model, optimizer, step=3, scaler=scaler, extra={"run_id": "r"})
-    save_rng(tmp_path, rank=1)
     train(model, optimizer, config, range(3, 6))
 
     again = load(tmp_path)
@@ -212,7 +209,6 @@ def test_resuming_reproduces_the_uninterrupted_run(adaptation, tmp_path: Path) -
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     state = load_training_state(tmp_path, again, optimizer, scaler=scaler)
     assert state.step == 3 and state.extra == {"run_id": "r"} and scaler.get_scale() == 4096
-    assert load_rng(tmp_path, rank=1) and not load_rng(tmp_path, rank=2)
     train(again, optimizer, config, range(state.step, 6))
     assert_same(model, again)
 
@@ -237,7 +233,6 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
     train(model, optimizer, config, range(1))
     save(model, config, tmp_path)
     save_training_state(tmp_path, model, optimizer, step=1)
-    save_rng(tmp_path)
     for path in tmp_path.rglob("*"):
         if path.suffix == ".safetensors":
             load_file(path)

@@ -12,7 +12,6 @@ import torch
 from lorat.geometry import (
     CropParams,
     clip_box,
-    clip_boxes,
     crop_params,
     enlarge_to_minimum,
     foreground_mask,
@@ -198,9 +197,6 @@ def test_mask_counts_every_touched_cell() -> None:
 def test_box_conversions_and_clipping() -> None:
     boxes = np.array([[1.0, 2.0, 30.0, 40.0], [-5.0, 0.0, 10.0, 10.0]])
     np.testing.assert_array_equal(xywh_from_xyxy(xyxy_from_xywh(boxes)), boxes)
-    np.testing.assert_array_equal(
-        clip_boxes(np.array([[-1.0, 2.0, 50.0, 60.0]]), np.array([40, 30])), [[0, 2, 40, 30]]
-    )
     assert enlarge_to_minimum((5, 5, 7, 30), 10) == (1, 5, 11, 30)
     assert intersects((-5, -5, 1, 1), 10, 10)
     assert not intersects((-5, -5, 0, 1), 10, 10)

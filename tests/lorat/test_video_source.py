@@ -50,3 +50,18 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         list(VideoSource(str(tmp_path / "bad")))
     with pytest.raises(UserError, match="camera cannot be opened"):
         VideoSource("camera:97")
+
+
+def test_a_video_that_ends_early_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole, cut = tmp_path / "whole.avi", tmp_path / "cut.avi"
+    writer = cv2.VideoWriter(str(whole), cv2.VideoWriter.fourcc(*"MJPG"), 10, (64, 48))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        writer.write(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8))
+    writer.release()
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    assert len(list(VideoSource(str(whole)))) == 20
+    assert not caplog.records
+    source = VideoSource(str(cut))
+    assert 0 < len(list(source)) < 19
+    assert "cut.avi announces 20 frames, but only" in caplog.text

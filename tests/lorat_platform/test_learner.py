@@ -15,8 +15,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lorat.augment_spec import AUGMENT_FIELDS
+from lorat.checkpoint import save_backbone
 from lorat.config import HeadConfig, LoraConfig, TrainConfig, resolve
 from lorat.errors import UserError
+from lorat.model import build_model
+from lorat.official import export_official, import_official
 from lorat_platform.learner import Learner, World, resolve_precision
 from lorat_platform.stream import Batch, LocalSource, local_range
 from lorat_platform.train_loop import Hooks, run
@@ -151,6 +154,54 @@ def test_a_training_gone_on_with_ends_with_the_same_weights(
     assert whole.step == second.step == 20
     for (name, a), b in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_step_clips_the_global_norm_and_uses_the_rate_of_the_schedule() -> None:
+    config = dataclasses.replace(CONFIG, clip_norm=1e-3)
+    learner = Learner(config)
+    seen: list[float] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
+        seen.append(float(torch.stack([g.norm() for g in gradients]).norm()))
+        assert {g["lr"] for g in optimizer.param_groups} == {learner.lr}
+
+    learner.optimizer.register_step_pre_hook(look)
+    (batch, *_rest) = source().batches(0)
+    result = learner.train_step(learner.to_device(batch))
+    assert float(result.grad_norm) > 1e-3
+    assert seen == [pytest.approx(1e-3, rel=1e-3)]
+    assert all(p.grad is None for p in learner.parameters)
+
+
+def test_the_loss_scaler_leaves_out_a_step_that_overflows() -> None:
+    learner = Learner(CONFIG)
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = [p.detach().clone() for p in learner.parameters]
+    (batch, *_rest) = source().batches(0)
+    result = learner.train_step(learner.to_device(batch))
+    assert result.finite  # no fault of the data: the next step has a smaller scale
+    assert not result.grad_norm.isfinite()
+    assert learner.scaler.get_scale() == 2.0**126
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.parameters, strict=True))
+
+
+def test_a_warm_start_takes_frozen_weights_from_the_given_backbone(tmp_path: Path) -> None:
+    """A released file of trained weights alone works without a network."""
+    trained = build_model(dataclasses.replace(CONFIG, seed=5))
+    export_official(trained, tmp_path / "released.bin", trainable_only=True)
+    save_backbone(build_model(dataclasses.replace(CONFIG, seed=9)), tmp_path / "b.safetensors")
+    given = dataclasses.replace(CONFIG, backbone=str(tmp_path / "b.safetensors"))
+    learner = Learner(given, start_weights=tmp_path / "released.bin")
+    expected = import_official(
+        tmp_path / "released.bin", CONFIG.model_variant, backbone=given.backbone
+    ).state_dict()
+    state = learner.model.state_dict()
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value, msg=name)
+    with pytest.raises(UserError, match="give backbone=hub or backbone=FILE"):
+        Learner(CONFIG, start_weights=tmp_path / "released.bin")
 
 
 def test_bfloat16_trains_and_fp16_is_refused_on_a_cpu() -> None:
