@@ -20,9 +20,10 @@ import tyro
 from lorat.errors import UserError
 from lorat.home import home
 from lorat_platform import cluster, command
-from lorat_platform.evaluation import EvaluationConfig, evaluate
+from lorat_platform.evaluation import check_distinct, evaluate
 from lorat_platform.mlflow_store import tracking_uri, without_password
 from lorat_platform.report import record, write_report
+from lorat_platform.sequence_workers import EvaluationConfig
 from lorat_platform.subject import load_subject
 from lorat_platform.tracking import open_run
 
@@ -71,6 +72,7 @@ def main() -> int:
     options = command.parse(Options, description=__doc__)
     subject = load_subject(options.model, variant=options.variant)
     uris = [dataset_uri(name) for name in options.data]
+    check_distinct(uris)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = options.output or home() / "reports" / f"{stamp}-{subject.fingerprint[:8]}"
     with (

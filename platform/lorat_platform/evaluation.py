@@ -8,16 +8,14 @@ evaluation goes on where it stopped.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import logging
 import os
-import queue
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -29,8 +27,9 @@ from lorat.frame_index import FrameIndex
 from lorat.home import home
 from lorat.metrics import Evaluation, GroundTruth
 from lorat.metrics import evaluate as score
-from lorat.one_pass import SequenceResult, track_sequences
-from lorat.shards import ImageReader
+from lorat.one_pass import SequenceResult
+from lorat_platform.journal import write_json
+from lorat_platform.sequence_workers import Conditions, EvaluationConfig, Workers
 from lorat_platform.subject import Subject
 
 log = logging.getLogger(__name__)
@@ -38,35 +37,6 @@ log = logging.getLogger(__name__)
 DIALECTS = ("compatible", "plain")
 """Metric dialects of every data set; its own toolkit's is added where there is one."""
 TOOLKITS = {"got10k": "got10k", "trackingnet": "trackingnet", "otb100": "otb", "lasot": "lasot"}
-MAX_WORKER_DEATHS = 3
-SPEED_FRAMES = 60
-"""Frames of the run with one sequence alone that measures the speed a user sees."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """How sequences are spread; what is evaluated is not here."""
-
-    batch_size: int = 8
-    """Sequences that a worker tracks in one batch."""
-    workers: int | None = None
-    """Workers; none means one per GPU, or per CPU where there is no GPU."""
-    cpus_per_worker: float = 1.0
-    """CPUs that each worker reserves, and torch threads on a machine without GPU."""
-    limit: int | None = None
-    """Evaluate only this many sequences, the first ones."""
-    fresh: bool = False
-    """Track again what is there already."""
-    cache: Path | None = None
-    """Where results per sequence are kept; none means ``evaluations`` in the home folder."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "workers", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; give 1 or more.")
-        if self.cpus_per_worker <= 0:
-            raise UserError(f"cpus_per_worker is {self.cpus_per_worker}; give more than 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +53,20 @@ class DatasetResult:
     """Sequences that cannot be tracked, with the reason."""
     fps_single: float
     """Frames per second with one sequence alone in the batch, without decoding."""
+    single_conditions: Conditions
+    """Under which that was measured."""
+    conditions: list[Conditions]
+    """All under which the sequences were tracked."""
     wall_seconds: float
     """Time of this evaluation; 0 if everything was there already."""
-    batch_size: int
     device: str
+    label: str | None = None
+    """Name in tables and files, instead of data set and split."""
 
     @property
     def name(self) -> str:
-        """Data set and split, such as ``got10k-val``."""
-        return f"{self.index.name}-{self.index.split}" if self.index.split else self.index.name
+        """The label, or data set and split, such as ``got10k-val``."""
+        return self.label or name_of(self.index)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -124,62 +99,35 @@ class DatasetResult:
         return self._fps(decoding=True)
 
 
-class SequenceWorker:
-    """A Ray actor that tracks chunks of sequences."""
+def name_of(index: FrameIndex) -> str:
+    """Return data set and split, such as ``got10k-val``."""
+    return f"{index.name}-{index.split}" if index.split else index.name
 
-    def __init__(self, subject: Subject, batch_size: int, device: str, threads: int) -> None:
-        import torch
 
-        if device == "cpu":
-            torch.set_num_threads(threads)
-        self._threads = threads
-        self._batch_size = batch_size
-        self._tracker = subject.tracker(device)
+def check_distinct(uris: Sequence[str]) -> None:
+    """Check that results of several data sets can stand beside each other.
 
-    def track(self, uri: str, tracks: Sequence[int]) -> Iterator[SequenceResult]:
-        """Yield the result of each sequence as soon as it ends."""
-        index = FrameIndex.open(uri)
-        finished: queue.Queue[SequenceResult | BaseException | None] = queue.Queue()
-
-        def work() -> None:
-            try:
-                track_sequences(
-                    self._tracker,
-                    index,
-                    ImageReader(index),
-                    tracks,
-                    batch_size=self._batch_size,
-                    decode_threads=self._threads,
-                    on_sequence=finished.put,
-                )
-                finished.put(None)
-            except BaseException as error:
-                finished.put(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        while (item := finished.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def speed(self, uri: str, track: int) -> float:
-        """Return frames per second of one sequence alone, without decoding."""
-        index = FrameIndex.open(uri)
-        reader = ImageReader(index)
-        first, end = int(index.track_start[track]), int(index.track_start[track + 1])
-        rows = range(first, min(end, first + SPEED_FRAMES))
-        frames = [reader.decode(row) for row in rows]
-        targets = self._tracker.start([frames[0]], [tuple(index.box[first].tolist())])
-        for frame in frames[1:4]:  # warm up
-            self._tracker.step(targets, [frame])
-        began = time.perf_counter()
-        for frame in frames[1:]:
-            self._tracker.step(targets, [frame])
-        return max(len(frames) - 1, 1) / (time.perf_counter() - began)
+    Raises:
+        UserError: if two have the same name and split.
+    """
+    seen: dict[str, str] = {}
+    for uri in uris:
+        name = name_of(FrameIndex.open(uri))
+        if name in seen:
+            raise UserError(
+                f"{seen[name]} and {uri} are both {name}, and results are kept by that name; give "
+                "one of them at a time."
+            )
+        seen[name] = uri
 
 
 def evaluate(
-    subject: Subject, uri: str, config: EvaluationConfig | None = None, *, progress: bool = True
+    subject: Subject,
+    uri: str,
+    config: EvaluationConfig | None = None,
+    *,
+    label: str | None = None,
+    progress: bool = True,
 ) -> DatasetResult:
     """Track and score one data set on the Ray cluster that this process is connected to.
 
@@ -187,10 +135,12 @@ def evaluate(
         subject: the tracker.
         uri: shards with full frames.
         config: how to spread the work.
+        label: name in tables and files; none means data set and split.
         progress: show a progress bar.
 
     Raises:
-        UserError: if the shards hold windows, or no sequence can be tracked.
+        UserError: if the shards hold windows, no sequence can be tracked, or no node of the
+            cluster can hold a worker.
     """
     config = config or EvaluationConfig()
     index = FrameIndex.open(uri)
@@ -199,7 +149,12 @@ def evaluate(
             f"{uri} stores windows around the target, which a tracker may leave; ingest it again "
             "with --full-frame to evaluate on it."
         )
-    tracks, left_out = _usable(index, config.limit)
+    usable = usable_tracks(index)
+    tracks = usable[: config.limit]
+    left_out = {
+        index.sequence(track): "no usable box in the first frame"
+        for track in sorted(set(range(index.num_tracks)) - set(usable))
+    }
     if not tracks:
         raise UserError(f"No sequence of {uri} has a usable box in its first frame.")
     device, num_gpus = ("cuda", 1.0) if ray.cluster_resources().get("GPU") else ("cpu", 0.0)
@@ -209,19 +164,21 @@ def evaluate(
     if found:
         log.info("%d of %d sequences are there already.", len(found), len(tracks))
     began = time.perf_counter()
-    with contextlib.closing(_Workers(subject, config, device, num_gpus, len(waiting))) as workers:
+    with contextlib.closing(Workers(subject, config, device, num_gpus, len(waiting))) as workers:
         bar = tqdm(
             total=len(tracks), initial=len(found), unit="seq", disable=not progress,
             desc=f"{subject.name} on {index.name}",
         )  # fmt: skip
         with bar:
-            for result in workers.track(index, waiting):
-                store.save(result)
-                found[result.track] = result
+            for result, conditions in workers.track(index, waiting):
+                store.save(result, conditions)
+                found[result.track] = result, conditions
                 bar.update()
         wall_seconds = time.perf_counter() - began if waiting else 0.0
-        fps_single = store.speed(lambda: workers.speed(index, tracks))
-    results = {index.sequence(track): found[track] for track in tracks}
+        fps_single, single_conditions = store.speed(
+            workers.threads, lambda: workers.speed(index, tracks), fresh=config.fresh
+        )
+    results = {index.sequence(track): found[track][0] for track in tracks}
     attributes = {
         name: kept
         for name, names in sequences_by_attribute(index).items()
@@ -234,9 +191,11 @@ def evaluate(
         attributes=attributes,
         left_out=left_out,
         fps_single=fps_single,
+        single_conditions=single_conditions,
+        conditions=[*dict.fromkeys(found[track][1] for track in tracks)],
         wall_seconds=wall_seconds,
-        batch_size=config.batch_size,
         device=device,
+        label=label,
     )
 
 
@@ -252,15 +211,11 @@ def ground_truth(index: FrameIndex, track: int) -> GroundTruth:
     )
 
 
-def _usable(index: FrameIndex, limit: int | None) -> tuple[list[int], dict[str, str]]:
-    tracks, left_out = [], {}
-    for track in range(index.num_tracks):
-        row = int(index.track_start[track])
-        if np.isfinite(index.box[row]).all() and index.valid[row]:
-            tracks.append(track)
-        else:
-            left_out[index.sequence(track)] = "no usable box in the first frame"
-    return tracks[:limit], left_out
+def usable_tracks(index: FrameIndex) -> list[int]:
+    """Return the tracks with a box in their first frame, which tracking needs."""
+    first = index.track_start[:-1]
+    usable = np.isfinite(index.box[first]).all(axis=1) & index.valid[first].astype(bool)
+    return np.flatnonzero(usable).tolist()
 
 
 def _score(
@@ -296,7 +251,7 @@ class _Store:
     def _file(self, track: int) -> Path:
         return self._folder / f"{track:06d}.npz"
 
-    def save(self, result: SequenceResult) -> None:
+    def save(self, result: SequenceResult, conditions: Conditions) -> None:
         """Write a result; it is there as a whole or not at all."""
         part = self._file(result.track).with_suffix(f".{os.getpid()}.part")
         with open(part, "wb") as file:
@@ -307,15 +262,17 @@ class _Store:
                 seconds=result.seconds,
                 decode_seconds=result.decode_seconds,
                 damaged=result.damaged,
+                conditions=json.dumps(dataclasses.asdict(conditions)),
             )
         part.replace(self._file(result.track))
 
-    def load(self, tracks: Sequence[int]) -> dict[int, SequenceResult]:
+    def load(self, tracks: Sequence[int]) -> dict[int, tuple[SequenceResult, Conditions]]:
         """Return the results that are there."""
         found = {}
         for track in tracks:
             with contextlib.suppress(FileNotFoundError), np.load(self._file(track)) as data:
-                found[track] = SequenceResult(
+                conditions = Conditions(**json.loads(str(data["conditions"])))
+                result = SequenceResult(
                     track=track,
                     name=self._index.sequence(track),
                     boxes=data["boxes"],
@@ -324,94 +281,16 @@ class _Store:
                     decode_seconds=data["decode_seconds"],
                     damaged=int(data["damaged"]),
                 )
+                found[track] = result, conditions
         return found
 
-    def speed(self, measure: Any) -> float:
-        """Return the measured speed of one sequence alone, measuring it the first time."""
-        file = self._folder / "fps.txt"
-        if not file.exists():
-            file.write_text(f"{measure():.6f}")
-        return float(file.read_text())
-
-
-@dataclass
-class _Running:
-    worker: Any
-    results: Any
-    unfinished: set[int] = field(default_factory=set)
-
-
-class _Workers:
-    """Actors that take chunks of sequences until none is left; dead ones are replaced."""
-
-    def __init__(
-        self, subject: Subject, config: EvaluationConfig, device: str, num_gpus: float, num: int
-    ) -> None:
-        self._config = config
-        cluster = ray.cluster_resources()
-        room = cluster["GPU"] if num_gpus else cluster.get("CPU", 1) / config.cpus_per_worker
-        self._num = max(1, min(config.workers or int(room), max(num, 1)))
-        threads = max(1, int(config.cpus_per_worker))
-        if num_gpus:
-            threads = max(2, threads)
-        self._subject = ray.put(subject)
-        self._actor = ray.remote(SequenceWorker).options(
-            num_cpus=config.cpus_per_worker, num_gpus=num_gpus
-        )
-        self._arguments = (config.batch_size, device, threads)
-        self._actors: list[Any] = []
-
-    def _new(self) -> Any:
-        actor = self._actor.remote(self._subject, *self._arguments)
-        self._actors.append(actor)
-        return actor
-
-    def close(self) -> None:
-        """End all workers."""
-        for actor in self._actors:
-            ray.kill(actor)
-
-    def speed(self, index: FrameIndex, tracks: Sequence[int]) -> float:
-        """Measure the speed of one sequence alone, with no other worker at work."""
-        lengths = np.diff(index.track_start)[list(tracks)]
-        median = tracks[int(np.argsort(lengths)[len(lengths) // 2])]
-        worker = self._actors[-1] if self._actors else self._new()
-        return ray.get(worker.speed.remote(index.uri, median))
-
-    def track(self, index: FrameIndex, tracks: Sequence[int]) -> Iterator[SequenceResult]:
-        """Yield the result of each sequence as soon as it is there."""
-        lengths = np.diff(index.track_start)
-        order = sorted(tracks, key=lambda track: -int(lengths[track]))
-        size = max(1, min(self._config.batch_size, -(-len(order) // self._num)))
-        chunks = deque(order[i : i + size] for i in range(0, len(order), size))
-        running: dict[Any, _Running] = {}
-        deaths = 0
-
-        def give(worker: Any) -> None:
-            if chunks:
-                chunk = chunks.popleft()
-                stream = worker.track.options(num_returns="streaming").remote(index.uri, chunk)
-                running[stream] = _Running(worker, stream, set(chunk))
-
-        for _ in range(min(self._num, len(chunks))):
-            give(self._new())
-        while running:
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            run = running[ready]
-            try:
-                result = ray.get(next(run.results))
-            except StopIteration:
-                del running[ready]
-                give(run.worker)
-                continue
-            except ray.exceptions.RayActorError as error:
-                del running[ready]
-                deaths += 1
-                if deaths > MAX_WORKER_DEATHS:
-                    raise
-                log.warning("A worker died (%s); its sequences start again.", error)
-                chunks.appendleft([track for track in order if track in run.unfinished])
-                give(self._new())
-                continue
-            run.unfinished.discard(result.track)
-            yield result
+    def speed(
+        self, threads: int, measure: Callable[[], tuple[float, Conditions]], *, fresh: bool
+    ) -> tuple[float, Conditions]:
+        """Return the speed of one sequence alone, measured once per number of threads."""
+        file = self._folder / f"fps-{threads}-threads.json"
+        if fresh or not file.exists():
+            fps, conditions = measure()
+            write_json(file, {"fps": fps, "conditions": dataclasses.asdict(conditions)})
+        stored = json.loads(file.read_text())
+        return stored["fps"], Conditions(**stored["conditions"])

@@ -49,21 +49,31 @@ def headline(subject: Subject, datasets: Sequence[DatasetResult]) -> str:
             scores = [float(evaluation.scores[name]) for name in SCORE_NAMES]
             rows.append([dataset.name, dialect, len(evaluation.sequences), *scores])
     speed = [
-        [d.name, f"{d.fps_single:.1f}", f"{d.fps:.1f}", f"{d.fps_with_decoding:.1f}"]
+        [d.name, f"{d.fps_single:.1f}", f"{d.fps:.1f}", f"{d.fps_with_decoding:.1f}",
+         _range({c.batch for c in d.conditions}),
+         _range({c.threads for c in (*d.conditions, d.single_conditions)}),
+         ", ".join(sorted({c.host for c in (*d.conditions, d.single_conditions)}))]
         for d in datasets
-    ]
-    first = datasets[0]
+    ]  # fmt: skip
     parts = [f"## {subject.name}" + (f" ({subject.variant})" if subject.variant else "")]
     if rows:
         parts.append(markdown_table(["data set", "dialect", "sequences", *SCORE_NAMES], rows))
     parts.append(
         markdown_table(
-            ["data set", "FPS, one video", f"FPS, batch of {first.batch_size}", "with decoding"],
+            [
+                "data set",
+                "FPS, one video",
+                "FPS, in batches",
+                "with decoding",
+                "batch",
+                "threads",
+                "measured on",
+            ],
             speed,
         )
     )
     parts.append(
-        f"Speed on one worker ({first.device}), every step waited for. SUC, P and P_norm of "
+        f"Speed on one worker ({datasets[0].device}), every step waited for. SUC, P and P_norm of "
         "`compatible` are computed as the published tables are; `plain` counts visible frames "
         "only."
     )
@@ -79,6 +89,12 @@ def headline(subject: Subject, datasets: Sequence[DatasetResult]) -> str:
                 "benchmark's server."
             )
     return "\n\n".join(parts) + "\n"
+
+
+def _range(numbers: set[int]) -> str:
+    """Return ``8``, or ``4-8`` where they differ."""
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low}-{high}"
 
 
 def flat_metrics(datasets: Sequence[DatasetResult]) -> dict[str, float]:
@@ -121,6 +137,9 @@ def write_report(
     ``report.md`` and ``scores.json`` are common; each data set has a folder with
     ``sequences.csv``, ``failures.csv``, plots, ``clips/`` and ``results/``.
     """
+    names = [dataset.name for dataset in datasets]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Results of two data sets of one name would be mixed: {names}.")
     folder.mkdir(parents=True, exist_ok=True)
     text = headline(subject, datasets)
     for dataset in datasets:
@@ -152,9 +171,6 @@ def record(
         run.log_artifact(path, "evaluation")
 
 
-# -- files ---------------------------------------------------------------------------------------
-
-
 def _write_tables(dataset: DatasetResult, folder: Path) -> None:
     compatible, plain = dataset.evaluations["compatible"], dataset.evaluations["plain"]
     of_sequence: dict[str, list[str]] = {name: [] for name in dataset.results}
@@ -182,11 +198,13 @@ def _write_tables(dataset: DatasetResult, folder: Path) -> None:
     (folder / "failures.csv").write_text(_csv(lost_header, failures))
     if compatible.attributes:
         by_attribute = [
-            [name, len(dataset.attributes[name]), *(f"{scores[key]:.4f}" for key in SCORE_NAMES)]
-            for name, scores in compatible.attributes.items()
-        ]
+            [name, dialect, len(dataset.attributes[name]),
+             *(f"{evaluation.attributes[name][key]:.4f}" for key in SCORE_NAMES)]
+            for name in compatible.attributes
+            for dialect, evaluation in dataset.evaluations.items()
+        ]  # fmt: skip
         (folder / "attributes.csv").write_text(
-            _csv(["attribute", "sequences", *SCORE_NAMES], by_attribute)
+            _csv(["attribute", "dialect", "sequences", *SCORE_NAMES], by_attribute)
         )
 
 

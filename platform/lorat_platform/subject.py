@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -77,6 +79,25 @@ def code_fingerprint() -> str:
     """Return a hash of the code that tracks, so that no result of older code is taken for new."""
     digest = hashlib.sha256()
     folder = Path(lorat.__file__).parent
-    for name in ("tracker", "one_pass", "postprocess", "geometry", "model", "baselines", "images"):
+    for name in sorted(tracking_modules()):
         digest.update((folder / f"{name}.py").read_bytes())
     return digest.hexdigest()
+
+
+@functools.cache
+def tracking_modules() -> frozenset[str]:
+    """Return the modules of ``lorat`` that tracking imports, directly or through others."""
+    folder = Path(lorat.__file__).parent
+    found: set[str] = set()
+    to_read = ["tracker", "one_pass", "baselines"]
+    while to_read:
+        name = to_read.pop()
+        if name in found or not (folder / f"{name}.py").exists():
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "lorat":
+                to_read += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lorat."):
+                to_read.append((node.module or "").removeprefix("lorat."))
+    return frozenset(found)

@@ -30,12 +30,12 @@ from lorat_platform.crop_cache import (
     content_key,
     remove_stale_caches,
 )
-from lorat_platform.evaluation import ground_truth
+from lorat_platform.evaluation import ground_truth, usable_tracks
 from lorat_platform.learner import Learner, World
 from lorat_platform.scheduling import BUDGET, Rungs
 from lorat_platform.sources import fingerprints, open_indexes, open_pairs, resolve_sources
 from lorat_platform.space import SearchSpace
-from lorat_platform.validation import evenly, usable_tracks
+from lorat_platform.validation import evenly
 
 if TYPE_CHECKING:
     from lorat.frame_index import FrameIndex

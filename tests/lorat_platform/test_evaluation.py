@@ -6,10 +6,12 @@ import csv
 import json
 import os
 import signal
+import socket
 import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,11 @@ from lorat.frame_index import FrameIndex
 from lorat.metrics import SCORE_NAMES
 from lorat.one_pass import SequenceResult, track_sequences
 from lorat.shards import ImageReader
-from lorat_platform import cluster
-from lorat_platform.evaluation import DatasetResult, EvaluationConfig, SequenceWorker, evaluate
-from lorat_platform.report import flat_metrics, lost_at, write_report
-from lorat_platform.subject import Subject, load_subject, subject_of
+from lorat_platform import cluster, sequence_workers
+from lorat_platform.evaluation import DatasetResult, check_distinct, evaluate
+from lorat_platform.report import flat_metrics, headline, lost_at, write_report
+from lorat_platform.sequence_workers import Conditions, EvaluationConfig, SequenceWorker
+from lorat_platform.subject import Subject, load_subject, subject_of, tracking_modules
 from tests.constant_trackers import random_tracker, staying_tracker
 from tests.real_data import REAL_DATA
 from tests.small_shards import make_shards
@@ -99,18 +102,61 @@ def test_an_interrupted_evaluation_goes_on_with_the_rest(
 ) -> None:
     evaluate(subject, uri, config(tmp_path, limit=3), progress=False)
     asked: list[int] = []
-    from lorat_platform import evaluation
+    tracked = sequence_workers.Workers.track
 
-    tracked = evaluation._Workers.track
-
-    def watch(self: object, index: FrameIndex, tracks: list[int]) -> Iterator[SequenceResult]:
+    def watch(self: object, index: FrameIndex, tracks: list[int]) -> Iterator[object]:
         asked.extend(tracks)
         yield from tracked(self, index, tracks)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(evaluation._Workers, "track", watch)
+    monkeypatch.setattr(sequence_workers.Workers, "track", watch)
     result = evaluate(subject, uri, config(tmp_path), progress=False)
     assert asked == [3, 4, 5, 6, 7]
     assert len(result.results) == 8
+
+
+def test_speed_is_reported_as_it_was_measured(subject: Subject, uri: str, tmp_path: Path) -> None:
+    host = socket.gethostname()
+    evaluate(subject, uri, config(tmp_path, limit=2, batch_size=1, workers=1), progress=False)
+    again = config(tmp_path, limit=4, batch_size=2, workers=1, cpus_per_worker=2)
+    result = evaluate(subject, uri, again, progress=False)
+    assert set(result.conditions) == {
+        Conditions(batch=1, threads=1, host=host), Conditions(batch=2, threads=2, host=host),
+    }  # fmt: skip
+    assert result.single_conditions == Conditions(batch=1, threads=2, host=host)
+    assert f"| 1-2 | 1-2 | {host} |" in headline(subject, [result])
+
+
+def test_a_worker_that_fits_nowhere_is_refused_at_once(
+    subject: Subject, uri: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"needs 64 CPUs but no node .* 2 CPU.*--cpus-per-worker"):
+        evaluate(subject, uri, config(tmp_path, cpus_per_worker=64))
+
+
+def test_more_workers_than_fit_wait_for_nobody(subject: Subject, uri: str, tmp_path: Path) -> None:
+    options = config(tmp_path, limit=4, workers=4, batch_size=1)
+    assert len(evaluate(subject, uri, options, progress=False).results) == 4
+
+
+def test_two_data_sets_of_one_name_are_not_mixed(
+    uri: str, subject: Subject, evaluated: DatasetResult, tmp_path: Path
+) -> None:
+    other = make_shards(tmp_path / "other", num_shards=1)
+    with pytest.raises(UserError, match=r"are both synthetic-val.*one of them"):
+        check_distinct([uri, other])
+    with pytest.raises(ValueError, match="one name"):
+        write_report(subject, [evaluated, evaluated], tmp_path / "report")
+    labelled = [replace(evaluated, label="a"), replace(evaluated, label="b")]
+    write_report(subject, labelled, tmp_path / "report", clips=False)
+    assert (tmp_path / "report" / "a" / "success.png").exists()
+    assert (tmp_path / "report" / "b" / "success.png").exists()
+
+
+def test_every_module_that_tracks_counts_for_the_fingerprint() -> None:
+    assert tracking_modules() >= {
+        "adapter", "augment", "backbone", "baselines", "embedding", "geometry", "head", "images",
+        "model", "one_pass", "postprocess", "tracker", "variants",
+    }  # fmt: skip
 
 
 def test_other_weights_are_not_taken_for_the_same(uri: str, tmp_path: Path) -> None:
@@ -125,7 +171,9 @@ def test_other_weights_are_not_taken_for_the_same(uri: str, tmp_path: Path) -> N
 class _Dying(SequenceWorker):
     """Ends its process in the middle of its first chunk, once."""
 
-    def track(self, uri: str, tracks: list[int]) -> Iterator[SequenceResult]:
+    def track(  # type: ignore[override]
+        self, uri: str, tracks: list[int]
+    ) -> Iterator[tuple[SequenceResult, Conditions]]:
         for result in super().track(uri, tracks):
             yield result
             mark = Path(os.environ["LORAT_TEST_MARK"])
@@ -138,14 +186,12 @@ class _Dying(SequenceWorker):
 def test_a_dead_worker_costs_nothing_but_time(
     subject: Subject, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorat_platform import evaluation
-
     class Dying(_Dying):
         def __init__(self, *arguments: object) -> None:
             os.environ["LORAT_TEST_MARK"] = str(tmp_path / "died")
             super().__init__(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(evaluation, "SequenceWorker", Dying)
+    monkeypatch.setattr(sequence_workers, "SequenceWorker", Dying)
     result = evaluate(subject, uri, config(tmp_path, batch_size=4, workers=1), progress=False)
     assert (tmp_path / "died").exists()
     assert len(result.results) == 8
@@ -191,6 +237,8 @@ def test_report_has_what_people_look_at(
         failures = list(csv.DictReader(file))
     assert failures
     assert all(0 < int(row["lost_at_frame"]) < int(row["frames"]) for row in failures)
+    with open(place / "attributes.csv") as file:
+        assert {row["dialect"] for row in csv.DictReader(file)} == {"compatible", "plain"}
     clips = sorted(path.name.rsplit("-val", 1)[0] for path in (place / "clips").iterdir())
     assert clips == ["best-1", "best-2", "worst-1", "worst-2"]
     assert json.loads((tmp_path / "scores.json").read_text()) == flat_metrics([evaluated])
@@ -223,8 +271,6 @@ def test_baselines_need_no_model(uri: str, tmp_path: Path) -> None:
     assert np.array_equal(first.boxes, np.repeat(first.boxes[:1], 60, axis=0))
     assert type(baseline("mil")) is type(load_subject("mil").tracker())
     assert threading.active_count() < 50
-
-
 
 
 @pytest.mark.skipif(
