@@ -21,7 +21,7 @@ from lorat_platform.search import resume_search, run_search
 from lorat_platform.search_final import train_winner
 from lorat_platform.search_outcome import SearchOutcome, describe
 from lorat_platform.search_plan import SearchOptions, make_plan, read_plan
-from lorat_platform.training import open_datasets
+from lorat_platform.sources import open_datasets
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def main() -> int:
         else:
             outcome = run_search(plan, git_revision=revision)
         code = _conclude(outcome)
-        if options.final and not outcome.interrupted:
+        if options.final and code == 0:
             train_winner(outcome, ray_cluster, git_revision=revision)
     return code
 
@@ -83,6 +83,13 @@ def _conclude(outcome: SearchOutcome) -> int:
         where = f" --storage {storage}" if storage else ""
         log.info("go on   python jobs/tune.py --resume %s%s", outcome.plan.name, where)
         return command.EXIT_INTERRUPTED
+    if outcome.best is None:
+        reasons = [row.reason for row in outcome.board.rows.values() if row.reason]
+        log.error(
+            "No trial finished, so there is no best configuration; the first one failed with: %s",
+            reasons[0] if reasons else "unknown",
+        )
+        return command.EXIT_FAILURE
     return 0
 
 

@@ -69,7 +69,11 @@ class TrialRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Training spent, against training every trial in full."""
+    """Training spent, against training every trial in full.
+
+    Steps count up to a trial's last report: what a failed trial trained after it, and what was
+    trained twice because of an interruption, is in no count.
+    """
 
     steps: int
     full_steps: int
@@ -115,7 +119,8 @@ class Leaderboard:
     def best(self) -> TrialRow | None:
         """Return the best trial of the highest rung that any trial reached, or none."""
         ranked = self.ranked()
-        return ranked[0] if ranked and ranked[0].reports else None
+        good = ranked and ranked[0].reports and ranked[0].status != "failed"
+        return ranked[0] if good else None
 
     def pareto(self) -> list[TrialRow]:
         """Return the trials that reached the highest rung and that no other one dominates."""
@@ -187,14 +192,14 @@ class Leaderboard:
         )
 
     def seconds_left(self, num_trials: int, elapsed: float, steps_before: int) -> float | None:
-        """Estimate the remaining seconds from the steps per second of this session.
+        """Estimate the remaining seconds from the steps per second of this process.
 
         Trials to come are assumed to take the steps that ended ones took on average.
 
         Args:
             num_trials: trials of the whole search.
-            elapsed: seconds of this session.
-            steps_before: steps spent before this session.
+            elapsed: seconds since this process went on with the search.
+            steps_before: steps spent before that.
         """
         ended = [r for r in self.rows.values() if r.status in ("completed", "stopped", "failed")]
         spent = sum(row.steps for row in self.rows.values()) - steps_before

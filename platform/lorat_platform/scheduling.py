@@ -23,7 +23,7 @@ from ray.tune.schedulers import (
     MedianStoppingRule,
     TrialScheduler,
 )
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
@@ -108,7 +108,7 @@ class ResumableMedian(_Remembering, MedianStoppingRule):
 
 
 class _Synchronous:
-    """Mixin for Hyperband: finished trials of an earlier session must not fill its brackets."""
+    """Mixin for Hyperband: trials that an earlier process finished must not fill its brackets."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         if not trial.is_finished():
@@ -121,6 +121,35 @@ class ResumableHyperBand(_Synchronous, HyperBandScheduler):
 
 class ResumableHyperBandForBOHB(_Synchronous, HyperBandForBOHB):
     """Hyperband in the order that BOHB (Falkner et al. 2018) expects."""
+
+
+SLOTS: dict[str, int] = {}
+"""Trials at once in every search that this process drives."""
+
+
+class _Slots:
+    """Mixin: what limits the trials at once is this process's cluster, not that of the snapshot."""
+
+    search = ""
+    """Name of the search."""
+    _given = 0
+
+    @property
+    def max_concurrent(self) -> int:
+        """Trials at once."""
+        return SLOTS.get(self.search, self._given)
+
+    @max_concurrent.setter
+    def max_concurrent(self, value: int) -> None:
+        self._given = value
+
+
+class SlotLimiter(_Slots, ConcurrencyLimiter):
+    """Asks the searcher for no more trials at once than there are slots."""
+
+
+class RandomSearch(_Slots, BasicVariantGenerator):
+    """Random search, or a list of points."""
 
 
 class PausableOptuna(OptunaSearch):
@@ -250,7 +279,7 @@ def build_searcher(
     """
     prior = [space.prior()]
     if name == "random":
-        return BasicVariantGenerator(
+        return RandomSearch(
             points_to_evaluate=prior, max_concurrent=max_concurrent, random_state=seed
         )
     modes: list[str] = [OBJECTIVES[objective] for objective in objectives]

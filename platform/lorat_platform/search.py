@@ -10,23 +10,25 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lorat import storage
 from lorat.config import to_dict
 from lorat.errors import UserError
 from lorat_platform.crop_cache import cache_root, remove_cache
 from lorat_platform.leaderboard import Leaderboard
+from lorat_platform.placement import num_places
+from lorat_platform.scheduling import SLOTS, RandomSearch, SlotLimiter
 from lorat_platform.search_outcome import SearchOutcome, write_outcome
 from lorat_platform.search_plan import (
     REQUEST_FILE,
@@ -36,8 +38,8 @@ from lorat_platform.search_plan import (
     read_plan,
 )
 from lorat_platform.search_session import SearchCallback, SearchSession
+from lorat_platform.sources import open_datasets
 from lorat_platform.tracking import open_run
-from lorat_platform.training import open_datasets
 from lorat_platform.trial import BETWEEN_RUNGS, run_trial
 from lorat_platform.trial_group import run_group_trial
 from lorat_platform.trial_work import TrialSetup
@@ -84,16 +86,21 @@ def run_search(
     open_datasets(plan.space.base)
     slots = count_slots(plan.options)
     location.make()
+    check_reach(location, plan.options)
     request = {"options": dataclasses.asdict(plan.options), "config": to_dict(plan.space.base)}
     location.write_bytes(REQUEST_FILE, json.dumps(request, indent=2).encode())
     # Hyperband pauses trials, which a limit would count as running.
     limit = 0 if plan.options.scheduler == "hyperband" else slots
+    SLOTS[plan.name] = limit
     searcher, scheduler = algorithms(plan, max_concurrent=limit)
     by_itself = plan.options.searcher == "random" or points is not None
     if points is not None:
-        searcher = BasicVariantGenerator(
+        searcher = RandomSearch(
             points_to_evaluate=[dict(point) for point in points], max_concurrent=limit
         )
+    elif not by_itself and limit:
+        searcher = SlotLimiter(searcher, max_concurrent=limit)
+    searcher.search = plan.name
 
     def make_tuner() -> tune.Tuner:
         return tune.Tuner(
@@ -103,8 +110,6 @@ def run_search(
                 search_alg=searcher,
                 scheduler=scheduler,
                 num_samples=plan.options.trials,
-                # Random search counts for itself.
-                max_concurrent_trials=None if by_itself else limit,
                 reuse_actors=True,
                 trial_dirname_creator=_trial_name,
                 trial_name_creator=_trial_name,
@@ -134,7 +139,9 @@ def resume_search(name: str, storage_path: str | None = None) -> SearchOutcome:
     """
     plan = read_plan(name, storage_path)
     location = storage.locate(plan.storage).child(name)
-    count_slots(plan.options)
+    slots = count_slots(plan.options)
+    check_reach(location, plan.options)
+    SLOTS[name] = 0 if plan.options.scheduler == "hyperband" else slots
     if not tune.Tuner.can_restore(location.path, storage_filesystem=_filesystem(plan)):
         raise UserError(f"The search {name} had not begun; start it again under another --name.")
 
@@ -156,13 +163,13 @@ def count_slots(options: SearchOptions) -> int:
         UserError: if not even one fits.
     """
     need = _worker_resources(options)
-    fits = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            have = node["Resources"]
-            counts = [math.floor(have.get(k, 0.0) / v + 1e-9) for k, v in need.items() if v > 0]
-            fits += min(counts, default=options.trials)
-    slots = fits // options.workers_per_trial
+    places = num_places(need)
+    if places is None:
+        raise UserError(
+            "A trial asks for neither CPUs nor GPUs, so any number would run at once; give "
+            "--cpus-per-trial or --gpus-per-trial above 0."
+        )
+    slots = places // options.workers_per_trial
     if slots < 1:
         wanted = " and ".join(f"{v:g} {k}" for k, v in need.items() if v > 0)
         have = ray.cluster_resources()
@@ -172,6 +179,41 @@ def count_slots(options: SearchOptions) -> int:
             "lower --workers-per-trial, --cpus-per-trial or --gpus-per-trial, or add nodes."
         )
     return min(slots, options.trials, options.concurrent or slots)
+
+
+def check_reach(location: storage.Location, options: SearchOptions) -> None:
+    """Check that every node which can run trials sees a local storage folder.
+
+    Raises:
+        UserError: if one does not.
+    """
+    if not location.is_local:
+        return
+    need = _worker_resources(options)
+    unseen = [
+        node["NodeManagerHostname"]
+        for node in ray.nodes()
+        if node["Alive"]
+        and all(node["Resources"].get(k, 0.0) >= v for k, v in need.items())
+        and not _sees(node["NodeID"], location.path)
+    ]
+    if unseen:
+        raise UserError(
+            f"The storage {location.path} is a folder that {', '.join(unseen)} cannot see; give "
+            "--storage with an s3:// or gs:// address, or a folder that all nodes share."
+        )
+
+
+def _sees(node_id: str, folder: str) -> bool:
+    """Tell whether a file that is written here can be read on a node."""
+    mark = Path(folder) / f".seen-from-{node_id}"
+    mark.touch()
+    try:
+        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        task = ray.remote(num_cpus=0)(os.path.exists)
+        return ray.get(task.options(scheduling_strategy=there).remote(str(mark)))
+    finally:
+        mark.unlink()
 
 
 def _worker_resources(options: SearchOptions) -> dict[str, float]:
@@ -300,9 +342,7 @@ def _remove_caches(plan: SearchPlan) -> None:
     task = ray.remote(num_cpus=0)(remove)
     pending = [
         task.options(
-            scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-                node["NodeID"], soft=True
-            )
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
         ).remote()
         for node in ray.nodes()
         if node["Alive"]

@@ -6,10 +6,12 @@ import logging
 
 from lorat.errors import UserError
 from lorat_platform.cluster import Cluster
+from lorat_platform.completion import TrainingResult
 from lorat_platform.mlflow_store import connect
 from lorat_platform.registry import MODEL_NAME
+from lorat_platform.run_options import RunOptions
 from lorat_platform.search_outcome import SearchOutcome
-from lorat_platform.training import RunOptions, TrainingResult, train
+from lorat_platform.training import train
 
 log = logging.getLogger(__name__)
 

@@ -89,6 +89,11 @@ def describe(plan: SearchPlan, board: Leaderboard) -> str:
         f"{board.count('stopped')} stopped early, {board.count('failed')} failed. "
         f"{cost.steps} of the {cost.full_steps} steps of full runs: {cost.saved:.0%} saved."
     )
+    if board.count("failed") or any(row.starts > 1 for row in board.rows.values()):
+        lines.append(
+            "Steps count up to the trials' last reports: not those of failed trials after it, nor "
+            "those that an interruption let be trained twice."
+        )
     if len(plan.options.objectives) > 1:
         front = ", ".join(str(row.number) for row in board.pareto())
         lines.append(f"Pareto front of {' and '.join(plan.options.objectives)}: trials {front}.")

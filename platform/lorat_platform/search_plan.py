@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,10 @@ class SearchOptions:
                 "--concurrent does not work with --scheduler hyperband, which pauses trials; "
                 "leave it out, or use asha."
             )
-        if self.name is not None and (not self.name or "/" in self.name):
-            raise UserError(f"--name is {self.name!r}; give a name without a slash.")
+        if self.name is not None and not re.fullmatch(r"[\w][\w.-]*", self.name):
+            raise UserError(
+                f"--name is {self.name!r}; give letters, digits, dots, dashes and underscores."
+            )
 
     @property
     def objectives(self) -> tuple[str, ...]:

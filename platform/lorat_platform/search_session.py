@@ -7,6 +7,7 @@ this process by name, since a session holds threads and files that cannot be sto
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 import time
 from collections.abc import Callable
@@ -20,11 +21,13 @@ from lorat_platform.command import user_message
 from lorat_platform.leaderboard import REPORT_FIELDS, Leaderboard, TrialRow
 from lorat_platform.scheduling import BUDGET
 from lorat_platform.search_console import SearchConsole
-from lorat_platform.tracking import Run, Status, open_run
+from lorat_platform.tracking import CLOSE_S, Run, Status, open_run
 
 log = logging.getLogger(__name__)
 
 _SESSIONS: dict[str, SearchSession] = {}
+CLOSERS = 32
+"""Runs that are closed at once; each mostly waits."""
 
 
 class SearchSession:
@@ -61,7 +64,8 @@ class SearchSession:
         self._remember_parent: Callable[[str], None] | None = remember_parent
         self._runs: dict[str, Run] = {}
         self._run_ids: dict[str, str] = {}
-        self._closer = ThreadPoolExecutor(1, "close-runs")
+        self._closer = ThreadPoolExecutor(CLOSERS, "close-runs")
+        self._deadline = math.inf
         self._closing: list[Future[bool]] = []
         _SESSIONS[name] = self
 
@@ -71,8 +75,12 @@ class SearchSession:
         return self.board.count("waiting", "running") > 0 or len(self.board.rows) < self.num_trials
 
     def end(self) -> None:
-        """Stop showing, and close the trials' MLflow runs (interrupted ones as killed)."""
+        """Stop showing, and close the trials' MLflow runs (interrupted ones as killed).
+
+        All runs together wait for MLflow no longer than one would.
+        """
         self.console.stop()
+        self._deadline = time.monotonic() + CLOSE_S
         for trial_id in list(self._runs):
             self._close(trial_id, "KILLED")
         self._closer.shutdown(wait=True)
@@ -83,8 +91,6 @@ class SearchSession:
     def _row(self, trial: Any) -> TrialRow:
         values = {path: _plain(value) for path, value in trial.config.items()}
         return self.board.add(trial.trial_id, values)
-
-    # -- events ----------------------------------------------------------------------------------
 
     def begin(self, trial: Any, trials: list[Any]) -> None:
         """A trial starts, or goes on from a checkpoint; ``trials`` are all in their order."""
@@ -136,8 +142,6 @@ class SearchSession:
         run.set_description(f"Failed: {row.reason}")
         self._close(trial.trial_id, "FAILED")
 
-    # -- MLflow ----------------------------------------------------------------------------------
-
     def _open(self, row: TrialRow) -> Run:
         """Return the trial's run, a nested child of the search's."""
         run = self._runs.get(row.trial_id)
@@ -162,7 +166,11 @@ class SearchSession:
     def _close(self, trial_id: str, status: Status) -> None:
         run = self._runs.pop(trial_id, None)
         if run is not None:
-            self._closing.append(self._closer.submit(run.close, status))
+            self._closing.append(self._closer.submit(self._close_run, run, status))
+
+    def _close_run(self, run: Run, status: Status) -> bool:
+        left_s = self._deadline - time.monotonic()
+        return run.close(status, timeout_s=max(0.0, min(CLOSE_S, left_s)))
 
     def close_forgotten(self) -> None:
         """Mark the runs of trials that started after the last snapshot: they will be redone."""
@@ -170,9 +178,7 @@ class SearchSession:
             if folder.name not in self.board.rows:
                 run = open_run(self.experiment, folder.name, folder=folder)
                 run.set_tags({"lorat.trial_status": "redone after the restart"})
-                self._closing.append(self._closer.submit(run.close, "KILLED"))
-
-    # -- snapshot --------------------------------------------------------------------------------
+                self._closing.append(self._closer.submit(self._close_run, run, "KILLED"))
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed search needs."""

@@ -126,6 +126,18 @@ def test_the_winner_is_trained_in_full_and_registered(tmp_path: Path, arguments:
     assert float(said[2]) == pytest.approx(trial.data.metrics["ao"], abs=1e-4)
 
 
+def test_a_search_without_a_finished_trial_is_no_success(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    job = Job(
+        tmp_path / "home", *arguments, "--trials", 1, "--name", "lost", "--final",
+        "--space", "lr=choice(1e30,1e31)",
+    )  # fmt: skip
+    assert job.end() == 1, job.output
+    assert "No trial finished" in job.output
+    assert "not finite" in job.output.rpartition("No trial finished")[2]
+
+
 def _rows(home: Path) -> dict[str, dict[str, object]]:
     import pyarrow.parquet as pq
 

@@ -52,6 +52,13 @@ def test_cost_is_counted_against_full_runs_of_the_same_trials() -> None:
     assert cost.saved == pytest.approx(1 - 550 / 1760)
 
 
+def test_a_failed_trial_is_never_the_best() -> None:
+    board = _board()
+    for row in board.rows.values():
+        row.status = "failed"
+    assert board.best() is None
+
+
 def test_pareto_front_holds_what_nothing_dominates() -> None:
     front = _board(("ao", "parameters")).pareto()
     assert [(r.trial_id, r.values["lora.rank"]) for r in front] == [("t9", 4)]

@@ -11,7 +11,9 @@ from ray.tune.schedulers import TrialScheduler
 from lorat.config import TrainConfig
 from lorat.errors import UserError
 from lorat_platform.scheduling import (
+    SLOTS,
     Rungs,
+    SlotLimiter,
     build_scheduler,
     build_searcher,
     pareto_fronts,
@@ -121,3 +123,22 @@ def test_tpe_begins_with_the_papers_values_and_stays_in_the_space() -> None:
         assert 0 <= config.lora.dropout <= 0.2
         result = {"ao": float(rng.random()), "training_iteration": 1}
         searcher.on_trial_complete(f"t{i}", result)
+
+
+@pytest.mark.parametrize("name", ["tpe", "random"])
+def test_a_restored_search_uses_the_slots_of_the_present_cluster(
+    name: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> Any:
+        space = build_space(TrainConfig())
+        made: Any = build_searcher(name, space, ["ao"], num_trials=9, seed=0, max_concurrent=2)
+        made = SlotLimiter(made, max_concurrent=2) if name == "tpe" else made
+        made.search = "resumed"
+        return made
+
+    before = build()
+    assert before.max_concurrent == 2
+    monkeypatch.setitem(SLOTS, "resumed", 5)
+    after = build()
+    after.set_state(before.get_state())
+    assert after.max_concurrent == 5

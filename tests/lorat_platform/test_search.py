@@ -18,6 +18,7 @@ import pytest
 import ray
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
+from lorat import storage
 from lorat.config import TrainConfig, from_dict
 from lorat.errors import UserError
 from lorat_platform import cluster, search, search_plan
@@ -272,6 +273,22 @@ def test_what_no_node_can_hold_is_an_error_before_anything_starts(data: Data) ->
     plan = make_plan(config(data), options(gpus_per_trial=0.5, name="no-gpu"))
     with pytest.raises(UserError, match=r"0\.5 GPU"):
         run_search(plan)
+    plan = make_plan(config(data), options(cpus_per_trial=0, name="nothing"))
+    with pytest.raises(UserError, match="neither CPUs nor GPUs"):
+        run_search(plan)
+    assert not plan.folder.exists(), "the name is not used up"
+
+
+def test_storage_that_a_node_cannot_see_is_refused(data: Data, tmp_path: Path) -> None:
+    search.check_reach(storage.locate(str(tmp_path)), options())
+    folder = os.open(tmp_path, os.O_RDONLY)  # the trials have other open files
+    plan = make_plan(config(data), options(storage=f"/proc/self/fd/{folder}", name="unseen"))
+    try:
+        with pytest.raises(UserError, match=r"cannot see; give --storage with an s3"):
+            run_search(plan)
+    finally:
+        os.close(folder)
+    assert list((tmp_path / "unseen").iterdir()) == []
 
 
 def test_slots_follow_the_resources(data: Data) -> None:
@@ -287,7 +304,8 @@ def test_slots_follow_the_resources(data: Data) -> None:
         ({"objective": "accuracy"}, "--objective is accuracy"),
         ({"objective": "ao,ao"}, "each once"),
         ({"trials": 0}, "--trials is 0"),
-        ({"name": "a/b"}, "without a slash"),
+        ({"name": "a/b"}, "letters, digits"),
+        ({"name": "lr sweep"}, "letters, digits"),
         ({"scheduler": "hyperband", "concurrent": 1}, "--concurrent does not work"),
         ({"searcher": "bohb"}, "--scheduler hyperband"),
         ({"scheduler": "median", "objective": "ao,latency"}, "compares one objective"),
