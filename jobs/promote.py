@@ -7,13 +7,13 @@ python jobs/promote.py --rollback
 
 from __future__ import annotations
 
-import getpass
+import contextlib
 import json
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,16 @@ import tyro
 from lorat import plots
 from lorat.errors import UserError
 from lorat.home import home
+from lorat.storage import locate
 from lorat_platform import cluster, command, promotion, registry
-from lorat_platform.evaluation import EvaluationConfig, evaluate
+from lorat_platform.evaluation import check_distinct, evaluate
 from lorat_platform.gate import Comparison, GateConfig, compare
-from lorat_platform.mlflow_store import connect
+from lorat_platform.mlflow_store import connect, tracking_uri, without_password
 from lorat_platform.report import markdown_table
+from lorat_platform.sequence_workers import EvaluationConfig
+from lorat_platform.sources import SYNTHETIC
 from lorat_platform.subject import load_subject
-from lorat_platform.tracking import Run, open_run
+from lorat_platform.tracking import Run, open_run, user_name
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +76,7 @@ def benchmark_of(client: Any, options: Options, name: str, versions: Sequence[st
     Raises:
         UserError: if there are none.
     """
-    from lorat import synthetic
-
-    uris = list(options.data)
+    uris = whole_addresses(options.data)
     for version in versions:
         if not uris:
             tags = client.get_model_version(name, version).tags
@@ -84,13 +85,22 @@ def benchmark_of(client: Any, options: Options, name: str, versions: Sequence[st
         raise UserError(
             f"No benchmark is on record for {name}; give --data with shards of full frames."
         )
-    return [synthetic.ensure(None, "val") if uri == "synthetic" else uri for uri in uris]
+    return uris
+
+
+def whole_addresses(uris: Sequence[str]) -> list[str]:
+    """Return addresses that hold wherever a later job starts."""
+    return [uri if uri == SYNTHETIC else locate(uri).uri for uri in uris]
 
 
 def overlaps_on(
     uri_of_model: str, data: Sequence[str], config: EvaluationConfig
 ) -> dict[str, float]:
     """Evaluate a model and return AO per sequence, named with its data set."""
+    from lorat import synthetic
+
+    data = [synthetic.ensure(None, "val") if uri == SYNTHETIC else uri for uri in data]
+    check_distinct(data)
     subject = load_subject(uri_of_model)
     overlaps: dict[str, float] = {}
     for uri in data:
@@ -142,7 +152,7 @@ def promote(options: Options, name: str, version: str, run: Run) -> bool:
             "gate.reason": reason,
             "gate.champion": champion or "none",
             "gate.numbers": json.dumps(comparison.numbers() if comparison else {}),
-            "gate.by": getpass.getuser(),
+            "gate.by": user_name(),
             "gate.note": options.reason,
             "gate.at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "gate.run_id": run.wait_for_id(),
@@ -173,8 +183,8 @@ def write_down(
     """Record a decision in the run, in the version's description and among its files."""
     numbers = comparison.numbers() if comparison else {}
     experiment = client.get_run(run.wait_for_id()).info.experiment_id
+    heading = f"{record['gate.at']}: {record['gate.decision']}"
     text = (
-        f"### {record['gate.at']}: {record['gate.decision']}\n\n"
         f"Version {version} against champion {champion or '(none)'}: {record['gate.reason']}."
         f"{' ' + record['gate.note'] if record['gate.note'] else ''}\n\n"
     )
@@ -182,10 +192,9 @@ def write_down(
         text += markdown_table(list(numbers), [list(numbers.values())]) + "\n\n"
     run.log_metrics(numbers, step=0)
     run.set_tags(record | {"model": name, "version": version})
-    run.set_description(text)
+    run.set_description(f"### {heading}\n\n{text}")
     link = f"[run](#/experiments/{experiment}/runs/{run.wait_for_id()})"
-    stored = client.get_model_version(name, version)
-    client.update_model_version(name, version, f"{stored.description}\n{text}Details: {link}\n")
+    registry.add_to_description(client, name, version, heading, f"{text}Details: {link}\n")
     if comparison is not None:
         figure = plots.comparison_plot(
             comparison.differences,
@@ -197,21 +206,49 @@ def write_down(
         rows = zip(comparison.names, comparison.differences, strict=True)
         table = "sequence,difference\n" + "".join(f"{n},{d:.6f}\n" for n, d in rows)
         run.log_bytes(table.encode(), "comparison.csv")
-        if model_id := stored.tags.get("model_id"):
+        if model_id := client.get_model_version(name, version).tags.get("model_id"):
             with tempfile.TemporaryDirectory() as folder:
                 Path(folder, "comparison.png").write_bytes(plots.png(figure))
                 client.log_model_artifacts(model_id, folder, artifact_path="promotion")
     log.info("\n%s", text)
 
 
+def roll_back(options: Options) -> int:
+    """Make the previous champion champion again, and record who did and why."""
+    name = options.candidate.removeprefix("models:/").partition("@")[0].partition("/")[0]
+    why = {"rolled_back.by": user_name(), "rolled_back.note": options.reason}
+    old, new = promotion.roll_back(name, tags=why)
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    text = f"Version {new} is champion again. {options.reason}".rstrip() + "\n"
+    registry.add_to_description(connect(), name, old, f"{stamp}: rolled back", text)
+    log.info("Champion of %s: version %s again, instead of version %s.", name, new, old)
+    return 0
+
+
+@contextlib.contextmanager
+def needing_mlflow() -> Iterator[None]:
+    """Say in a sentence that MLflow does not answer: nothing here can be done without it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, TimeoutError) as error:
+        where = without_password(tracking_uri())
+        raise UserError(
+            f"MLflow at {where} did not do it ({str(error).splitlines()[0][:200]}); correct "
+            "MLFLOW_TRACKING_URI or start the server, and give the same command again."
+        ) from error
+
+
 def main() -> int:
     """Run the job."""
     options = command.parse(Options, description=__doc__)
-    if options.rollback:
-        name = options.candidate.removeprefix("models:/").partition("@")[0].partition("/")[0]
-        old, new = promotion.roll_back(name)
-        log.info("Champion of %s: version %s again, instead of version %s.", name, new, old)
-        return 0
+    with needing_mlflow():
+        return roll_back(options) if options.rollback else compare_and_promote(options)
+
+
+def compare_and_promote(options: Options) -> int:
+    """Register the candidate if it is not yet, compare it, and promote it if it passes."""
     name, version = registry.MODEL_NAME, ""
     if options.candidate.startswith("models:/"):
         name, version = registry.version_of(options.candidate)
@@ -230,7 +267,10 @@ def main() -> int:
         if not version:
             model = registry.load(options.candidate, variant=options.variant)
             version = registry.register(
-                model, run_id=run.wait_for_id(), benchmark=options.data, git_revision=revision
+                model,
+                run_id=run.wait_for_id(),
+                benchmark=whole_addresses(options.data),
+                git_revision=revision,
             )
             log.info("Registered %s as version %s of %s.", options.candidate, version, name)
         promoted = promote(options, name, version, run)

@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shutil
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lorat.config import TrainConfig, from_dict
 from lorat.errors import UserError
 from lorat.storage import Location
 from lorat_platform import checkpoint_store
 from lorat_platform.run_options import RunOptions
 from lorat_platform.run_record import RunRecord
-from lorat_platform.sources import Datasets, Source
+from lorat_platform.sources import SYNTHETIC, Datasets, Source, parse_sources
 from lorat_platform.telemetry import duration
 
 if TYPE_CHECKING:
     from lorat.model import LoRAT
+    from lorat_platform.evaluation import DatasetResult
     from lorat_platform.metric_sink import RemoteRun
 
 log = logging.getLogger(__name__)
 
 RESUME_ONLY = ("optimizer.safetensors", "training_state.json", checkpoint_store.MANIFEST)
 """Files of a checkpoint that MLflow is not given."""
+MODEL = "LoRAT"
+"""Name of the trained tracker beside the baselines."""
+BASELINES = ("static", "mil")
+HEADLINE = {"ao": "AO", "sr50": "SR0.5", "sr75": "SR0.75"}
+"""Scores in the table at the end, by their names as metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +73,16 @@ def finish(
         weights = Path(scratch) / "checkpoint"
         shutil.copytree(folder, weights, ignore=shutil.ignore_patterns(*RESUME_ONLY))
         run.log_artifact(weights)
+    config = from_dict(TrainConfig, record.config)
     scores: dict[str, float] = {}
     if datasets.val and options.final_evaluation:
-        scores = evaluate_beside_baselines(model, datasets.val)
+        results = evaluate_beside_baselines(model, datasets.val)
+        scores = _metrics(results)
         run.log_metrics(scores, result.step)
+        run.set_description(describe(config, result, results))
+        _log_report(model, results[MODEL], run)
+    else:
+        run.set_description(describe(config, result, {}))
     run_id, version = _register(model, result, options, datasets, run, record, scores)
     log.info("trained %d steps, %s in all", result.step, duration(time.perf_counter() - began))
     log.info("checkpoint  %s", result.folder.child(result.checkpoint).uri)
@@ -108,6 +122,7 @@ def _register(
             run_id=run_id,
             datasets=datasets.fingerprints,
             scores={k: v for k, v in scores.items() if "/static_" not in k and "/mil_" not in k},
+            benchmark=benchmark(record.config["val_data"], datasets),
             git_revision=record.git_revision,
             tags={"run": record.name},
         )
@@ -133,27 +148,93 @@ def ui_command() -> str:
     return f"mlflow server --backend-store-uri {uri} --port 5000   then http://127.0.0.1:5000"
 
 
-def evaluate_beside_baselines(model: LoRAT, sources: tuple[Source, ...]) -> dict[str, float]:
+def benchmark(val_data: str | None, datasets: Datasets) -> list[str]:
+    """Return the addresses on which promotion compares the model: its validation sets.
+
+    The synthetic set keeps its name, under which any machine can make it.
+    """
+    if not val_data or not datasets.val:
+        return []
+    given = [source.uri for source in parse_sources(val_data)]
+    return [
+        SYNTHETIC if uri == SYNTHETIC else source.uri
+        for uri, source in zip(given, datasets.val, strict=True)
+    ]
+
+
+def evaluate_beside_baselines(
+    model: LoRAT, sources: tuple[Source, ...]
+) -> dict[str, list[DatasetResult]]:
     """Track every validation sequence with the model, a static box and OpenCV's MIL; print a table.
 
     Returns:
-        ``eval/DATASET/ao`` and so on for the model, ``eval/DATASET/static_ao`` and ``mil_ao``.
+        The results by tracker, the model's first; of each one per data set.
     """
     from lorat_platform.evaluation import evaluate
     from lorat_platform.subject import load_subject, subject_of
 
-    rows: list[str] = []
-    metrics: dict[str, float] = {}
+    subjects = [subject_of(model, MODEL), *(load_subject(name) for name in BASELINES)]
+    results: dict[str, list[DatasetResult]] = {subject.name: [] for subject in subjects}
     for source in sources:
-        for subject in (subject_of(model, "LoRAT"), load_subject("static"), load_subject("mil")):
-            scores = evaluate(subject, source.uri, progress=False).scores
-            ao, sr50, sr75 = (scores[k] for k in ("AO", "SR0.5", "SR0.75"))
-            rows.append(f"{source.name:<16} {subject.name:<8} {ao:6.3f} {sr50:6.3f} {sr75:6.3f}")
-            prefix = f"eval/{source.name}/" + (
-                "" if subject.model is not None else subject.name + "_"
-            )
-            metrics |= {f"{prefix}ao": ao, f"{prefix}sr50": sr50, f"{prefix}sr75": sr75}
+        for subject in subjects:
+            result = evaluate(subject, source.uri, label=source.name, progress=False)
+            results[subject.name].append(result)
     log.info("%-16s %-8s %6s %6s %6s", "validation", "tracker", "AO", "SR50", "SR75")
-    for row in rows:
-        log.info("%s", row)
-    return metrics
+    for dataset, tracker, *numbers in _rows(results):
+        log.info("%-16s %-8s %6.3f %6.3f %6.3f", dataset, tracker, *numbers)
+    return results
+
+
+def _rows(results: dict[str, list[DatasetResult]]) -> list[list[Any]]:
+    """Return data set, tracker, AO, SR50 and SR75 of every result, by data set."""
+    of_dataset = zip(*results.values(), strict=True)
+    return [
+        [
+            result.name,
+            tracker,
+            *(float(result.scores.get(key, math.nan)) for key in HEADLINE.values()),
+        ]
+        for row in of_dataset
+        for tracker, result in zip(results, row, strict=True)
+    ]
+
+
+def _metrics(results: dict[str, list[DatasetResult]]) -> dict[str, float]:
+    """Return ``eval/DATASET/ao`` and so on of the model, ``eval/DATASET/static_ao``, ``mil_ao``."""
+    return {
+        f"eval/{dataset}/{'' if tracker == MODEL else tracker + '_'}{name}": number
+        for dataset, tracker, *numbers in _rows(results)
+        for name, number in zip(HEADLINE, numbers, strict=True)
+    }
+
+
+def describe(
+    config: TrainConfig, result: TrainingResult, results: dict[str, list[DatasetResult]]
+) -> str:
+    """Return the Markdown at the top of the run's page: the scores, and what was trained how."""
+    from lorat_platform.report import markdown_table
+
+    parts = []
+    if results:
+        parts.append(
+            markdown_table(["validation", "tracker", "AO", "SR50", "SR75"], _rows(results))
+        )
+    rank = f" rank {config.lora.rank}" if config.adaptation == "lora" else ""
+    parts.append(
+        f"{config.variant}, {config.adaptation}{rank}, head depth {config.head.depth}, lr "
+        f"{config.lr:g}, batch {config.batch_size}, {result.step} steps ({config.epochs} epochs of "
+        f"{config.pairs_per_epoch} pairs), seed {config.seed}; trained on {config.data}, "
+        f"validated on {config.val_data or 'nothing'}."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _log_report(model: LoRAT, results: list[DatasetResult], run: RemoteRun) -> None:
+    """Log what jobs/evaluate.py writes of a model: plots, tables, clips and result files."""
+    from lorat_platform.report import write_report
+    from lorat_platform.subject import subject_of
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "evaluation"
+        write_report(subject_of(model, MODEL), results, folder)
+        run.log_artifact(folder)

@@ -14,7 +14,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lorat.errors import UserError
@@ -27,7 +27,8 @@ PREVIOUS = "previous"
 """Alias of the version that was champion before."""
 HISTORY_TAG = "champion_history"
 """Tag of the registered model: JSON list of the champions, the present one last."""
-HISTORY_LENGTH = 100
+HISTORY_LENGTH = 50
+"""Champions kept on record; MLflow on PostgreSQL takes 5000 characters in a tag."""
 _HELD = {
     "RESOURCE_ALREADY_EXISTS",
     "RESOURCE_DOES_NOT_EXIST",  # given back before MLflow had composed its answer
@@ -76,23 +77,31 @@ def promote(
         False if another promotion was faster; compare again with the new champion then.
     """
     client = connect()
-    with locked(client, name):
+    with locked(client, name) as still_locked:
         present = champion_of(client, name)
         if present != expected_champion:
             return False
+        # Killed anywhere in here, the history holds only versions that were champion: the present
+        # one before the alias moves, and the new one after it.
         history = _with(history_of(client, name), present, by="alias")
-        history = _with(history, version, by=by)
-        client.set_registered_model_tag(name, HISTORY_TAG, json.dumps(history))
+        _write_history(client, name, history)
         for key, value in tags.items():
             client.set_model_version_tag(name, version, key, str(value))
+        if not still_locked():
+            return False
         client.set_registered_model_alias(name, CHAMPION, version)
+        _write_history(client, name, _with(history, version, by=by))
         if present is not None and present != version:
             client.set_registered_model_alias(name, PREVIOUS, present)
     return True
 
 
-def roll_back(name: str = MODEL_NAME) -> tuple[str, str]:
+def roll_back(name: str = MODEL_NAME, *, tags: Mapping[str, Any] | None = None) -> tuple[str, str]:
     """Make the previous champion champion again; return the old and the new version.
+
+    Args:
+        name: registered model.
+        tags: who and why, set on the version that is champion no longer.
 
     Raises:
         UserError: if there is no champion, or none before it that still exists.
@@ -102,8 +111,12 @@ def roll_back(name: str = MODEL_NAME) -> tuple[str, str]:
         present = champion_of(client, name)
         if present is None:
             raise UserError(f"{name} has no champion, so there is nothing to roll back.")
-        history = _with(history_of(client, name), present, by="alias")[:-1]
-        while history and not _exists(client, name, history[-1]["version"]):
+        history = [
+            entry
+            for entry in _with(history_of(client, name), present, by="alias")[:-1]
+            if _exists(client, name, entry["version"])
+        ]
+        while history and history[-1]["version"] == present:
             history.pop()
         if not history:
             raise UserError(
@@ -111,14 +124,20 @@ def roll_back(name: str = MODEL_NAME) -> tuple[str, str]:
                 "in the UI, or promote a version with --force."
             )
         version = history[-1]["version"]
-        client.set_registered_model_tag(name, HISTORY_TAG, json.dumps(history))
-        client.set_model_version_tag(name, present, "rolled_back", _now())
+        # Before the alias moves: after it, the version that is left would count as the one before.
+        _write_history(client, name, history)
+        for key, value in ({"rolled_back": _now()} | dict(tags or {})).items():
+            client.set_model_version_tag(name, present, key, str(value))
         client.set_registered_model_alias(name, CHAMPION, version)
         if len(history) > 1:
             client.set_registered_model_alias(name, PREVIOUS, history[-2]["version"])
         else:
             client.delete_registered_model_alias(name, PREVIOUS)
     return present, version
+
+
+def _write_history(client: Any, name: str, history: list[dict[str, Any]]) -> None:
+    client.set_registered_model_tag(name, HISTORY_TAG, json.dumps(history))
 
 
 def _with(history: list[dict[str, Any]], version: str | None, *, by: str) -> list[dict[str, Any]]:
@@ -148,8 +167,8 @@ def _now() -> str:
 
 
 @contextlib.contextmanager
-def locked(client: Any, name: str, *, timeout_s: float = 300.0) -> Iterator[None]:
-    """Hold the promotion lock of a registered model.
+def locked(client: Any, name: str, *, timeout_s: float = 300.0) -> Iterator[Callable[[], bool]]:
+    """Hold the promotion lock of a registered model; yields what tells whether it is still held.
 
     The lock is a registered model of its own: making one is the operation of MLflow that exactly
     one of many callers can do, on any store.
@@ -162,6 +181,7 @@ def locked(client: Any, name: str, *, timeout_s: float = 300.0) -> Iterator[None
     lock, owner = f"{name}.promotion-lock", uuid.uuid4().hex
     about = f"Held while the champion of {name} changes, by {socket.gethostname()}:{os.getpid()}."
     deadline = time.monotonic() + timeout_s
+    broken: list[str] = []
     while True:
         try:
             client.create_registered_model(lock, tags={"owner": owner}, description=about)
@@ -169,31 +189,56 @@ def locked(client: Any, name: str, *, timeout_s: float = 300.0) -> Iterator[None
         except MlflowException as error:
             if error.error_code not in _HELD:
                 raise
-        _break_stale(client, lock)
+        broken += _break_stale(client, lock)
         if time.monotonic() > deadline:
             raise UserError(
                 f"Another promotion holds {lock} for {timeout_s:.0f} s; end it, or delete that "
                 "registered model in the UI."
             )
         time.sleep(0.2)
+
+    def still_locked() -> bool:
+        return _owner(client, lock) == owner
+
     try:
-        yield
+        yield still_locked
     finally:
-        with contextlib.suppress(MlflowException):  # broken by another one as stale
-            if client.get_registered_model(lock).tags.get("owner") == owner:
+        with contextlib.suppress(MlflowException):
+            if still_locked():  # not broken by another one as stale
                 client.delete_registered_model(lock)
+            for aside in broken:
+                client.delete_registered_model(aside)
 
 
-def _break_stale(client: Any, lock: str) -> None:
-    """Delete a lock that a dead process left."""
+def _owner(client: Any, lock: str) -> str | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(lock).tags.get("owner")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def _break_stale(client: Any, lock: str) -> list[str]:
+    """Move a lock that a dead process left out of the way; return its new name, to be deleted.
+
+    The new name says whose lock it was, so that of several who find it stale only one can move
+    it, and none of them the lock that the first one takes next.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
         held = client.get_registered_model(lock)
         age_s = time.time() - held.creation_timestamp / 1000
-        if age_s > LOCK_STALE_S:
-            log.warning("Breaking the promotion lock %s, %.0f s old.", lock, age_s)
-            client.delete_registered_model(lock)
+        if age_s <= LOCK_STALE_S or _owner(client, lock) != held.tags.get("owner"):
+            return []
+        aside = f"{lock}.broken-{held.tags.get('owner')}"
+        client.rename_registered_model(lock, aside)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code not in _HELD:
             raise
+        return []
+    log.warning("Broke the promotion lock %s, %.0f s old.", lock, age_s)
+    return [aside]

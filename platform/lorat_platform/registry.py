@@ -23,35 +23,31 @@ if TYPE_CHECKING:
 MODEL_NAME = "lorat"
 CANDIDATE = "candidate"
 CHAMPION = "champion"
+MAX_DESCRIPTION = 5000
+"""Characters of a version's description that every database of MLflow takes."""
 
 
 def register(
     model: LoRAT,
     *,
     run_id: str,
-    name: str = MODEL_NAME,
     datasets: Mapping[str, str] | None = None,
     scores: Mapping[str, float] | None = None,
     benchmark: Sequence[str] = (),
     git_revision: str | None = None,
-    search_run_id: str | None = None,
     tags: Mapping[str, Any] | None = None,
-    alias: str | None = CANDIDATE,
 ) -> str:
-    """Register a trained model and return its version.
+    """Register a trained model as the candidate and return its version.
 
     Args:
         model: any form; the registered one is merged.
         run_id: the MLflow run that trained it.
-        name: registered model, made if it is missing.
         datasets: name -> fingerprint of what it was trained on.
         scores: results of its evaluation, such as ``{"val/ao": 0.61}``.
         benchmark: URIs of the data sets that the scores are of; a candidate is compared with
             this model on them.
         git_revision: of the code that trained it.
-        search_run_id: the search that it is a trial of.
         tags: more tags of the version.
-        alias: alias that is set on the new version.
 
     Raises:
         MlflowException: if MLflow does not take it; nothing is registered then.
@@ -66,7 +62,6 @@ def register(
     about |= {f"score.{key}": f"{value:.4f}" for key, value in (scores or {}).items()}
     about |= {"benchmark": json.dumps(list(benchmark))} if benchmark else {}
     about |= {"git_revision": git_revision} if git_revision else {}
-    about |= {"search_run_id": search_run_id} if search_run_id else {}
     about |= {key: str(value) for key, value in (tags or {}).items()}
 
     run = client.get_run(run_id)
@@ -92,17 +87,16 @@ def register(
 
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])  # on the run's page
     about["model_id"] = logged.model_id  # MLflow's own field is empty when a version is read
-    ensure_registered_model(client, name)
+    ensure_registered_model(client, MODEL_NAME)
     version = client.create_model_version(
-        name,
+        MODEL_NAME,
         source=logged.artifact_location,
         run_id=run_id,
         tags=about,
-        description=describe(name, about),
+        description=describe(MODEL_NAME, about)[:MAX_DESCRIPTION],
         model_id=logged.model_id,
     ).version
-    if alias:
-        client.set_registered_model_alias(name, alias, version)
+    client.set_registered_model_alias(MODEL_NAME, CANDIDATE, version)
     return str(version)
 
 
@@ -233,6 +227,17 @@ def _artifact_location(uri: str) -> str:
         return client.get_logged_model(uri.removeprefix("models:/")).artifact_location
     name, version = version_of(uri)
     return client.get_model_version_download_uri(name, version)
+
+
+def add_to_description(client: Any, name: str, version: str, heading: str, text: str) -> None:
+    """Append a section to a version's description; the oldest sections make room."""
+    stored = client.get_model_version(name, version).description or ""
+    first, *sections = re.split(r"\n(?=### )", stored)
+    sections.append(f"### {heading}\n\n{text}")
+    while len("\n".join([first, *sections])) > MAX_DESCRIPTION and len(sections) > 1:
+        del sections[0]
+    whole = "\n".join([first, *sections])
+    client.update_model_version(name, version, whole[:MAX_DESCRIPTION])
 
 
 @contextlib.contextmanager

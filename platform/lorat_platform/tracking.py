@@ -275,13 +275,18 @@ def open_run(
     run = Run(journal, uri)
     if resumed or run_id:
         run._record("resume")
-    about = {"mlflow.user": _user(), "mlflow.source.name": sys.argv[0], "mlflow.source.type": "JOB"}
+    about = {
+        "mlflow.user": user_name(),
+        "mlflow.source.name": sys.argv[0],
+        "mlflow.source.type": "JOB",
+    }
     note = {"mlflow.note.content": description} if description else {}
     run.set_tags(about | dict(tags or {}) | note)
     return run
 
 
-def _user() -> str:
+def user_name() -> str:
+    """Return who runs this process."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user id without a name

@@ -22,6 +22,7 @@ from lorat_platform.tracking import open_run
 from tests.constant_trackers import shrinking_tracker, staying_tracker
 from tests.jobs.in_process import run_in_process
 from tests.mlflow_home import make_home
+from tests.mlflow_server import free_port
 from tests.small_shards import make_shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,8 +145,31 @@ def test_better_candidate_is_promoted_and_worse_is_not(home: Path, uri: str) -> 
     assert tags["gate.note"] == "for the demo"
     assert json.loads(tags["gate.numbers"])["difference"] < 0
 
-    assert run_in_process("promote", "--rollback") == 0
+    assert run_in_process("promote", "--rollback", "--reason", "lost the ball") == 0
     assert promotion.champion_of(client) == better
+    version = client.get_model_version("lorat", worse)
+    assert version.tags["rolled_back.note"] == "lost the ball"
+    assert f"Version {better} is champion again. lost the ball" in version.description
+
+
+def test_benchmarks_are_remembered_by_whole_addresses(
+    home: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = register(staying_tracker(), "unknown")
+    monkeypatch.chdir(Path(uri).parent)
+    assert promote(version, data=(Path(uri).name,))
+    tags = connect().get_model_version("lorat", version).tags
+    assert json.loads(tags["benchmark"]) == [uri]
+
+
+def test_a_server_that_is_down_is_one_sentence(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert run_in_process("promote", "--rollback") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "start the server" in line
 
 
 def test_equal_candidate_needs_to_be_allowed(home: Path, uri: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from lorat.errors import UserError
 from lorat_platform import promotion
 from lorat_platform.mlflow_store import connect, ensure_experiment, tracking_uri
-from lorat_platform.registry import ensure_registered_model
+from lorat_platform.registry import add_to_description, ensure_registered_model
 from tests.mlflow_home import make_home
 from tests.mlflow_server import running_server
 
@@ -104,6 +105,92 @@ def test_rollback_skips_a_deleted_version(sqlite: None) -> None:
     assert promote("3", "2")
     connect().delete_model_version("lorat", "2")
     assert promotion.roll_back() == ("3", "1")
+
+
+def test_rollback_finds_no_deleted_version_for_the_alias_previous(sqlite: None) -> None:
+    from mlflow.exceptions import MlflowException
+
+    make_versions("lorat", 3)
+    assert promote("1", None)
+    assert promote("2", "1")
+    assert promote("3", "2")
+    client = connect()
+    client.delete_model_version("lorat", "1")
+    assert promotion.roll_back(tags={"rolled_back.note": "lost the ball"}) == ("3", "2")
+    assert client.get_model_version("lorat", "3").tags["rolled_back.note"] == "lost the ball"
+    with pytest.raises(MlflowException, match="previous"):
+        client.get_model_version_by_alias("lorat", "previous")
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("moment", ["before the alias", "after the alias"])
+def test_a_kill_in_a_promotion_leaves_a_true_history(
+    moment: str, sqlite: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    make_versions("lorat", 4)
+    assert promote("1", None)
+    client = connect()
+    client.set_registered_model_alias("lorat", "champion", "2")  # by hand: not on record yet
+    set_alias = MlflowClient.set_registered_model_alias
+
+    def kill(self: MlflowClient, name: str, alias: str, version: str) -> None:
+        if moment == "after the alias":
+            set_alias(self, name, alias, version)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", kill)
+        with pytest.raises(Killed):
+            promote("3", "2")
+    champion = "3" if moment == "after the alias" else "2"
+    assert promotion.champion_of(client) == champion
+    assert promotion.roll_back() == (champion, "2" if champion == "3" else "1")
+    assert promote("4", "2" if champion == "3" else "1")
+    versions = [entry["version"] for entry in promotion.history_of(client)]
+    assert versions == (["1", "2", "4"] if champion == "3" else ["1", "4"])
+
+
+def test_the_history_fits_into_a_tag_of_every_database() -> None:
+    history: list[dict[str, str]] = []
+    for number in range(100_000, 100_200):
+        history = promotion._with(history, str(number), by="alias")
+    assert history[-1]["version"] == "100199"
+    assert len(json.dumps(history)) < 5000
+
+
+def test_of_two_who_find_a_stale_lock_only_one_takes_it_away(
+    sqlite: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_versions("lorat", 1)
+    client = connect()
+    stale = client.create_registered_model("lorat.promotion-lock", tags={"owner": "gone"})
+    monkeypatch.setattr(promotion, "LOCK_STALE_S", 0.0)
+    time.sleep(0.01)
+    with promotion.locked(client, "lorat") as still_locked:
+        assert still_locked()
+        with monkeypatch.context() as patch:  # another one, who looked before
+            patch.setattr(client, "get_registered_model", lambda _: stale)
+            assert promotion._break_stale(client, "lorat.promotion-lock") == []
+        assert still_locked()
+    assert [model.name for model in client.search_registered_models()] == ["lorat"]
+
+
+def test_descriptions_stay_within_what_databases_take(sqlite: None) -> None:
+    make_versions("lorat", 1)
+    client = connect()
+    client.update_model_version("lorat", "1", "LoRAT N-112\n")
+    for number in range(30):
+        add_to_description(client, "lorat", "1", f"day {number}", "refused " * 60)
+    text = client.get_model_version("lorat", "1").description
+    assert len(text) <= 5000
+    assert text.startswith("LoRAT N-112")
+    assert "### day 29" in text
+    assert "### day 3\n" not in text
 
 
 def test_nothing_to_roll_back_is_one_sentence(sqlite: None) -> None:

@@ -47,7 +47,6 @@ def registered(home: Path) -> dict[str, str]:
             scores={"val/ao": 0.6123},
             benchmark=["/data/val"],
             git_revision="deadbeef",
-            search_run_id="42",
         )
     return {"run_id": run.wait_for_id(), "version": version}
 
@@ -68,7 +67,6 @@ def test_version_has_alias_and_tags(registered: dict[str, str]) -> None:
         "score.val/ao": "0.6123",
         "benchmark": '["/data/val"]',
         "git_revision": "deadbeef",
-        "search_run_id": "42",
     }
     assert "mlflow.pyfunc.load_model" in version.description
 

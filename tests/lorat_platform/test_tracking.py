@@ -94,6 +94,14 @@ def test_metrics_params_tags_and_status_arrive(tmp_path: Path) -> None:
     assert stored.data.tags["mlflow.note.content"] == "# Hello"
 
 
+def test_a_user_without_a_name_is_known_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    assert tracking.user_name() == str(os.getuid())
+
+
 def test_exception_marks_the_run_as_failed(tmp_path: Path) -> None:
     with (
         pytest.raises(RuntimeError, match="broken"),
