@@ -60,7 +60,7 @@ for split, videos, frames in (("train", 8, 16), ("val", 2, 16)):
 """
 """Makes a small dataset in the object store."""
 
-STEPS, STEPS_PER_EPOCH = 600, 30
+STEPS, STEPS_PER_EPOCH = 480, 30
 TRAINING = (
     "--variant=N-112 --backbone=none --workers=2 --cpus-per-worker=1 --batch-size=16 "
     f"--pairs-per-epoch={16 * STEPS_PER_EPOCH} --epochs={STEPS // STEPS_PER_EPOCH} "
