@@ -1,13 +1,19 @@
-"""What makes a sequence hard, computed from its annotation alone.
+"""What makes a sequence hard: as its dataset says, or computed from its annotation alone.
 
-The definitions are those of OTB-100 (Wu et al., PAMI 2015) and LaSOT (Fan et al., CVPR 2019) as
-far as they need no human: they compare boxes with the first frame's or with the frame before.
+The definitions of what is computed are those of OTB-100 (Wu et al., PAMI 2015) and LaSOT (Fan et
+al., CVPR 2019) as far as they need no human: they compare boxes with the first frame's or with the
+frame before.
 """
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
 import numpy as np
 
+from lorat.errors import UserError
 from lorat.frame_index import FrameIndex
 
 ATTRIBUTES = {
@@ -15,12 +21,50 @@ ATTRIBUTES = {
     "aspect change": "the aspect ratio leaves [1/2, 2] of the first frame's",
     "fast motion": "the centre moves by more than the box's mean side within a frame",
     "low resolution": "the box is smaller than 1,000 pixels in at least one frame",
+    "partial occlusion": "the visible share is labelled below 1 but above 0 in at least one frame",
     "absence": "the target is fully occluded or out of view in at least one frame",
     "partial exit": "the box touches the border of the frame in at least one frame",
     "distant": "the box covers less than 1 % of the frame on average",
 }
 """Computed attributes and what they mean."""
+FULL_COVER = 8
+"""GOT-10k's label of a target that is seen as a whole; a frame without label has -1."""
 _BORDER_PX = 1.0
+
+
+def read_attributes(file: Path) -> dict[str, list[str]]:
+    """Read lines of a sequence and its attributes: ``bike1,fast motion,camera motion``.
+
+    Returns:
+        The attributes of each sequence.
+
+    Raises:
+        UserError: if the file cannot be read, or a line has a sequence alone.
+    """
+    found: dict[str, list[str]] = {}
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            for row in csv.reader(lines):
+                cells = [cell.strip() for cell in row if cell.strip()]
+                if len(cells) == 1:
+                    raise UserError(
+                        f"{file} has the line {cells[0]!r}; give a sequence and its attributes in "
+                        "each line, between commas."
+                    )
+                if cells:
+                    found.setdefault(cells[0], []).extend(cells[1:])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"Cannot read the attributes in {file} ({error}).") from error
+    return found
+
+
+def by_attribute(of_sequence: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Return the sequences of each attribute, sorted by name."""
+    gathered: dict[str, list[str]] = {}
+    for sequence in sorted(of_sequence):
+        for name in dict.fromkeys(of_sequence[sequence]):
+            gathered.setdefault(name, []).append(sequence)
+    return gathered
 
 
 def attributes_of(index: FrameIndex, track: int) -> set[str]:
@@ -31,6 +75,8 @@ def attributes_of(index: FrameIndex, track: int) -> set[str]:
     found = set()
     if not index.visible[rows].all():
         found.add("absence")
+    if ((index.cover[rows] > 0) & (index.cover[rows] < FULL_COVER)).any():
+        found.add("partial occlusion")
     if usable.sum() < 2:
         return found
     side_wh = box[:, 2:] - box[:, :2]

@@ -43,15 +43,19 @@ def is_jpeg(data: bytes) -> bool:
 
 
 def decode_complete(data: bytes) -> np.ndarray:
-    """Decode like :func:`decode_rgb`, but refuse an image that ends early.
+    """Decode like :func:`decode_rgb`, but refuse an image that ends early or is damaged inside.
 
     OpenCV fills the missing part of a cut file with grey and says nothing, so a file that does
-    not end as an image should is checked by a decoder that does not forgive.
+    not end as an image should is checked by a decoder that does not forgive.  Damage inside a
+    JPEG is found where its code words do not fill the image exactly, which most damage leads to;
+    bytes that are replaced by equally many valid code words cannot be told from a picture.
 
     Raises:
-        DamagedImage: if the image is incomplete.
+        DamagedImage: if the image is incomplete or damaged.
     """
     image = decode_rgb(data)
+    if is_jpeg(data) and _has_broken_code(data):
+        raise DamagedImage("the image is damaged inside (its code does not fill it)")
     if not (is_jpeg(data) and data.rstrip(b"\0").endswith(_JPEG_END)):
         from PIL import Image, UnidentifiedImageError
 
@@ -61,6 +65,23 @@ def decode_complete(data: bytes) -> np.ndarray:
         except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
             raise DamagedImage(f"the image is incomplete ({error})") from error
     return image
+
+
+def _has_broken_code(jpeg: bytes) -> bool:
+    """Tell whether FFmpeg, told to be strict, refuses to decode a JPEG."""
+    import av
+
+    decoder = av.CodecContext.create("mjpeg", "r")
+    decoder.options = {"err_detect": "explode"}
+    decoder.thread_count = 1
+    try:
+        decoder.decode(av.Packet(jpeg))
+        decoder.decode(None)
+    except av.error.InvalidDataError:
+        return True
+    except av.error.FFmpegError:  # a kind of JPEG that it does not know
+        return False
+    return False
 
 
 def encode_jpeg(image_HWC: np.ndarray, quality: int, *, restart_interval: int = 0) -> bytes:

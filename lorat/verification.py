@@ -22,7 +22,7 @@ from lorat.frame_index import (
     previous_manifest,
     write_index,
 )
-from lorat.images import DamagedImage, decode_rgb
+from lorat.images import DamagedImage, decode_complete
 
 KEPT_FROM_INGEST = ("plan", "attributes")
 """What the manifest says that no shard does."""
@@ -182,7 +182,7 @@ def _check_image(index: FrameIndex, row: int, handle: pa.NativeFile) -> list[Pro
         if zlib.crc32(data) != index.crc32[row]:
             found.append("the bytes of the image are not those once written")
         try:
-            image = decode_rgb(data)
+            image = decode_complete(data)
             if image.shape != (height, width, 3):
                 found.append(f"the image has shape {image.shape}, not {(height, width, 3)}")
         except DamagedImage as error:

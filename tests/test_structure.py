@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -16,6 +17,9 @@ FORBIDDEN = {
 }
 TORCH_FREE = {"geometry", "pairs", "frame_index", "shards", "synthetic"}
 """Modules that decode workers import: torch would cost each of them seconds and 0.8 GB."""
+
+DISTRIBUTIONS = {"cv2": "opencv-python", "PIL": "pillow"}
+"""Distributions whose module has another name."""
 
 
 def _imports(path: Path) -> set[str]:
@@ -63,6 +67,44 @@ def test_no_import_circle(package: str, top: str) -> None:
 
     for module in graph:
         visit(module, ())
+
+
+def _needed(path: Path) -> set[str]:
+    """Return the top-level modules that a file imports, but for those it can do without."""
+    tree = ast.parse(path.read_text())
+    optional = {
+        id(node)
+        for attempt in ast.walk(tree)
+        if isinstance(attempt, ast.Try)
+        and any(isinstance(h.type, ast.Name) and "Import" in h.type.id for h in attempt.handlers)
+        for node in ast.walk(attempt)
+    }
+    modules = set()
+    for node in ast.walk(tree):
+        if id(node) in optional:
+            continue
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            modules.add(node.module.split(".")[0])
+    return modules
+
+
+def test_every_imported_package_is_declared() -> None:
+    """A package that comes along with another one today may not do so tomorrow."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"]]
+    groups += [lines for name, lines in project["optional-dependencies"].items() if name != "dev"]
+    declared = {re.split(r"[^\w-]", line)[0].lower() for group in groups for line in group}
+    own = {"lorat", "lorat_platform", *(path.stem for path in (ROOT / "jobs").glob("*.py"))}
+    missing = {
+        f"{path.relative_to(ROOT)} imports {module}"
+        for folder in ("lorat", "platform", "jobs")
+        for path in (ROOT / folder).rglob("*.py")
+        for module in _needed(path) - own - sys.stdlib_module_names
+        if DISTRIBUTIONS.get(module, module).lower() not in declared
+    }
+    assert not missing
 
 
 def test_decode_workers_do_not_import_torch() -> None:

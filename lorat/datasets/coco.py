@@ -16,6 +16,10 @@ from lorat.errors import UserError
 class Coco(Source):
     """COCO 2017: still images; crowds are left out, images without boxes too.
 
+    Each box is a track of its own and training deals tracks, so an image with many boxes is drawn
+    more often than one with few.  The published training deals images and then draws one of the
+    image's boxes.
+
     The include list names images by number or file name.
     """
 

@@ -91,6 +91,7 @@ class Got10k(Source):
         count = len(paths)
         absent = read_flags(folder / "absence.label", len(box), name, findings, default=0)
         cover = read_flags(folder / "cover.label", len(box), name, findings, default=8)
+        cut = read_flags(folder / "cut_by_image.label", len(box), name, findings, default=0)
         visible = np.ones(count, bool) if absent is None else absent[:count] == 0
         return [
             Recording(
@@ -101,6 +102,7 @@ class Got10k(Source):
                 box=box[:count],
                 visible=visible,
                 cover=None if cover is None else cover[:count].astype(np.int8),
+                attributes=("cut by image",) if cut is not None and cut[:count].any() else (),
             )
         ]
 

@@ -102,7 +102,13 @@ def _column_names(line: str) -> list[str]:
 
 
 def read_flags(
-    file: Path, count: int, sequence: str, findings: Findings, *, default: int
+    file: Path,
+    count: int,
+    sequence: str,
+    findings: Findings,
+    *,
+    default: int,
+    what: str = "frames",
 ) -> np.ndarray | None:
     """Read whole numbers, one per frame, on one line or many; none if there is no such file.
 
@@ -117,7 +123,7 @@ def read_flags(
         findings.add(sequence, "repaired", f"{file.name} cannot be read and is ignored")
         return None
     if len(values) != count:
-        why = f"{file.name} has {len(values)} values for {count} frames"
+        why = f"{file.name} has {len(values)} values for {count} {what}"
         findings.add(sequence, "repaired", why)
     return np.array((values + [default] * count)[:count], np.int64)
 

@@ -62,6 +62,7 @@ class Recording:
         box: float64 (n, 4), xyxy, 0-based pixels, NaN where none is annotated.
         visible: bool (n), neither absent nor fully occluded, as annotated.
         cover: int8 (n), GOT-10k's cover label, or none.
+        attributes: what makes the sequence hard, as the dataset publishes it; for evaluation.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Recording:
     box: np.ndarray
     visible: np.ndarray
     cover: np.ndarray | None = None
+    attributes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

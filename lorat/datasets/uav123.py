@@ -15,6 +15,7 @@ from lorat.datasets.labels import (
     align_numbered,
     list_images,
     natural_key,
+    read_flags,
     read_rows,
     xyxy_from_xywh,
 )
@@ -47,6 +48,14 @@ uav8 1 301, wakeboard1 1 421, wakeboard10 1 469, wakeboard2 1 733, wakeboard3 1 
 wakeboard4 1 697, wakeboard5 1 1675, wakeboard6 1 1165, wakeboard7 1 199, wakeboard8 1 1543,
 wakeboard9 1 355
 """
+
+
+ATTRIBUTES = (
+    "scale variation", "aspect change", "low resolution", "fast motion", "full occlusion",
+    "partial occlusion", "out of view", "background clutter", "illumination variation",
+    "viewpoint change", "camera motion", "similar object",
+)  # fmt: skip
+"""The flags of ``anno/UAV123/att/<sequence>.txt``, in the order of the benchmark's toolkit."""
 
 
 def _parse_table() -> dict[str, tuple[str, int, int]]:
@@ -94,6 +103,8 @@ class Uav123(Source):
             return []
         paths, numbers = aligned
         box = xyxy_from_xywh(rows[: len(paths)])
+        notes = self.source / "anno" / "UAV123" / "att" / f"{name}.txt"
+        flags = read_flags(notes, len(ATTRIBUTES), name, findings, default=0, what="attributes")
         return [
             Recording(
                 name=name,
@@ -102,6 +113,9 @@ class Uav123(Source):
                 frame_number=numbers,
                 box=box,
                 visible=np.isfinite(box).all(axis=1),
+                attributes=()
+                if flags is None
+                else tuple(a for a, flag in zip(ATTRIBUTES, flags, strict=True) if flag),
             )
         ]
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from lorat import shards, storage
+from lorat.attributes import by_attribute, read_attributes
 from lorat.conversion import convert, dataset_info, shard_name
 from lorat.datasets import DATASETS, Entry, Finding, Findings, Source
 from lorat.errors import UserError
@@ -47,6 +48,9 @@ class IngestConfig:
     """Folder of the shards: a local path, s3://BUCKET/PATH or gs://BUCKET/PATH."""
     full_frame: bool = False
     """Store whole frames of training sets too, instead of windows around the target."""
+    attributes: Path | None = None
+    """CSV file with a sequence and its attributes per line, for the tables of an evaluation; beside
+    those that GOT-10k and UAV123 bring along."""
     variant: str = "B-224"
     """Largest variant that the windows shall serve, such as B-224 or L-378."""
     address: str | None = None
@@ -83,6 +87,10 @@ def ingest(source: Source, config: IngestConfig) -> Ingested:
     groups = group_entries(entries, source.frames_hint)
     location = storage.locate(config.output)
     plan = _describe_plan(source, info, entries)
+    given: dict[str, list[str]] = {}
+    if config.attributes is not None:
+        given = read_attributes(config.attributes)
+        plan["attributes"] = given
     with storage.writing_to(location):
         location.make()
         if location.exists(MANIFEST):
@@ -100,7 +108,7 @@ def ingest(source: Source, config: IngestConfig) -> Ingested:
     for _ in map_tasks(write_shard, arguments, what=f"ingest {name} {source.split_name}"):
         pass
     with storage.writing_to(location):
-        return _finish(location, info, len(groups), findings, plan, len(missing))
+        return _finish(location, info, len(groups), findings, plan, len(missing), given)
 
 
 def with_absolute_paths(source: Source) -> Source:
@@ -164,6 +172,7 @@ def _write_shard(
     for_training: bool,
 ) -> int:
     findings = Findings()
+    attributes: dict[str, tuple[str, ...]] = {}
     file = shard_name(number)
     with shards.ShardWriter(location, file, info) as writer:
         for entry in entries:
@@ -173,7 +182,11 @@ def _write_shard(
                 findings.add(entry.name, "dropped", f"cannot be read: {error}")
                 continue
             for recording in recordings:
-                convert(recording, writer, for_training=for_training, law=law, findings=findings)
+                num_rows = convert(
+                    recording, writer, for_training=for_training, law=law, findings=findings
+                )
+                if num_rows and recording.attributes:
+                    attributes[recording.name] = recording.attributes
         rows = writer.close() if writer.num_rows else None
     if rows is not None:
         size = location.filesystem.get_file_info(location.file(file)).size
@@ -181,7 +194,9 @@ def _write_shard(
     else:
         rows, entry_text = pa.table({}), ""
     notes = json.dumps([f.describe() for f in findings])
-    rows = rows.replace_schema_metadata({"findings": notes, "shard": entry_text})
+    rows = rows.replace_schema_metadata(
+        {"findings": notes, "shard": entry_text, "attributes": json.dumps(attributes)}
+    )
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, rows.schema) as stream:
         stream.write_table(rows)
@@ -322,19 +337,28 @@ def _finish(
     findings: Findings,
     plan: dict[str, Any],
     num_made: int,
+    given_attributes: dict[str, list[str]],
 ) -> Ingested:
     """Read all receipts, write the report and, last, the index."""
     work = location.child(WORK_FOLDER)
     entries, tables = [], []
+    attributes: dict[str, list[str]] = {}
     for number in range(num_shards):
         table = pa.ipc.open_file(pa.py_buffer(work.read_bytes(receipt_name(number)))).read_all()
         metadata = table.schema.metadata
         for values in json.loads(metadata[b"findings"]):
             found = _finding(values)
             findings.add(found.sequence, found.action, found.why, found.frames)
+        attributes |= json.loads(metadata[b"attributes"])
         if metadata[b"shard"]:
             entries.append(json.loads(metadata[b"shard"]))
             tables.append(table)
+    names = {name for table in tables for name in table.column("sequence").unique().to_pylist()}
+    for sequence, wanted in given_attributes.items():
+        if sequence in names:
+            attributes[sequence] = [*attributes.get(sequence, ()), *wanted]
+        else:
+            findings.add(sequence, "dropped", "has attributes, but there is no such sequence")
     found_all = list(findings)
     report = {
         "name": info["name"],
@@ -350,6 +374,7 @@ def _finish(
             f"Nothing usable is left of {info['name']} {info['split']}; the table above and "
             f"{REPORT} in {location.uri} say why."
         )
-    index = index_shards(location, info | {"plan": plan}, entries, tables)
+    about = {"plan": plan, "attributes": by_attribute(attributes)}
+    index = index_shards(location, info | about, entries, tables)
     location.delete_folder(WORK_FOLDER)
     return Ingested(index=index, findings=found_all, num_shards_made=num_made)

@@ -13,8 +13,10 @@ import cv2
 import pytest
 
 from lorat.frame_index import FrameIndex
+from tests.jobs.in_process import run_in_process
 from tests.lorat import layouts
 from tests.real_data import REAL_DATA
+from tests.small_shards import make_shards
 
 ROOT = Path(__file__).parents[2]
 JOB = [sys.executable, str(ROOT / "jobs" / "ingest.py")]
@@ -120,6 +122,19 @@ def test_a_users_error_is_one_sentence(arguments: list[str], message: str) -> No
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_picture_that_cannot_be_written_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    uri = make_shards(tmp_path / "set")
+    (tmp_path / "file").write_text("")
+    assert run_in_process("ingest", "preview", uri, "--output", tmp_path / "file" / "a.png") == 2
+    monkeypatch.setattr(cv2, "imwrite", lambda *_: False)
+    assert run_in_process("ingest", "preview", uri, "--output", tmp_path / "a.png") == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert all("give a file in a folder with room" in line for line in errors)
 
 
 def test_help_names_every_dataset() -> None:

@@ -53,7 +53,7 @@ def make_got10k(root: Path) -> None:
         write_rows(folder / "groundtruth.txt", boxes(6))
         (folder / "absence.label").write_text("0\n0\n1\n0\n0\n0\n" if number == 1 else "0\n" * 6)
         (folder / "cover.label").write_text("8\n8\n0\n5\n8\n8\n" if number == 1 else "8\n" * 6)
-        (folder / "cut_by_image.label").write_text("0\n" * 6)
+        (folder / "cut_by_image.label").write_text("0\n" * 5 + f"{int(number == 1)}\n")
         (folder / "meta_info.ini").write_text(
             "[METAINFO]\nurl: https://example.org/?a=b:c\nobject_class: lesser panda\n"
             "anno_fps: 10Hz\nresolution: (96, 72)\n"
@@ -194,7 +194,8 @@ def make_uav123(root: Path) -> None:
     rows = boxes(4)
     rows[1] = [float("nan")] * 4
     write_rows(root / "anno" / "UAV123" / "car1_s.txt", rows)
-    write_rows(root / "anno" / "UAV123" / "att" / "car1_s.txt", [[0] * 12])
+    flags = [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]
+    write_rows(root / "anno" / "UAV123" / "att" / "car1_s.txt", [flags])
 
 
 def make_nfs(root: Path) -> None:

@@ -256,6 +256,8 @@ def test_uav123_sequences_are_windows_of_videos(tmp_path: Path) -> None:
     assert found["bird1_2"].images[0].endswith("bird1/000775.jpg")
     assert found["bird1_2"].category == "bird"
     assert found["car1_s"].visible.tolist() == [True, False, True, True]
+    assert found["car1_s"].attributes == ("scale variation", "camera motion")
+    assert found["bird1_2"].attributes == ()
     assert not reasons
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lorat import datasets
+from lorat.attributes import sequences_by_attribute
 from lorat.conversion import dataset_info
 from lorat.datasets import Entry, Finding
 from lorat.errors import UserError
@@ -261,6 +262,33 @@ def test_a_reindexed_dataset_is_still_known_for_what_it_is(
         with pytest.raises(UserError, match="already holds got10k train"):
             ingest(source, IngestConfig(output=str(out), **options))
     assert ingest(got10k, IngestConfig(output=str(out))).num_shards_made == 0
+
+
+def test_attributes_of_the_dataset_and_of_a_table_reach_the_evaluation(
+    got10k: datasets.Got10k, tmp_path: Path
+) -> None:
+    layouts.make_uav123(tmp_path / "uav")
+    source = datasets.Uav123(source=tmp_path / "uav")
+    (tmp_path / "more.csv").write_text("bird1_2,night\ncar1_s,night,fog\nnobody,fog\n")
+    config = IngestConfig(output=str(tmp_path / "out"), attributes=tmp_path / "more.csv")
+    result = ingest(source, config)
+    expected = {
+        "night": ["bird1_2", "car1_s"],
+        "scale variation": ["car1_s"],
+        "camera motion": ["car1_s"],
+        "fog": ["car1_s"],
+    }
+    assert result.index.manifest["attributes"] == expected
+    found = sequences_by_attribute(result.index)
+    assert {name: found[name] for name in expected} == expected
+    assert any(f.sequence == "nobody" for f in result.findings)
+    assert rebuild_index(config.output).manifest["attributes"] == expected
+    assert ingest(source, config).num_shards_made == 0
+    with pytest.raises(UserError, match="other options"):
+        ingest(source, IngestConfig(output=config.output))
+    got = ingest(got10k, IngestConfig(output=str(tmp_path / "got10k"), full_frame=True)).index
+    assert sequences_by_attribute(got)["cut by image"] == ["GOT-10k_Train_000002"]
+    assert sequences_by_attribute(got)["partial occlusion"] == ["GOT-10k_Train_000002"]
 
 
 def test_a_finished_dataset_is_left_alone_and_never_overwritten(
