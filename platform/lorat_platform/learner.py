@@ -155,7 +155,7 @@ class Learner:
     def train_step(self, batch: dict[str, Tensor]) -> StepResult:
         """Augment this worker's part of a global batch and take one optimiser step on it."""
         if self.random:
-            torch.manual_seed(_step_seed(self.config.seed, self.step, self.world))
+            torch.manual_seed(step_seed(self.config.seed, self.step, self.world.rank))
         with self.clock.device_part("augment"), torch.no_grad():
             template, search, template_box, search_box = augment(batch)
             variant = self.model.variant
@@ -301,7 +301,7 @@ def resolve_precision(config: TrainConfig, device: torch.device) -> torch.dtype 
     return {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
-def _step_seed(seed: int, step: int, world: World) -> int:
-    """Seed drop path and dropout from the step, so that resuming repeats them."""
-    entropy = np.random.SeedSequence([seed, 7, step, world.rank]).generate_state(1, np.uint64)
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed a worker's drop path and dropout from the step, so that resuming repeats them."""
+    entropy = np.random.SeedSequence([seed, 7, step, rank]).generate_state(1, np.uint64)
     return int(entropy[0] >> 1)

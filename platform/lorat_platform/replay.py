@@ -84,6 +84,7 @@ def _replay(folder: Path) -> str:
             f"{folder} holds no dump ({reason(error)}); give the folder that the message named."
         ) from error
     from lorat.criterion import Criterion
+    from lorat_platform.learner import step_seed
 
     model = checkpoint.load(folder / "checkpoint")
     variant, criterion = model.variant, Criterion()
@@ -96,6 +97,9 @@ def _replay(folder: Path) -> str:
     if broken:
         lines.append(f"weights that are not finite: {', '.join(broken)}")
     num_bad = 0
+    seed = model.config.seed if model.config is not None else 0
+    # Repeatable, though not the draws of then, which were those of a whole batch.
+    torch.manual_seed(step_seed(seed, content["step"], content["rank"]))
     for row, pair in enumerate(content["pairs"]):
         one = {k: torch.from_numpy(v[row : row + 1].copy()).to(device) for k, v in arrays.items()}
         template, search, template_box, search_box = augment(one)

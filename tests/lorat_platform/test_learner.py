@@ -20,7 +20,9 @@ from lorat.config import HeadConfig, LoraConfig, TrainConfig, resolve
 from lorat.errors import UserError
 from lorat.model import build_model
 from lorat.official import export_official, import_official
-from lorat_platform.learner import Learner, World, resolve_precision
+from lorat.storage import locate
+from lorat_platform.learner import Learner, World, resolve_precision, step_seed
+from lorat_platform.replay import dump, replay
 from lorat_platform.stream import Batch, LocalSource, local_range
 from lorat_platform.train_loop import Hooks, run
 
@@ -239,6 +241,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_a_dump_with_drop_path_is_replayed_with_the_same_draws(tmp_path: Path) -> None:
+    """Its figures come from a pass with drop path, so the same text means the same draws."""
+    learner = Learner(dataclasses.replace(CONFIG, drop_path=0.1))
+    with torch.no_grad():  # losses that are finite, gradients whose norm is not
+        learner.model.head.cls_mlp.layers[-1].weight.mul_(1e25)
+    (batch, *_rest) = source().batches(0)
+    learner.step = 4
+    uri = dump(learner, batch, locate(tmp_path / "dump"))
+    first = replay(uri)
+    torch.manual_seed(1234)
+    assert replay(uri) == first
+    assert "10 of 10 pairs" in first
+    assert len({step_seed(42, step, rank) for step in range(5) for rank in range(4)}) == 20
 
 
 def test_ranges_of_workers_cover_the_batch() -> None:
