@@ -16,7 +16,6 @@ import pytest
 from lorat.checkpoint import save_merged
 from lorat.model import LoRAT
 from lorat_platform import cluster, promotion, registry
-from lorat_platform.gate import GateConfig
 from lorat_platform.mlflow_store import connect
 from lorat_platform.tracking import open_run
 from tests.constant_trackers import shrinking_tracker, staying_tracker
@@ -175,9 +174,16 @@ def test_a_server_that_is_down_is_one_sentence(
 def test_equal_candidate_needs_to_be_allowed(home: Path, uri: str) -> None:
     assert promote(register(staying_tracker(), uri))
     twin = register(staying_tracker(), uri)
-    assert not promote(twin)
-    assert promote(twin, gate=GateConfig(allow_equal=True))
+    candidate = ("promote", "--candidate", f"models:/lorat/{twin}")
+    assert run_in_process(*candidate) == 1
+    assert run_in_process(*candidate, "--allow-equal") == 0
     assert promotion.champion_of(connect()) == twin
+    worse = register(shrinking_tracker(), uri)
+    candidate = ("promote", "--candidate", f"models:/lorat/{worse}", "--allow-equal")
+    assert run_in_process(*candidate) == 1
+    assert run_in_process(*candidate, "--force", "--reason", "for the demo") == 0
+    assert promotion.champion_of(connect()) == worse
+    assert connect().get_model_version("lorat", worse).tags["gate.decision"] == "forced"
 
 
 def test_checkpoint_folder_is_registered_and_promoted(home: Path, uri: str, tmp_path: Path) -> None:
