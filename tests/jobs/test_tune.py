@@ -106,7 +106,9 @@ def test_an_interrupted_and_a_killed_search_go_on(tmp_path: Path, arguments: lis
     assert all(r.info.status in ("FINISHED", "KILLED") for r in children.values())
 
 
-def test_the_winner_is_trained_in_full_and_registered(tmp_path: Path, arguments: list[str]) -> None:
+def test_the_winner_is_trained_in_full_and_registered(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     home = tmp_path / "home"
     job = Job(home, *arguments, "--trials", 1, "--scheduler", "none", "--name", "won", "--final")
     assert job.end() == 0, job.output
@@ -124,6 +126,13 @@ def test_the_winner_is_trained_in_full_and_registered(tmp_path: Path, arguments:
     said = re.search(r"([\d.]+) trained in full, the search said ([\d.]+)", job.output)
     assert said is not None
     assert float(said[2]) == pytest.approx(trial.data.metrics["ao"], abs=1e-4)
+
+    best = home / "runs" / "won" / "results" / "best_config.json"
+    assert f"python jobs/train.py --config {best}" in job.output
+    capsys.readouterr()
+    assert run_in_process("train", "--config", str(best), "--dry-run") == 0
+    printed, _ = json.JSONDecoder().raw_decode(capsys.readouterr().out)
+    assert printed == json.loads(best.read_text())
 
 
 def test_a_search_without_a_finished_trial_is_no_success(
