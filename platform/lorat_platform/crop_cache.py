@@ -26,7 +26,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from lorat_platform.stream import local_range
+from lorat_platform.layout import local_range
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def _pack(batch: Batch) -> np.ndarray:
 
 
 class CachedSource:
-    """A worker's part of every step, a :class:`lorat_platform.stream.BatchSource`.
+    """A worker's part of every step, a :class:`lorat_platform.batches.BatchSource`.
 
     Args:
         cache: where the pairs are.

@@ -16,8 +16,9 @@ import numpy as np
 
 from lorat.config import TrainConfig, resolve
 from lorat_platform import cluster
+from lorat_platform.layout import Layout
 from lorat_platform.sources import Source, open_pairs, resolve_sources
-from lorat_platform.stream import DecodePool, Layout, RayStream, split_stream
+from lorat_platform.stream import DecodePool, RayStream, split_stream
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import torch
 from lorat.complexity import Description, describe
 from lorat.config import TrainConfig
 from lorat.errors import UserError
+from lorat_platform.layout import local_range, pair_bytes
 from lorat_platform.run_options import RunOptions
 from lorat_platform.sources import SYNTHETIC, SYNTHETIC_PRETRAIN, parse_sources
-from lorat_platform.stream import local_range, pair_bytes
 from lorat_platform.telemetry import PEAK_FLOPS, duration, peak_flops
 
 ASSUMED_MFU = 0.35

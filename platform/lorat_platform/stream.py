@@ -15,114 +15,29 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from lorat.config import TrainConfig
-from lorat.errors import UserError
-from lorat.variants import Variant
+from lorat_platform.batches import Batch, Decoder
 from lorat_platform.console import Console
+from lorat_platform.layout import Layout, local_range, pair_bytes
 from lorat_platform.sources import Source, open_pairs
-
-if TYPE_CHECKING:
-    from lorat.pairs import PairSampler
-    from lorat.shards import ImageReader
 
 log = logging.getLogger(__name__)
 
-Batch = dict[str, np.ndarray]
-
-PAIRS_PER_BLOCK = 128
-"""Pairs that a block aims at; with 32 the cost per task is felt (0.6 of the bare speed)."""
-BLOCK_BYTES = 48 * 2**20
-"""Most bytes of one block."""
 PAUSE_S = 0.02
 """Rest of Ray Data's control loop after each step.  It waits for any task that can go on, and the
 task that names the blocks always can: while enough is decoded, the loop would turn without a rest
 and take most of a CPU from the training."""
 BLOCKS_AHEAD = 3
 """Blocks that are kept decoded ahead, per worker, beside those in the making."""
-
-
-class BatchSource(Protocol):
-    """Where a training worker gets its batches from."""
-
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        """Yield this worker's part of every global step from ``start_step`` on.
-
-        A batch is what :func:`lorat.pairs.load_pairs` gives, without padding rows.
-        """
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Which pairs are in which block; a pure function, so that every process agrees."""
-
-    batch_size: int
-    """Pairs in a global step, B."""
-    num_workers: int
-    """Workers W, at most B."""
-    start_step: int
-    end_step: int
-    pairs_per_block: int
-
-    @classmethod
-    def plan(cls, config: TrainConfig, num_workers: int, start_step: int, end_step: int) -> Layout:
-        """Choose the block length: whole steps of a worker, or a whole part of one."""
-        assert config.batch_size is not None
-        local = math.ceil(config.batch_size / num_workers)
-        limit = max(1, min(PAIRS_PER_BLOCK, BLOCK_BYTES // pair_bytes(config.model_variant)))
-        if local <= limit:
-            pairs = local * max(1, min(limit // local, end_step - start_step))
-        else:
-            pairs = math.ceil(local / math.ceil(local / limit))
-        return cls(
-            batch_size=config.batch_size,
-            num_workers=num_workers,
-            start_step=start_step,
-            end_step=end_step,
-            pairs_per_block=pairs,
-        )
-
-    @property
-    def local_batch(self) -> int:
-        """Rows of a step in a worker's blocks; workers with fewer pairs have padding."""
-        return math.ceil(self.batch_size / self.num_workers)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of the whole stream, a multiple of W."""
-        rows = (self.end_step - self.start_step) * self.local_batch
-        return math.ceil(rows / self.pairs_per_block) * self.num_workers
-
-    def indices(self, block: int) -> np.ndarray:
-        """Return the pairs of a block, int64 (pairs_per_block,), -1 for padding."""
-        group, rank = divmod(block, self.num_workers)
-        position = group * self.pairs_per_block + np.arange(self.pairs_per_block, dtype=np.int64)
-        step = self.start_step + position // self.local_batch
-        first, last = local_range(self.batch_size, self.num_workers, rank)
-        pair = first + position % self.local_batch
-        inside = (pair < last) & (step < self.end_step)
-        return np.where(inside, step * self.batch_size + pair, -1)
-
-
-def local_range(batch_size: int, num_workers: int, rank: int) -> tuple[int, int]:
-    """Return the part [first, last) of a global batch that a worker takes; never empty."""
-    return rank * batch_size // num_workers, (rank + 1) * batch_size // num_workers
-
-
-def pair_bytes(variant: Variant) -> int:
-    """Return the bytes of one decoded pair."""
-    return 3 * (variant.template_size**2 + variant.search_size**2) + 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,51 +93,6 @@ class DecodePool:
             why = "sharing the CPUs of the training workers, which ask for all"
         log.info("decoding: %d actors of %d threads, %s", pool.actors, pool.threads, why)
         return pool
-
-
-class Decoder:
-    """Load pairs with the threads of one process.
-
-    Args:
-        sampler: draws the pairs.
-        readers: read its datasets' images.
-        threads: that share the pairs of a call.
-    """
-
-    def __init__(
-        self, sampler: PairSampler, readers: Sequence[ImageReader], threads: int = 1
-    ) -> None:
-        import cv2
-
-        cv2.setNumThreads(1)
-        self._sampler, self._readers = sampler, readers
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
-
-    def load(self, indices: np.ndarray) -> Batch:
-        """Return what :func:`lorat.pairs.load_pairs` gives.
-
-        Raises:
-            UserError: if one image after the other is damaged.
-        """
-        if self._pool is None or len(indices) < 2:
-            return self._load(indices)
-        parts = list(
-            self._pool.map(self._load, np.array_split(indices, min(self._threads, len(indices))))
-        )
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    def _load(self, indices: np.ndarray) -> Batch:
-        from lorat.images import DamagedImage
-        from lorat.pairs import load_pairs
-
-        try:
-            return load_pairs(self._sampler, self._readers, indices.tolist())
-        except DamagedImage as error:
-            raise UserError(
-                f"One image after the other is damaged, the last because {error}; check the data "
-                "with 'python jobs/ingest.py verify URI', and ingest it again."
-            ) from error
 
 
 class BlockDecoder:
@@ -410,53 +280,3 @@ def rebatch(
                 left = {k: np.concatenate([v, block[k]]) for k, v in left.items()}
         yield {k: v[:num_pairs] for k, v in left.items()}
         left = {k: v[rows_per_step:] for k, v in left.items()}
-
-
-class LocalSource:
-    """Pairs decoded by threads of this process, a :class:`BatchSource` without Ray Data.
-
-    Args:
-        load: gives the pairs of an int64 array of indices, such as ``Decoder.load``.
-        batch_size: pairs in a global step.
-        end_step: where the run ends.
-        rank: this worker, of ``num_workers``.
-        threads: batches that are loaded at the same time, ahead of the consumer.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[np.ndarray], Batch],
-        *,
-        batch_size: int,
-        end_step: int,
-        rank: int = 0,
-        num_workers: int = 1,
-        threads: int = 2,
-    ) -> None:
-        self._load = load
-        self._batch_size = batch_size
-        self._end_step = end_step
-        self._range = local_range(batch_size, num_workers, rank)
-        self._threads = threads
-
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        """Yield this worker's batches, loaded ahead in order."""
-        first, last = self._range
-        steps = range(start_step, self._end_step)
-
-        def load(step: int) -> Batch:
-            base = step * self._batch_size
-            return self._load(np.arange(base + first, base + last))
-
-        with ThreadPoolExecutor(self._threads) as pool:
-            ahead = [pool.submit(load, step) for step in steps[: self._threads + 1]]
-            try:
-                for step in steps:
-                    batch = ahead.pop(0).result()
-                    following = step + self._threads + 1
-                    if following < self._end_step:
-                        ahead.append(pool.submit(load, following))
-                    yield batch
-            finally:
-                for waiting in ahead:
-                    waiting.cancel()

@@ -20,9 +20,11 @@ from lorat.criterion import Criterion
 from lorat.model import build_model
 from lorat.optimisation import build_optimizer
 from lorat_platform import cluster
+from lorat_platform.batches import Batch
+from lorat_platform.layout import Layout
 from lorat_platform.learner import Learner, World, resolve_precision
 from lorat_platform.sources import resolve_sources
-from lorat_platform.stream import Batch, DecodePool, Layout, RayStream, split_stream
+from lorat_platform.stream import DecodePool, RayStream, split_stream
 from lorat_platform.telemetry import peak_flops
 from lorat_platform.train_loop import Hooks, run
 

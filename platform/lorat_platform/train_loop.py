@@ -20,9 +20,9 @@ from lorat.complexity import describe
 from lorat.config import TrainConfig
 from lorat.errors import UserError
 from lorat.storage import Location
+from lorat_platform.batches import Batch, BatchSource
 from lorat_platform.checkpoint_store import reason
 from lorat_platform.learner import Learner, StepResult, World
-from lorat_platform.stream import Batch, BatchSource
 from lorat_platform.telemetry import PARTS, memory_bytes, peak_flops, summarise
 
 log = logging.getLogger(__name__)

@@ -124,7 +124,8 @@ def _open_stream(setup: WorkerSetup, world: Any, start: int) -> Any:
     import ray
     from ray.train.collective import broadcast_from_rank_zero
 
-    from lorat_platform.stream import DecodePool, Layout, RayStream, split_stream
+    from lorat_platform.layout import Layout
+    from lorat_platform.stream import DecodePool, RayStream, split_stream
 
     layout = Layout.plan(setup.config, world.size, start, setup.config.total_steps)
     iterators = None

@@ -22,9 +22,9 @@ from lorat.metrics import evaluate as score
 from lorat.one_pass import track_sequences
 from lorat.shards import ImageReader
 from lorat.tracker import Tracker
+from lorat_platform.batches import Decoder
 from lorat_platform.console import Console
 from lorat_platform.sources import Source
-from lorat_platform.stream import Decoder
 
 if TYPE_CHECKING:
     from lorat.model import LoRAT

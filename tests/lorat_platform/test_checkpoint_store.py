@@ -84,7 +84,7 @@ def test_an_unreachable_store_is_said_and_leaves_the_last_checkpoint_intact(
         checkpoint_store.upload(local, run, "step-00000020")
         assert checkpoint_store.newest(run) == "step-00000020"
         store.pause()
-        with pytest.raises(UserError, match="step-00000040 cannot be written .* is intact"):
+        with pytest.raises(UserError, match=r"step-00000040 cannot be written .* is intact"):
             checkpoint_store.upload(local, run, "step-00000040")
         store.resume()
         assert checkpoint_store.names(run) == ["step-00000020"]

@@ -21,10 +21,12 @@ from lorat.errors import UserError
 from lorat.model import build_model
 from lorat.official import export_official, import_official
 from lorat.storage import locate
+from lorat_platform.batches import Batch
+from lorat_platform.layout import local_range
 from lorat_platform.learner import Learner, World, resolve_precision, step_seed
 from lorat_platform.replay import dump, replay
-from lorat_platform.stream import Batch, LocalSource, local_range
 from lorat_platform.train_loop import Hooks, run
+from tests.lorat_platform.local_source import LocalSource
 
 CONFIG = resolve(
     TrainConfig(

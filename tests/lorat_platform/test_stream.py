@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
 from lorat.config import TrainConfig, resolve
 from lorat.frame_index import FrameIndex
 from lorat_platform import cluster
+from lorat_platform.batches import Batch, Decoder
 from lorat_platform.console import ConsolePrinter
+from lorat_platform.layout import Layout, local_range, pair_bytes
 from lorat_platform.sources import Source, open_pairs
-from lorat_platform.stream import (
-    Batch,
-    DecodePool,
-    Decoder,
-    Layout,
-    LocalSource,
-    RayStream,
-    local_range,
-    pair_bytes,
-    split_stream,
-)
+from lorat_platform.stream import DecodePool, RayStream, split_stream
+from tests.lorat_platform.local_source import LocalSource
 from tests.small_shards import make_shards
 
 ONE_ACTOR = DecodePool(actors=1, threads=1)
@@ -168,19 +163,36 @@ def test_the_decode_pool_leaves_the_workers_cpus_alone() -> None:
     assert (more.actors, more.resources) == (5, {"decode": 1.0})
 
 
-def test_a_slow_consumer_does_not_fill_the_object_store(sources: tuple[Source, ...]) -> None:
+def coordinators() -> list[psutil.Process]:
+    """Return the processes that run control loops of Ray Data."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "ray::SplitCoordinator" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+def test_a_slow_consumer_does_not_fill_the_object_store_nor_a_cpu(
+    sources: tuple[Source, ...],
+) -> None:
     settings = config(batch_size=64)
     layout = Layout.plan(settings, 1, 0, 4000)
+    earlier = set(coordinators())
     (iterator,) = split_stream(settings, sources, layout, TWO_ACTORS)
     stream = RayStream(iterator, layout, 0)
     batches = stream.batches(0)
     total = ray.cluster_resources()["object_store_memory"]
     next(batches)
+    (coordinator,) = set(coordinators()) - earlier
+    busy = coordinator.cpu_times()
     used = []
     for _ in range(12):
         time.sleep(1)
         next(batches)
         used.append(total - ray.available_resources()["object_store_memory"])
+    busy_s = sum(coordinator.cpu_times()[:2]) - sum(busy[:2])
+    assert busy_s < 0.35 * 12, "the control loop turns without a rest"
     stream.close()
     block = layout.pairs_per_block * pair_bytes(settings.model_variant)
     assert max(used) < 40 * block

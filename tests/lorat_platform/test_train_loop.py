@@ -14,9 +14,9 @@ import torch.multiprocessing as mp
 
 from lorat.errors import UserError
 from lorat.storage import locate
+from lorat_platform.batches import Batch
 from lorat_platform.learner import Learner, World
 from lorat_platform.replay import replay
-from lorat_platform.stream import Batch
 from lorat_platform.telemetry import PARTS
 from lorat_platform.train_loop import Hooks, run
 from tests.lorat_platform.test_learner import CONFIG, random_pairs, source
