@@ -6,7 +6,6 @@ python jobs/train.py --data URI --val-data URI --variant B-224 --workers 4
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import sys
@@ -20,7 +19,7 @@ from lorat.config import TrainConfig, from_dict, resolve
 from lorat.errors import UserError
 from lorat_platform import cluster, command
 from lorat_platform.run_options import RunOptions
-from lorat_platform.sources import open_datasets
+from lorat_platform.sources import open_datasets, with_whole_paths
 from lorat_platform.training import resolved_text, train
 
 log = logging.getLogger(__name__)
@@ -88,18 +87,6 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, RunOptions, bool, Path | N
     return command.parse(job, arguments)
 
 
-def absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Name files by their whole path, since workers have other working directories."""
-    return dataclasses.replace(
-        config,
-        **{
-            name: str(Path(value).resolve())
-            for name in ("backbone", "init_from")
-            if (value := getattr(config, name)) and Path(value).exists()
-        },
-    )
-
-
 def main() -> int:
     """Run the job."""
     config, options, dry_run, replay = parse(sys.argv[1:])
@@ -108,7 +95,7 @@ def main() -> int:
 
         print(replay_dump(replay))
         return 0
-    config = resolve(absolute_paths(config))
+    config = resolve(with_whole_paths(config))
     if dry_run:
         from lorat_platform.estimate import estimate
 

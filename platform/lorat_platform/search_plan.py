@@ -22,7 +22,7 @@ from lorat_platform.scheduling import (
     build_scheduler,
     build_searcher,
 )
-from lorat_platform.sources import parse_sources
+from lorat_platform.sources import with_whole_paths
 from lorat_platform.space import SearchSpace, build_space
 
 REQUEST_FILE = "search.json"
@@ -153,7 +153,7 @@ def make_plan(config: TrainConfig, options: SearchOptions) -> SearchPlan:
             k: v for k, v in SMALL_SCHEDULE.items() if getattr(config, k) is None
         }
         config = dataclasses.replace(config, **missing)
-    space = build_space(whole_paths(config), options.space)
+    space = build_space(with_whole_paths(config), options.space)
     if space.base.val_data is None:
         raise UserError("A search needs validation sequences with full frames; give --val-data.")
     total = space.base.total_steps
@@ -182,27 +182,6 @@ def read_plan(name: str, storage_path: str | None = None) -> SearchPlan:
     options = request["options"] | {"name": name, "storage": storage_path}
     options["space"] = tuple(options["space"])
     return make_plan(from_dict(TrainConfig, request["config"]), SearchOptions(**options))
-
-
-def whole_paths(config: TrainConfig) -> TrainConfig:
-    """Name local files and folders by their whole paths: trials have other working directories."""
-
-    def whole(value: str) -> str:
-        return str(Path(value).resolve()) if Path(value).exists() else value
-
-    changes: dict[str, Any] = {}
-    for name in ("backbone", "init_from"):
-        if value := getattr(config, name):
-            changes[name] = whole(value)
-    for name in ("data", "val_data"):
-        if value := getattr(config, name):
-            changes[name] = ",".join(
-                f"{source.name}={whole(source.uri)}*{source.weight:g}"
-                if Path(source.uri).exists()
-                else part
-                for source, part in zip(parse_sources(value), value.split(","), strict=True)
-            )
-    return dataclasses.replace(config, **changes)
 
 
 def algorithms(plan: SearchPlan, *, max_concurrent: int) -> tuple[Any, Any]:

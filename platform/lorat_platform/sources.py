@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorat.config import TrainConfig
 from lorat.errors import UserError
@@ -83,6 +85,27 @@ def resolve_sources(text: str, split: str) -> tuple[Source, ...]:
             uri = locate(source.uri).uri  # workers have other working directories
         resolved.append(Source(name=source.name, uri=uri, weight=source.weight))
     return tuple(resolved)
+
+
+def with_whole_paths(config: TrainConfig) -> TrainConfig:
+    """Name local files and folders by their whole paths: workers have other working directories."""
+
+    def whole(value: str) -> str:
+        return str(Path(value).resolve()) if Path(value).exists() else value
+
+    changes: dict[str, Any] = {}
+    for name in ("backbone", "init_from"):
+        if value := getattr(config, name):
+            changes[name] = whole(value)
+    for name in ("data", "val_data"):
+        if value := getattr(config, name):
+            changes[name] = ",".join(
+                f"{source.name}={whole(source.uri)}*{source.weight:g}"
+                if source.uri not in (SYNTHETIC, SYNTHETIC_PRETRAIN) and Path(source.uri).exists()
+                else part
+                for source, part in zip(parse_sources(value), value.split(","), strict=True)
+            )
+    return dataclasses.replace(config, **changes)
 
 
 def open_indexes(sources: tuple[Source, ...]) -> list[FrameIndex]:

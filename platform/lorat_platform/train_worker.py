@@ -18,7 +18,7 @@ from lorat_platform.console import Console
 from lorat_platform.sources import Source
 
 if TYPE_CHECKING:
-    from lorat_platform.tracking import Recorder
+    from lorat_platform.recorder import Recorder
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from lorat_platform.sources import Source
 
 if TYPE_CHECKING:
     from lorat.model import LoRAT
-    from lorat_platform.tracking import Recorder
+    from lorat_platform.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def pair_loss(model: LoRAT, plan: ValidationPlan) -> dict[str, float]:
 
 def tracking_scores(model: LoRAT, plan: ValidationPlan) -> dict[str, float]:
     """Track validation sequences from their first boxes and return the mean scores."""
-    from lorat_platform.evaluation import ground_truth
+    from lorat_platform.evaluation import ground_truth, usable_tracks
 
     predictions, truths = {}, {}
     tracker = Tracker(model, device=next(model.parameters()).device)
@@ -108,13 +108,6 @@ def tracking_scores(model: LoRAT, plan: ValidationPlan) -> dict[str, float]:
             truths[name] = ground_truth(index, result.track)
     scores = score(predictions, truths).scores
     return {"val/ao": scores["AO"], "val/sr50": scores["SR0.5"], "val/sr75": scores["SR0.75"]}
-
-
-def usable_tracks(index: FrameIndex) -> list[int]:
-    """List the tracks whose first frame has a usable box."""
-    first = index.track_start[:-1]
-    fine = np.isfinite(index.box[first]).all(axis=1) & index.valid[first]
-    return np.flatnonzero(fine).tolist()
 
 
 def evenly(items: Sequence[int], count: int) -> list[int]:
