@@ -65,6 +65,7 @@ TRAINING = (
     "--variant=N-112 --backbone=none --workers=2 --cpus-per-worker=1 --batch-size=16 "
     f"--pairs-per-epoch={16 * STEPS_PER_EPOCH} --epochs={STEPS // STEPS_PER_EPOCH} "
     "--log-every=10 --validate-every=0 --name=small "
+    f"--keep={STEPS // STEPS_PER_EPOCH + 2} "  # none is gone before it is looked for
     f"--data=s3://{BUCKET}/data/train --val-data=s3://{BUCKET}/data/val "
     f"--storage=s3://{BUCKET}/runs"
 ).split()
