@@ -16,6 +16,9 @@ from lorat.images import DamagedImage, decode_rgb
 
 log = logging.getLogger(__name__)
 
+# OpenCV's reader takes this when it opens its first video; what is wrong with one is said here.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 _MAX_ROUNDED_FRAMES = 1
 """Some files tell a duration, from which the number of frames is off by one."""
