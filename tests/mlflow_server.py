@@ -16,8 +16,6 @@ from pathlib import Path
 
 from infra.processes import free_port
 
-__all__ = ["Proxy", "Server", "free_port", "running_server"]
-
 
 class Server:
     """An ``mlflow server`` on the loopback address, over a SQLite file in ``folder``."""

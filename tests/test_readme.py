@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
+import psutil
 import pytest
 
+from infra.processes import free_port
 from lorat import synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,3 +185,33 @@ def test_make_run_ends_with_a_registered_model_and_make_stop_with_no_ray(
         root.run("infra/local_run.sh --stop", **variables)
     with pytest.raises(OSError, match=r"refused|reset"):
         urllib.request.urlopen("http://127.0.0.1:8498/api/version", timeout=2)
+
+
+@pytest.mark.skipif(
+    not ((ROOT / ".venv" / "ready").exists() and shutil.which("make")),
+    reason="make would install a whole environment first",
+)
+def test_make_ui_opens_the_local_store_on_this_machine_only(workspace: Workspace) -> None:
+    port = free_port()
+    server = subprocess.Popen(
+        ["make", "ui", f"PORT={port}"],
+        cwd=ROOT,
+        env=workspace.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/health")
+        url = f"http://127.0.0.1:{port}/api/2.0/mlflow/registered-models/get?name=lorat"
+        with urllib.request.urlopen(url) as answer:
+            assert json.load(answer)["registered_model"]["name"] == "lorat"
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        sockets = [s for process in family for s in process.net_connections()]
+        bound = {s.laddr for s in sockets if s.status == psutil.CONN_LISTEN}
+        assert bound == {("127.0.0.1", port)}
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        output, _ = server.communicate(timeout=60)
+    assert f"http://127.0.0.1:{port}" in output

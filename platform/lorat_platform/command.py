@@ -86,6 +86,7 @@ def run(main: Callable[[], int | None]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for name in ("ray", "mlflow", "alembic", "urllib3", "botocore", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # its import sets its logger again
     try:
         code = main() or 0
     except KeyboardInterrupt:

@@ -89,7 +89,7 @@ def test_an_interrupt_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path)
         text=True, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not list(uri.glob("shard-*.parquet")) and time.monotonic() < deadline:
+    while not list(uri.glob("_ingest/receipt-*.arrow")) and time.monotonic() < deadline:
         assert job.poll() is None
         time.sleep(0.05)
     job.send_signal(signal.SIGINT)

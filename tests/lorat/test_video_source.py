@@ -34,6 +34,33 @@ def test_video_file_gives_rgb_frames_and_its_rate(tmp_path: Path) -> None:
     assert frames[0][0, 0, 0] > 150 > frames[0][0, 0, 2]
 
 
+def test_camera_gives_frames_as_long_as_it_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ClipWriter(tmp_path / "v.mp4", fps=10) as clip:
+        for _ in range(5):
+            clip.write(np.full((32, 48, 3), 90, np.uint8))
+    opened = []
+
+    class Device(cv2.VideoCapture):
+        """Stands in for the device with a file, and knows no number of frames, as a camera."""
+
+        def __init__(self, number: int) -> None:
+            opened.append(number)
+            super().__init__(str(tmp_path / "v.mp4"))
+
+        def get(self, what: int) -> float:
+            return -1.0 if what == cv2.CAP_PROP_FRAME_COUNT else super().get(what)
+
+    monkeypatch.setattr(cv2, "VideoCapture", Device)
+    source = VideoSource("camera:3")
+    assert opened == [3]
+    assert source.num_frames is None
+    assert len([frame for frame in source if frame.shape == (32, 48, 3)]) == 5
+    assert VideoSource("camera").fps == pytest.approx(10)
+    assert opened == [3, 0]
+
+
 def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.mp4").write_text("no video")

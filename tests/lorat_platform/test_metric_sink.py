@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import ray
 
+from infra.processes import free_port
 from lorat_platform import cluster
 from lorat_platform.metric_sink import RemoteRun, open_remote_run
 from lorat_platform.mlflow_store import connect
 from lorat_platform.tracking import CLOSE_S
 from tests.mlflow_home import make_home
-from tests.mlflow_server import free_port
 
 
 @pytest.fixture(scope="module", autouse=True)

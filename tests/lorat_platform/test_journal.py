@@ -1,0 +1,49 @@
+"""Records outlive kills and full disks, and name no password."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from infra.processes import free_port
+from lorat_platform import tracking
+from tests.mlflow_runs import history
+
+pytestmark = pytest.mark.usefixtures("own_store")
+
+
+def test_line_cut_by_a_kill_costs_only_itself(tmp_path: Path) -> None:
+    with tracking.open_run("lorat", "a", folder=tmp_path) as run:
+        run.log_metrics({"loss": 1.0}, step=0)
+    with open(run.journal.folder / "journal.jsonl", "a") as file:
+        file.write('{"op": "metr')
+    again = tracking.open_run("lorat", "a", folder=tmp_path)
+    again.log_metrics({"loss": 2.0}, step=1)
+    assert again.close()
+    assert history(run.wait_for_id(), "loss") == {0: 1.0, 1: 2.0}
+
+
+def test_full_disk_does_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tracking.open_run("lorat", "a", folder=tmp_path)
+    run.flush()
+    journal = run.journal.folder / "journal.jsonl"
+    journal.rename(journal.with_name("aside"))
+    journal.mkdir()  # every attempt to append fails now, also for root
+    for step in range(10):
+        run.log_metrics({"loss": float(step)}, step)
+    assert "cannot be written" in caplog.text
+    journal.rmdir()
+    journal.with_name("aside").rename(journal)
+    run.close()
+    assert history(run.wait_for_id(), "loss") == {step: float(step) for step in range(10)}
+
+
+def test_passwords_are_not_written_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{free_port()}")
+    run = tracking.open_run("lorat", "a", folder=tmp_path / "run")
+    run.close()
+    for path in tmp_path.rglob("*.json*"):
+        assert "secret" not in path.read_text()
