@@ -199,18 +199,7 @@ class ImageReader:
         Raises:
             DamagedImage: if the bytes are damaged or decode to another size.
         """
-        data = self.read(row)
-        try:
-            image = decode_rgb(data)
-        except DamagedImage as error:
-            raise DamagedImage(f"{self.index.describe_row(row)}: {error}") from error
-        width, height = self.index.stored_wh[row]
-        if image.shape != (height, width, 3):
-            raise DamagedImage(
-                f"{self.index.describe_row(row)}: the image has shape {image.shape}, "
-                f"the index says {width}x{height}"
-            )
-        return image
+        return self._decode(self.read(row), row)
 
     def decode_region(
         self, row: int, region_px: tuple[float, float, float, float]
@@ -243,21 +232,29 @@ class ImageReader:
             (region_px[3] - y1) * scale_y,
         )
         part = cut_region(data, (width, height), stored_region)
-        if part is None:
-            return self.decode(row), (x1, y1, x2, y2)
+        if part is None:  # the bytes in hand are decoded, not read once more
+            return self._decode(data, row), (x1, y1, x2, y2)
         data, (left, top, right, bottom) = part
-        try:
-            image = decode_rgb(data)
-        except DamagedImage as error:
-            raise DamagedImage(f"{index.describe_row(row)}: {error}") from error
-        if image.shape != (bottom - top, right - left, 3):
-            raise DamagedImage(f"{index.describe_row(row)}: a part has shape {image.shape}")
-        return image, (
+        return self._decode(data, row, (right - left, bottom - top)), (
             x1 + left / scale_x,
             y1 + top / scale_y,
             x1 + right / scale_x,
             y1 + bottom / scale_y,
         )
+
+    def _decode(self, data: bytes, row: int, part_wh: tuple[int, int] | None = None) -> np.ndarray:
+        """Decode the bytes of a row, or of a part of it, and compare the size."""
+        try:
+            image = decode_rgb(data)
+        except DamagedImage as error:
+            raise DamagedImage(f"{self.index.describe_row(row)}: {error}") from error
+        width, height = self.index.stored_wh[row] if part_wh is None else part_wh
+        if image.shape != (height, width, 3):
+            raise DamagedImage(
+                f"{self.index.describe_row(row)}: the {'image' if part_wh is None else 'part'} "
+                f"has shape {image.shape}, expected {width}x{height}"
+            )
+        return image
 
     def _shard(self, number: int) -> _LocalShard | _RemoteShard:
         with self._lock:

@@ -15,6 +15,7 @@ import pytest
 from lorat import synthetic
 from lorat.augment_spec import AUGMENT_FIELDS
 from lorat.config import AugmentConfig, SamplingConfig
+from lorat.conversion import write_dataset
 from lorat.errors import UserError
 from lorat.frame_index import FrameIndex
 from lorat.geometry import clip_box, resample
@@ -25,6 +26,7 @@ from lorat.shards import ImageReader
 from lorat.variants import VARIANTS
 from lorat.windows import WindowLaw, window_of
 from tests.lorat.fake_index import FakeIndex, FakeReader
+from tests.lorat.small_sets import tracks
 
 
 def make_sampler(
@@ -320,6 +322,32 @@ def test_pairs_of_real_shards_equal_those_of_their_index(tmp_path: Path) -> None
         np.testing.assert_allclose(
             batch["search_box"][row], adjusted.apply(spec.search_box), rtol=1e-5
         )
+
+
+def test_a_stored_window_that_cannot_be_cut_is_still_read_once(tmp_path: Path) -> None:
+    """Small frames are stored whole, and a crop of one needs all of it."""
+
+    class Counting(ImageReader):
+        num_reads = num_whole = 0
+
+        def read(self, row: int) -> bytes:
+            self.num_reads += 1
+            return super().read(row)
+
+        def decode_region(self, row: int, region_px: Any) -> Any:
+            image, window = super().decode_region(row, region_px)
+            self.num_whole += window == tuple(self.index.window[row].tolist())
+            return image, window
+
+    made = tracks(size_wh=(96, 72))
+    index = write_dataset(str(tmp_path), made, stored="window")
+    np.testing.assert_array_equal(index.window[index.valid][:, 2:], index.size_wh[index.valid])
+    reader = Counting(index)
+    batch = load_pairs(make_sampler([index]), [reader], range(8))
+    assert not batch["damaged"].any()
+    assert reader.num_reads == 16
+    assert reader.num_whole > 0
+    assert reader.bytes_read == batch["bytes_read"].sum()
 
 
 def test_threads_draw_what_one_thread_draws() -> None:
