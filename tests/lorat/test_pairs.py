@@ -339,9 +339,7 @@ def test_a_stored_window_that_cannot_be_cut_is_still_read_once(tmp_path: Path) -
             self.num_whole += window == tuple(self.index.window[row].tolist())
             return image, window
 
-    made = tracks(size_wh=(96, 72))
-    index = write_dataset(str(tmp_path), made, stored="window")
-    np.testing.assert_array_equal(index.window[index.valid][:, 2:], index.size_wh[index.valid])
+    index = write_dataset(str(tmp_path), tracks(size_wh=(96, 72)), stored="window")
     reader = Counting(index)
     batch = load_pairs(make_sampler([index]), [reader], range(8))
     assert not batch["damaged"].any()
