@@ -203,11 +203,14 @@ def _clean_boxes(recording: Recording, findings: Findings) -> tuple[np.ndarray, 
         unknown = ~np.isfinite(box).all(axis=1)
         negative = ~unknown & (size < 0).any(axis=1)
         empty = ~unknown & ~negative & (size == 0).any(axis=1)
+    unexpected = unknown & np.isnan(box).any(axis=1)
+    if recording.first_box_only:
+        unexpected[1:] = False
     reasons = []
     for mask, why in (
         (negative, "the box has a negative size; not used"),
         (empty & recording.visible, "the box is empty though not marked absent; not used"),
-        (unknown & np.isnan(box).any(axis=1), "no box (NaN); not used"),
+        (unexpected, "no box (NaN); not used"),
     ):
         if mask.any():
             findings.add(recording.name, "kept", why, numbers[mask])

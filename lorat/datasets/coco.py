@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from lorat.datasets.records import Entry, Findings, Recording, Source
 from lorat.errors import UserError
+
+_Object = tuple[int, str, list[float]]
+"""Number, category and xywh box of an annotation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +45,26 @@ class Coco(Source):
         try:
             content = json.loads(file.read_text())
             categories = {c["id"]: c["name"] for c in content["categories"]}
-            names = {i["id"]: i["file_name"] for i in content["images"]}
-            objects: dict[int, list[tuple[int, str, list[float]]]] = {}
-            num_crowds = 0
-            for note in content["annotations"]:
-                if note.get("iscrowd", 0) != 0:
-                    num_crowds += 1
-                    continue
-                category = categories.get(note["category_id"], "")
-                item = (int(note["id"]), category, [float(v) for v in note["bbox"]])
-                objects.setdefault(note["image_id"], []).append(item)
+            names = {int(i["id"]): str(i["file_name"]) for i in content["images"]}
+            notes = list(content["annotations"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is not COCO's instances file ({error!r}).") from error
+        objects: dict[int, list[_Object]] = {}
+        num_crowds = 0
+        for note in notes:
+            try:
+                if note.get("iscrowd"):
+                    num_crowds += 1
+                    continue
+                image_id, item = _read_object(note, categories)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                number = note.get("id") if isinstance(note, dict) else None
+                why = "it needs id, image_id and a bbox of four numbers; not used"
+                findings.add(f"annotation {number}", "dropped", why)
+                continue
+            if not item[1]:
+                findings.add(f"annotation {item[0]}", "kept", "the box has no known category")
+            objects.setdefault(image_id, []).append(item)
         num_empty = sum(1 for i in names if i not in objects)
         if num_crowds:
             findings.add("", "dropped", f"{num_crowds} crowd annotations")
@@ -90,3 +101,9 @@ class Coco(Source):
                 )
             )
         return tracks
+
+
+def _read_object(note: dict[str, Any], categories: dict[int, str]) -> tuple[int, _Object]:
+    x, y, width, height = (float(v) for v in note["bbox"])
+    category = categories.get(note.get("category_id", -1), "")
+    return int(note["image_id"]), (int(note["id"]), category, [x, y, width, height])

@@ -80,11 +80,7 @@ class Folder(_OwnData):
     def load(self, entry: Entry, findings: Findings) -> list[Recording]:
         """Read the sequence."""
         box = self.read_box(Path(entry.values), entry.name, findings)
-        images = list_images(self.source)
-        numbered = all(Path(p).stem.isdecimal() for p in images)
-        first = int(Path(images[0]).stem) if numbered else 1
-        align = align_numbered if numbered else align_in_order
-        aligned = align(images, len(box), first, entry.name, findings)
+        aligned = _align(list_images(self.source), len(box), entry.name, findings)
         if aligned is None:
             return []
         paths, numbers = aligned
@@ -98,6 +94,37 @@ class Folder(_OwnData):
                 visible=np.isfinite(box).all(axis=1),
             )
         ]
+
+
+def _align(
+    images: list[str], num_rows: int, sequence: str, findings: Findings
+) -> tuple[tuple[str, ...], np.ndarray] | None:
+    """Match images to rows: in order if there are as many, else by the images' numbers.
+
+    Numbers are taken only where they leave no doubt whether they count from 0 or from 1, since a
+    row too early or too late is a wrong box that nobody sees.
+
+    Raises:
+        UserError: if the numbers do not tell which image a row belongs to.
+    """
+    if not images or not all(Path(p).stem.isdecimal() for p in images):
+        return align_in_order(images, num_rows, 1, sequence, findings)
+    numbers = np.array([int(Path(p).stem) for p in images])
+    if len(images) == num_rows:
+        distinct = bool((np.diff(numbers) > 0).all())
+        return tuple(images), numbers if distinct else np.arange(num_rows)
+    if numbers[0] == 0 and numbers[-1] == num_rows - 1:
+        first = 0
+    elif numbers[0] > 0 and numbers[-1] == num_rows:
+        first = 1
+    else:
+        raise UserError(
+            f"{Path(images[0]).parent} has {len(images)} images, numbered {numbers[0]} to "
+            f"{numbers[-1]}, and the annotation {num_rows} rows, which leaves open what a row "
+            f"belongs to; give one row per image, or name the images by their rows, 0 to "
+            f"{num_rows - 1} or 1 to {num_rows}."
+        )
+    return align_numbered(images, num_rows, first, sequence, findings)
 
 
 @dataclass(frozen=True, kw_only=True)

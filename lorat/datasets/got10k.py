@@ -82,7 +82,8 @@ class Got10k(Source):
             return []
         box = xyxy_from_xywh(read_rows(truth, 4, name, findings))
         images = list_images(folder)
-        if self.split == "test" and len(box) <= 1:
+        one_box = self.split == "test" and len(box) <= 1
+        if one_box:
             box = first_box_only(box, len(images))
         aligned = align_numbered(images, len(box), 1, name, findings)
         if aligned is None:
@@ -101,6 +102,7 @@ class Got10k(Source):
                 frame_number=numbers,
                 box=box[:count],
                 visible=visible,
+                first_box_only=one_box,
                 cover=None if cover is None else cover[:count].astype(np.int8),
                 attributes=("cut by image",) if cut is not None and cut[:count].any() else (),
             )

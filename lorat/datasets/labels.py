@@ -12,6 +12,7 @@ import numpy as np
 
 from lorat import geometry
 from lorat.datasets.records import Findings
+from lorat.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})
 _SEPARATORS = re.compile(r"[,;\s]+")
@@ -57,10 +58,14 @@ def read_rows(
 
     Args:
         header: the first line may name the columns; then it is no row, and neither is a first
-            column with the number of the frame a part of one.
+            column with the number of the frame a part of one.  Without names nothing tells what
+            further columns are, and they are refused; else they are ignored.
 
     Returns:
         float64 (n, num_columns).
+
+    Raises:
+        UserError: with ``header``, if the columns have no names and are too many.
     """
     lines = file.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     while lines and not lines[-1].strip():
@@ -74,6 +79,12 @@ def read_rows(
     rows, unreadable = [], []
     for number, line in enumerate(lines):
         fields = [f for f in _SEPARATORS.split(line.strip()) if f][left_out:]
+        if header and not names and len(fields) > num_columns:
+            raise UserError(
+                f"Line {number + 1} of {file} has {len(fields)} values, allowed are the "
+                f"{num_columns} of a box; leave the others out, or name the columns in the first "
+                "line (a column frame before the box is left out, and so is what follows it)."
+            )
         try:
             row = [float(f) for f in fields[:num_columns]]
         except ValueError:

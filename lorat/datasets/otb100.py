@@ -66,7 +66,7 @@ class Otb100(Source):
         rows = read_rows(self.source / folder / file, 4, entry.name, findings)
         first, last = FRAME_WINDOWS.get(folder, (1, None))
         rows = rows if last is None else rows[: last - first + 1]
-        images = list_images(self.source / folder / "img")
+        images = _frames(self.source / folder)
         if last is not None:
             in_window = [
                 p for p in images if _number(p) is None or first <= (_number(p) or 0) <= last
@@ -87,6 +87,15 @@ class Otb100(Source):
                 visible=np.isfinite(box[omitted:]).all(axis=1),
             )
         ]
+
+
+def _frames(folder: Path) -> list[str]:
+    """List the images of a video: in ``img``, in ``jpg``, or in the only folder that has some."""
+    for name in ("img", "jpg"):
+        if images := list_images(folder / name):
+            return images
+    filled = [images for name in list_folders(folder) if (images := list_images(folder / name))]
+    return filled[0] if len(filled) == 1 else []
 
 
 def _number(path: str) -> int | None:

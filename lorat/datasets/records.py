@@ -61,6 +61,7 @@ class Recording:
         frame_number: int (n), ascending.
         box: float64 (n, 4), xyxy, 0-based pixels, NaN where none is annotated.
         visible: bool (n), neither absent nor fully occluded, as annotated.
+        first_box_only: the boxes after the first are not published, so none is expected there.
         cover: int8 (n), GOT-10k's cover label, or none.
         attributes: what makes the sequence hard, as the dataset publishes it; for evaluation.
     """
@@ -72,6 +73,7 @@ class Recording:
     frame_number: np.ndarray
     box: np.ndarray
     visible: np.ndarray
+    first_box_only: bool = False
     cover: np.ndarray | None = None
     attributes: tuple[str, ...] = ()
 

@@ -71,7 +71,8 @@ class TrackingNet(Source):
         rows = read_rows(self.source / part / "anno" / f"{name}.txt", 4, name, findings)
         box = xyxy_from_xywh(rows)
         images = list_images(self.source / part / "frames" / name)
-        if self.split == "test" and len(box) <= 1:
+        one_box = self.split == "test" and len(box) <= 1
+        if one_box:
             box = first_box_only(box, len(images))
         aligned = align_numbered(images, len(box), 0, name, findings)
         if aligned is None:
@@ -85,6 +86,7 @@ class TrackingNet(Source):
                 frame_number=numbers,
                 box=box[: len(paths)],
                 visible=np.ones(len(paths), bool),
+                first_box_only=one_box,
             )
         ]
 

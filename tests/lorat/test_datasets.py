@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,26 @@ def test_got10k_test_split_has_one_box_and_all_frames(tmp_path: Path) -> None:
     assert index.num_frames == 4
     assert index.valid.tolist() == [True, False, False, False]
     assert np.isnan(index.box[1:]).all()
+
+
+@pytest.mark.parametrize("name", ["got10k", "trackingnet"])
+def test_boxes_that_a_test_split_keeps_to_itself_are_nothing_odd(name: str, tmp_path: Path) -> None:
+    getattr(layouts, f"make_{name}")(tmp_path / "source")
+    source = datasets.DATASETS[name](source=tmp_path / "source", split="test")  # type: ignore[call-arg]
+    index, findings = to_shards(source, tmp_path / "out")
+    assert index.num_frames > 1
+    assert index.valid.sum() == 1
+    assert findings == []
+
+
+def test_the_one_box_of_a_test_split_is_missed(tmp_path: Path) -> None:
+    layouts.make_got10k(tmp_path / "got")
+    truth = tmp_path / "got" / "test" / "GOT-10k_Test_000001" / "groundtruth.txt"
+    truth.write_text("nan,nan,nan,nan\n")
+    _, findings = to_shards(
+        datasets.Got10k(source=tmp_path / "got", split="test"), tmp_path / "out"
+    )
+    assert [(f.frames, "NaN" in f.why) for f in findings] == [((1,), True)]
 
 
 @pytest.mark.parametrize("lines", ["2\n0", "GOT-10k_Train_000001\nGOT-10k_Train_000003\n"])
@@ -197,6 +219,36 @@ def test_coco_makes_a_track_of_each_box_but_crowds(tmp_path: Path) -> None:
     assert any(f.sequence == "000000000025-4" and f.action == "dropped" for f in findings)
 
 
+def test_coco_annotations_without_box_or_category_cost_nothing_but_themselves(
+    tmp_path: Path,
+) -> None:
+    layouts.make_coco(tmp_path)
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    good = {"image_id": 9, "category_id": 1, "bbox": [1, 2, 30, 40], "iscrowd": 0}
+    content["annotations"] += [
+        {"id": 11} | {k: v for k, v in good.items() if k != "bbox"},
+        {"id": 12} | {k: v for k, v in good.items() if k != "category_id"},
+        {"id": 13} | good | {"bbox": None},
+        {"id": 14} | good | {"bbox": [1, 2, 30]},
+        {"id": 15} | {k: v for k, v in good.items() if k != "image_id"},
+        {"id": 16} | good,
+    ]
+    file.write_text(json.dumps(content))
+    findings = Findings()
+    source = datasets.Coco(source=tmp_path)
+    found = [r for e in source.entries(findings) for r in source.load(e, findings)]
+    names = {r.name: r.category for r in found if r.name.startswith("000000000009")}
+    assert names == {
+        "000000000009-1": "toothbrush", "000000000009-2": "person",
+        "000000000009-12": "", "000000000009-16": "person",
+    }  # fmt: skip
+    odd = {f.sequence: f.action for f in findings if f.sequence.startswith("annotation")}
+    assert odd == {f"annotation {n}": "dropped" for n in (11, 13, 14, 15)} | {
+        "annotation 12": "kept"
+    }
+
+
 def test_tnl2k_rows_of_other_frames_drop_the_sequence(tmp_path: Path) -> None:
     layouts.make_tnl2k(tmp_path / "tnl2k")
     index, findings = to_shards(datasets.Tnl2k(source=tmp_path / "tnl2k"), tmp_path / "out")
@@ -247,6 +299,19 @@ def test_otb100_delimiters_windows_targets_and_names(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["Tiger1"].box[0], [19, 16, 49, 40])
 
 
+@pytest.mark.parametrize("folder", ["jpg", "frames"])
+def test_otb100_images_may_lie_in_another_folder(tmp_path: Path, folder: str) -> None:
+    layouts.make_otb100(tmp_path)
+    (tmp_path / "KiteSurf" / "img").rename(tmp_path / "KiteSurf" / folder)
+    (tmp_path / "KiteSurf" / "notes").mkdir()
+    found, _ = load_all(datasets.Otb100(source=tmp_path))
+    assert found["KiteSurf"].images[0].endswith(f"{folder}/0001.png")
+    layouts.write_image(tmp_path / "KiteSurf" / "masks" / "0001.png", 0)
+    layouts.write_image(tmp_path / "KiteSurf" / "other" / "0001.png", 0)
+    found, _ = load_all(datasets.Otb100(source=tmp_path))
+    assert ("KiteSurf" in found) == (folder == "jpg")  # else nothing tells which folder it is
+
+
 def test_uav123_sequences_are_windows_of_videos(tmp_path: Path) -> None:
     layouts.make_uav123(tmp_path)
     assert len(datasets.uav123.SEQUENCES) == 123
@@ -293,6 +358,70 @@ def test_a_plain_folder_of_frames(tmp_path: Path) -> None:
     np.testing.assert_array_equal(recording.box[0], [10, 12, 40, 36])
     with pytest.raises(UserError, match="--annotation"):
         datasets.Folder(source=tmp_path / "frames").entries(Findings())
+
+
+def numbered_frames(folder: Path, numbers: Iterable[int], num_rows: int) -> datasets.Folder:
+    for n in numbers:
+        layouts.write_image(folder / f"{n:05d}.jpg", n)
+    layouts.write_rows(folder / "groundtruth.txt", layouts.boxes(num_rows))
+    return datasets.Folder(source=folder)
+
+
+def test_a_folder_of_every_fifth_frame_has_one_row_per_image(tmp_path: Path) -> None:
+    found, reasons = load_all(numbered_frames(tmp_path / "own", (0, 5, 10), 3))
+    recording = found["own"]
+    assert recording.frame_number.tolist() == [0, 5, 10]
+    assert [Path(p).name for p in recording.images] == ["00000.jpg", "00005.jpg", "00010.jpg"]
+    np.testing.assert_array_equal(recording.box[:, 0], [10, 12, 14])
+    assert not reasons
+
+
+@pytest.mark.parametrize(("first", "lost"), [(0, 4), (1, 0), (1, 4)])
+def test_a_lost_frame_of_a_folder_shifts_no_box(tmp_path: Path, first: int, lost: int) -> None:
+    numbers = [n + first for n in range(10) if n != lost]
+    found, reasons = load_all(numbered_frames(tmp_path / "own", numbers, 10))
+    recording = found["own"]
+    for path, number, box in zip(
+        recording.images, recording.frame_number, recording.box, strict=True
+    ):
+        assert number == first + (box[0] - 10) / 2
+        assert path == "" or int(Path(path).stem) == number
+    assert recording.images.count("") == 1
+    assert "missing" in reasons[("own", "dropped")]
+
+
+@pytest.mark.parametrize(
+    "numbers", [range(1, 10), range(11), range(5, 12), (0, 5, 10), range(2, 10)]
+)
+def test_numbers_that_leave_the_rows_of_a_folder_open_are_refused(
+    tmp_path: Path, numbers: Iterable[int]
+) -> None:
+    source = numbered_frames(tmp_path / "own", numbers, 10)
+    with pytest.raises(UserError, match=r"images, numbered .* 10 rows.*one row per image"):
+        load_all(source)
+
+
+@pytest.mark.parametrize("row", ["3,10,12,30,24", "10,12,40,12,40,36,10,36"])
+def test_rows_of_more_than_a_box_are_refused_unless_their_columns_are_named(
+    tmp_path: Path, row: str
+) -> None:
+    layouts.make_folder(tmp_path)
+    truth = tmp_path / "frames" / "groundtruth.txt"
+    truth.write_text(f"{row}\n" * 8)
+    source = datasets.Folder(source=tmp_path / "frames")
+    with pytest.raises(UserError, match=rf"has {row.count(',') + 1} values.*the 4 of a box"):
+        load_all(source)
+    truth.write_text("frame,x,y,w,h\n" + "3,10,12,30,24\n" * 8)
+    found, _ = load_all(source)
+    np.testing.assert_array_equal(found["frames"].box[7], [10, 12, 40, 36])
+
+
+def test_published_rows_may_have_more_columns(tmp_path: Path) -> None:
+    layouts.make_tnl2k(tmp_path)
+    truth = tmp_path / "Sord_video_Q01_done" / "groundtruth.txt"
+    layouts.write_rows(truth, [[*row, 1, 0.5] for row in layouts.boxes(12)])
+    found, _ = load_all(datasets.Tnl2k(source=tmp_path))
+    np.testing.assert_array_equal(found["Sord_video_Q01_done"].box[0], [10, 12, 40, 36])
 
 
 HEADERS = ("x,y,w,h", "# left top width height", '"X";"Y";"W";"H"', "frame,x,y,w,h,score")
