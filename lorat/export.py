@@ -90,7 +90,8 @@ def export(model: LoRAT, folder: Path, formats: tuple[str, ...] = FORMATS) -> li
         One report per format; a format whose errors exceed :data:`TOLERANCE` has not passed.
 
     Raises:
-        UserError: for an unknown format, or if the packages for ONNX are not installed.
+        UserError: for an unknown format, if the packages for ONNX are not installed, or if the
+            model's outputs are not finite.
     """
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
@@ -186,9 +187,15 @@ def _compare(name: str, path: Path, size: int, model: LoRAT, run: Forward) -> Pa
         inputs = random_inputs(model, batch, seed=batch)
         with torch.no_grad():
             scores, boxes = reference(*inputs)
+        if not (torch.isfinite(scores).all() and torch.isfinite(boxes).all()):
+            raise UserError(
+                "The model gives values that are not finite, so nothing can be compared with it; "
+                "export the checkpoint of a training that did not diverge."
+            )
         found_scores, found_boxes = run(*inputs)
-        score_error = max(score_error, float(np.abs(found_scores - scores.numpy()).max()))
-        box_error = max(box_error, float(np.abs(found_boxes - boxes.numpy()).max()))
+        # Unlike max(), this keeps a NaN, which no file that is the same gives.
+        score_error = np.maximum(score_error, np.abs(found_scores - scores.numpy()).max())
+        box_error = np.maximum(box_error, np.abs(found_boxes - boxes.numpy()).max())
     inputs, times = random_inputs(model, 1), []
     for _ in range(6):
         began = time.perf_counter()
@@ -199,8 +206,8 @@ def _compare(name: str, path: Path, size: int, model: LoRAT, run: Forward) -> Pa
         file=path.name,
         megabytes=round(size / 1e6, 3),
         batches=CHECKED_BATCHES,
-        max_score_error=score_error,
-        max_box_error=box_error,
+        max_score_error=float(score_error),
+        max_box_error=float(box_error),
         milliseconds=round(float(np.median(times[1:])) * 1000, 3),
-        passed=bool(max(score_error, box_error) <= TOLERANCE),
+        passed=bool(np.maximum(score_error, box_error) <= TOLERANCE),
     )

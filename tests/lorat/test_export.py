@@ -90,6 +90,30 @@ def test_program_loads_without_our_code(folder: Path, model: LoRAT) -> None:
     np.testing.assert_allclose(scores, outputs["score_map"].numpy(), atol=1e-4)
 
 
+def test_a_file_that_gives_no_numbers_has_not_passed(
+    model: LoRAT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_broken(folder: Path) -> LoRAT:
+        broken = load_merged(folder)
+        with torch.no_grad():
+            next(broken.head.parameters()).fill_(float("nan"))
+        return broken
+
+    monkeypatch.setattr("lorat.export.load_merged", load_broken)
+    (report,) = export(model, tmp_path, ("bundle",))
+    assert not report.passed
+    assert np.isnan(report.max_score_error) or np.isnan(report.max_box_error)
+
+
+def test_a_model_that_gives_no_numbers_is_refused(tmp_path: Path) -> None:
+    diverged = random_tracker()
+    with torch.no_grad():
+        next(diverged.head.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        export(diverged, tmp_path, ("bundle",))
+    assert not (tmp_path / "parity.json").exists()
+
+
 def test_unknown_format_is_refused(model: LoRAT, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bundle, onnx, program"):
         export(model, tmp_path, ("tensorrt",))
