@@ -114,6 +114,11 @@ class FrameIndex:
         self.track_start = _view(valid, "track_start")
         self.valid_start = _view(valid, "valid_start")
         self.valid_rows = _view(valid, "valid_rows")
+        tracks.validate(full=True)
+        lengths = (frames.num_rows, tracks.num_rows, len(self.track_start), len(self.valid_start))
+        wanted = (self.num_frames, self.num_tracks, self.num_tracks + 1, self.num_tracks + 1)
+        if lengths != wanted:
+            raise ValueError(f"columns of {lengths} rows, expected {wanted}")
         self._sequence = tracks.column("sequence")
         odd = pc.index(pc.match_substring_regex(self._sequence, _ODD_SEQUENCE), True).as_py()
         if odd >= 0:
@@ -125,8 +130,8 @@ class FrameIndex:
         """Open the index of the dataset at ``uri``; a remote one is copied to the cache once.
 
         Raises:
-            UserError: if there is no whole dataset, one of another schema version, or one whose
-                names lead out of its folder.
+            UserError: if there is no whole dataset, one of another schema version, one whose
+                index is damaged, or one whose names lead out of its folder.
         """
         location = storage.locate(uri)
         manifest = read_manifest(location)
@@ -142,7 +147,15 @@ class FrameIndex:
                     f"The frame index of {location.uri} is incomplete ({file.name} is missing or "
                     f"cut); rebuild it with: python jobs/ingest.py reindex {location.uri}"
                 )
-        return cls(location, manifest, folder)
+        try:
+            return cls(location, manifest, folder)
+        except UserError:
+            raise
+        except (pa.ArrowException, ValueError, LookupError, OSError) as error:
+            raise UserError(
+                f"The frame index of {location.uri} is damaged ({error}); rebuild it with: "
+                f"python jobs/ingest.py reindex {location.uri}"
+            ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.uri, self.fingerprint)
@@ -386,7 +399,9 @@ def _write_batch(file: Path, arrays: dict[str, pa.Array]) -> None:
 
 
 def _map_batch(file: Path) -> pa.RecordBatch:
-    return pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)
+    batch = pa.ipc.open_file(pa.memory_map(str(file))).get_batch(0)
+    batch.validate()
+    return batch
 
 
 def _view(batch: pa.RecordBatch, name: str) -> np.ndarray:

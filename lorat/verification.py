@@ -126,7 +126,7 @@ def verify(uri: str, map_shards: MapShards = in_turn) -> list[Problem]:
         UserError: if it cannot be opened at all.
     """
     index = FrameIndex.open(uri)
-    problems = _check_fingerprint(index)
+    problems = _check_fingerprint(index) + _check_valid_rows(index)
     arguments = [(index.uri, number) for number in range(len(index.shard_files))]
     for found in map_shards(verify_shard, arguments):
         problems += found
@@ -196,6 +196,21 @@ def _check_image(index: FrameIndex, row: int, handle: pa.NativeFile) -> list[Pro
     if not np.isfinite(index.mean_rgb[row]).all():
         found.append("the mean colour is not finite")
     return [Problem(where=index.describe_row(row), what=what) for what in found]
+
+
+def _check_valid_rows(index: FrameIndex) -> list[Problem]:
+    """Compare the list of usable frames, which no shard has, with the column it is made of."""
+    rows = np.flatnonzero(index.valid)
+    starts = np.searchsorted(rows, index.track_start)
+    return [
+        Problem(
+            where="index",
+            what=f"{name} does not fit the column valid; rebuild the index with: "
+            f"python jobs/ingest.py reindex {index.uri}",
+        )
+        for name, expected in (("valid_rows", rows), ("valid_start", starts))
+        if not np.array_equal(getattr(index, name), expected)
+    ]
 
 
 def _check_fingerprint(index: FrameIndex) -> list[Problem]:

@@ -119,6 +119,37 @@ def test_a_cut_index_is_refused(tmp_path: Path) -> None:
         FrameIndex.open(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["frames", "tracks", "valid"])
+@pytest.mark.parametrize("part", [slice(-6, None), slice(-80, -10), slice(0, None)])
+def test_a_damaged_index_of_the_right_size_is_refused(
+    tmp_path: Path, name: str, part: slice
+) -> None:
+    write_dataset(str(tmp_path), tracks())
+    file = next(tmp_path.glob(f"index-*/{name}.arrow"))
+    data = bytearray(file.read_bytes())
+    data[part] = b"\xff" * len(data[part])
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"damaged.*reindex"):
+        FrameIndex.open(tmp_path)
+    assert rebuild_index(str(tmp_path)).num_frames == 24
+
+
+def test_an_index_with_damaged_names_is_refused(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), tracks())
+    file = next(tmp_path.glob("index-*/tracks.arrow"))
+    file.write_bytes(file.read_bytes().replace(b"track-2", b"\xff" * 7))
+    with pytest.raises(UserError, match=r"damaged.*reindex"):
+        FrameIndex.open(tmp_path)
+
+
+def test_an_index_of_another_dataset_is_refused(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), tracks())
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"num_frames": 25}))
+    with pytest.raises(UserError, match="reindex"):
+        FrameIndex.open(tmp_path)
+
+
 def test_an_index_travels_as_its_address_and_notices_a_change(tmp_path: Path) -> None:
     packed = pickle.dumps(write_dataset(str(tmp_path), tracks()))
     assert len(packed) < 1000

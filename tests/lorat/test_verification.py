@@ -54,6 +54,23 @@ def test_an_index_that_differs_from_its_shards_is_found(index: FrameIndex, colum
     assert verify(index.uri)
 
 
+@pytest.mark.parametrize("name", ["valid_rows", "valid_start"])
+def test_a_list_of_usable_frames_that_fits_nothing_is_found(index: FrameIndex, name: str) -> None:
+    file = next(Path(index.uri).glob("index-*/valid.arrow"))
+    listed = getattr(index, name)
+    changed = listed.copy()
+    changed[2] += 1
+    data = file.read_bytes()
+    assert data.count(listed.tobytes()) == 1
+    file.write_bytes(data.replace(listed.tobytes(), changed.tobytes()))
+    (problem,) = verify(index.uri)
+    assert problem.where == "index"
+    assert name in problem.what
+    assert "reindex" in problem.what
+    rebuild_index(index.uri)
+    assert verify(index.uri) == []
+
+
 def test_reindex_restores_the_same_dataset_from_its_shards(index: FrameIndex) -> None:
     folder = Path(index.uri)
     window = index.manifest["window"]
