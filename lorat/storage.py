@@ -73,17 +73,14 @@ class Location:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a whole file so that no reader ever sees a part of it."""
-        if self.is_local:
-            descriptor, part = tempfile.mkstemp(dir=self.path, prefix=".part-")
-            try:
-                with os.fdopen(descriptor, "wb") as handle:
-                    handle.write(data)
-                publish(Path(part), self, name)
-            finally:
-                Path(part).unlink(missing_ok=True)
-        else:
-            with self.filesystem.open_output_stream(self.file(name)) as stream:
-                stream.write(data)
+        folder = self.path if self.is_local else scratch_folder(self)
+        descriptor, part = tempfile.mkstemp(dir=folder, prefix=".part-")
+        try:
+            with os.fdopen(descriptor, "wb") as handle:
+                handle.write(data)
+            publish(Path(part), self, name)
+        finally:
+            Path(part).unlink(missing_ok=True)
 
     def make(self) -> None:
         """Create the folder (object stores need none).
@@ -209,14 +206,21 @@ def _sweep(folder: Path) -> None:
 
 
 def publish(file: Path, location: Location, name: str) -> None:
-    """Move a finished local file to its place: by renaming, or by one upload."""
+    """Move a finished local file to its place: by renaming, or by one upload.
+
+    An upload is one call without Python in between: a stream that an exception closes half-way,
+    such as that of a termination signal, would put what it has so far in view.
+    """
     if location.is_local:
         file.chmod(0o644)
         os.replace(file, location.file(name))
         return
-    with (
-        open(file, "rb") as source,
-        location.filesystem.open_output_stream(location.file(name)) as sink,
-    ):
-        shutil.copyfileobj(source, sink, length=1 << 22)
+    pafs.copy_files(
+        str(file),
+        location.file(name),
+        source_filesystem=_LOCAL,
+        destination_filesystem=location.filesystem,
+        chunk_size=1 << 22,
+        use_threads=False,
+    )
     file.unlink()
