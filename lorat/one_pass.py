@@ -68,6 +68,8 @@ class SequenceResult:
     """float64 (n,); reading and decoding time per frame, accounted likewise."""
     damaged: int = 0
     """Frames that could not be decoded; there the last box is repeated with score 0."""
+    left_out: str = ""
+    """Why the sequence was not tracked at all; empty if it was."""
 
     @property
     def fps(self) -> float:
@@ -88,10 +90,15 @@ class _Running:
     target: Any = None
     position: int = 0
     damaged: int = 0
+    left_out: str = ""
     boxes: np.ndarray = field(default_factory=lambda: np.empty((0, 4)))
     scores: np.ndarray = field(default_factory=lambda: np.empty(0))
     seconds: np.ndarray = field(default_factory=lambda: np.empty(0))
     decode_seconds: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.left_out) or self.position + 1 == self.length
 
 
 def track_sequences(
@@ -114,13 +121,14 @@ def track_sequences(
         batch_size: most sequences in one step.
         decode_threads: threads that read and decode the frames of a step; by default one per
             core, at most 8.
-        on_sequence: called with each result as soon as its sequence ends.
+        on_sequence: called with each result as soon as its sequence ends, and with one whose
+            ``left_out`` says why for a sequence that cannot be tracked: its first frame is damaged.
 
     Returns:
-        The results, in the order of ``tracks``.
+        The results of the sequences that were tracked, in the order of ``tracks``.
 
     Raises:
-        UserError: if the data set holds windows, or a first frame has no usable box or is damaged.
+        UserError: if the data set holds windows, or a first frame has no usable box.
     """
     if index.storage == "window":
         raise UserError(
@@ -140,15 +148,15 @@ def track_sequences(
             if new:
                 _start(tracker, index, reader, new, pool)
                 running += new
-            moving = [run for run in running if run.position + 1 < run.length]
+            moving = [run for run in running if not run.ended]
             if moving:
                 _step(tracker, reader, moving, pool)
-            for run in [run for run in running if run.position + 1 == run.length]:
+            for run in [run for run in running if run.ended]:
                 running.remove(run)
                 results[run.track] = result = _result(index, run)
                 if on_sequence is not None:
                     on_sequence(result)
-    return [results[track] for track in order]
+    return [results[track] for track in order if not results[track].left_out]
 
 
 def _open(index: FrameIndex, track: int) -> _Running:
@@ -172,17 +180,19 @@ def _start(
     pool: ThreadPoolExecutor,
 ) -> None:
     frames, decode_seconds = _decode(reader, runs, pool)
+    seen = [(run, frame) for run, frame in zip(runs, frames, strict=True) if frame is not None]
     for run, frame in zip(runs, frames, strict=True):
         if frame is None:
-            raise UserError(
-                f"The first frame of {index.sequence(run.track)} of {index.name} is damaged; "
-                "leave the sequence out or repair the image."
-            )
-    boxes = [tuple(index.box[run.first_row].tolist()) for run in runs]
+            run.left_out = "the first frame is damaged"
+            name = index.sequence(run.track)
+            _log.warning("%s of %s is left out: %s", name, index.name, run.left_out)
+    if not seen:
+        return
+    boxes = [tuple(index.box[run.first_row].tolist()) for run, _ in seen]
     began = time.perf_counter()
-    targets = tracker.start([frame for frame in frames if frame is not None], boxes)
-    seconds = (time.perf_counter() - began) / len(runs)
-    for run, target, box in zip(runs, targets, boxes, strict=True):
+    targets = tracker.start([frame for _, frame in seen], boxes)
+    seconds = (time.perf_counter() - began) / len(seen)
+    for (run, _), target, box in zip(seen, targets, boxes, strict=True):
         run.target = target
         run.boxes[0], run.scores[0] = box, 1.0
         run.seconds[0], run.decode_seconds[0] = seconds, decode_seconds
@@ -237,4 +247,5 @@ def _result(index: FrameIndex, run: _Running) -> SequenceResult:
         seconds=run.seconds,
         decode_seconds=run.decode_seconds,
         damaged=run.damaged,
+        left_out=run.left_out,
     )

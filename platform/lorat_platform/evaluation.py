@@ -171,9 +171,15 @@ def evaluate(
         )  # fmt: skip
         with bar:
             for result, conditions in workers.track(index, waiting):
+                bar.update()
+                if result.left_out:
+                    left_out[result.name] = result.left_out
+                    continue
                 store.save(result, conditions)
                 found[result.track] = result, conditions
-                bar.update()
+        tracks = [track for track in tracks if track in found]
+        if not tracks:
+            raise UserError(f"No sequence of {uri} can be tracked; all first frames are damaged.")
         wall_seconds = time.perf_counter() - began if waiting else 0.0
         fps_single, single_conditions = store.speed(
             workers.threads, lambda: workers.speed(index, tracks), fresh=config.fresh

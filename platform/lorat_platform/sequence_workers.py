@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import socket
@@ -18,6 +19,7 @@ import ray
 
 from lorat.errors import UserError
 from lorat.frame_index import FrameIndex
+from lorat.images import DamagedImage
 from lorat.one_pass import SequenceResult, track_sequences
 from lorat.shards import ImageReader
 from lorat_platform.placement import num_places, what_is_there
@@ -115,7 +117,10 @@ class SequenceWorker:
         reader = ImageReader(index)
         first, end = int(index.track_start[track]), int(index.track_start[track + 1])
         rows = range(first, min(end, first + SPEED_FRAMES))
-        frames = [reader.decode(row) for row in rows]
+        frames = []
+        for row in rows:
+            with contextlib.suppress(DamagedImage):  # never the first, the sequence was tracked
+                frames.append(reader.decode(row))
         targets = self._tracker.start([frames[0]], [tuple(index.box[first].tolist())])
         for frame in frames[1:4]:  # warm up
             self._tracker.step(targets, [frame])

@@ -111,13 +111,31 @@ def test_a_damaged_frame_repeats_the_box_and_is_counted(caplog: pytest.LogCaptur
     assert "row 2" in caplog.text
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_sequence_whose_first_frame_is_damaged_is_left_out_alone(batch_size: int) -> None:
+    index = FakeIndex([5, 7, 2])
+    ended: list[SequenceResult] = []
+    results = track_sequences(
+        Recorder(),
+        index,
+        FakeReader(index, damaged=[5]),
+        range(3),
+        batch_size=batch_size,
+        on_sequence=ended.append,
+    )
+    assert [result.track for result in results] == [0, 2]
+    for result in results:
+        assert np.isfinite(result.boxes).all()
+    (lost,) = [result for result in ended if result.left_out]
+    assert (lost.track, lost.name, len(ended)) == (1, "fake-0001", 3)
+    assert "first frame is damaged" in lost.left_out
+
+
 def test_what_cannot_be_evaluated_is_refused() -> None:
     windowed = FakeIndex([3], window=np.zeros((3, 4), np.float32))
     with pytest.raises(UserError, match="--full-frame"):
         track_sequences(Recorder(), windowed, FakeReader(windowed), [0])
     index = FakeIndex([3])
-    with pytest.raises(UserError, match=r"first frame .* damaged"):
-        track_sequences(Recorder(), index, FakeReader(index, damaged=[0]), [0])
     index.box[0] = np.nan
     with pytest.raises(UserError, match="no usable box"):
         track_sequences(Recorder(), index, FakeReader(index), [0])

@@ -114,6 +114,21 @@ def test_an_interrupted_evaluation_goes_on_with_the_rest(
     assert len(result.results) == 8
 
 
+def test_a_sequence_whose_first_frame_is_damaged_is_left_out_by_name(
+    subject: Subject, tmp_path: Path
+) -> None:
+    uri = make_shards(tmp_path / "val")
+    index = FrameIndex.open(uri)
+    row = int(index.track_start[1])
+    shard = Path(uri) / index.shard_files[index.shard[row]]
+    data = bytearray(shard.read_bytes())
+    data[int(index.offset[row]) + 100] ^= 0xFF
+    shard.write_bytes(data)
+    result = evaluate(subject, uri, config(tmp_path, workers=1), progress=False)
+    assert result.left_out == {index.sequence(1): "the first frame is damaged"}
+    assert list(result.results) == [index.sequence(track) for track in (0, 2, 3)]
+
+
 def test_speed_is_reported_as_it_was_measured(subject: Subject, uri: str, tmp_path: Path) -> None:
     host = socket.gethostname()
     evaluate(subject, uri, config(tmp_path, limit=2, batch_size=1, workers=1), progress=False)
