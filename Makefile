@@ -7,6 +7,7 @@ PORT ?= 5000
 LORAT_HOME ?= $(HOME)/.lorat
 export LORAT_HOME
 export RAY_AUTH_MODE ?= disabled
+export MLFLOW_DISABLE_TELEMETRY ?= true
 
 .PHONY: run test lint ui stop lock
 

@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import pytest
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from tests.infra.overlays import Strict
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra" / "compose"
@@ -22,10 +24,7 @@ FILLED = {
 """Variables that .env must fill in."""
 
 
-class Strict(BaseModel):
-    """A part of the Compose Specification as used here; unknown fields are errors."""
-
-    model_config = ConfigDict(extra="forbid")
+# The Compose Specification, as far as it is used.
 
 
 class Build(Strict):
@@ -62,14 +61,14 @@ class Service(Strict):
     image: str = Field(pattern=r"^[a-z0-9/-]+:v?\d[\w.-]*$")  # never "latest"
     build: Build | None = None
     restart: Literal["unless-stopped"] | None = None
-    environment: dict[str, str] = {}
-    command: list[str] = []
-    ports: list[str] = []
-    volumes: list[str | Bind] = []
-    configs: list[dict[Literal["source", "target"], str]] = []
+    environment: dict[str, str] = Field(default_factory=dict)
+    command: list[str] = Field(default_factory=list)
+    ports: list[str] = Field(default_factory=list)
+    volumes: list[str | Bind] = Field(default_factory=list)
+    configs: list[dict[Literal["source", "target"], str]] = Field(default_factory=list)
     network_mode: Literal["host"] | None = None
     healthcheck: Healthcheck | None = None
-    depends_on: dict[str, Dependency] = {}
+    depends_on: dict[str, Dependency] = Field(default_factory=dict)
 
 
 class Stack(Strict):
@@ -118,12 +117,51 @@ def test_the_stack_has_every_part(stack: Stack) -> None:
                 assert source in stack.volumes, f"{volume} would be made as root"
 
 
-def test_the_folder_of_ray_is_never_made_by_docker(stack: Stack) -> None:
+def _folder_of_ray(stack: Stack) -> Bind:
     (folder,) = [v for v in stack.services["prometheus"].volumes if isinstance(v, Bind)]
-    assert (folder.source, folder.target) == ("/tmp/ray", "/ray")
-    told = _stack(RAY_TEMP_DIR="/srv/ray", **dict.fromkeys(FILLED, "x"))
-    (folder,) = [v for v in told.services["prometheus"].volumes if isinstance(v, Bind)]
-    assert folder.source == "/srv/ray"
+    return folder
+
+
+def _listed_file(stack: Stack) -> Path:
+    """Return the file in which Prometheus looks for Ray's nodes, as its container names it."""
+    (ray,) = yaml.safe_load(stack.configs["prometheus"]["content"])["scrape_configs"]
+    (discovery,) = ray["file_sd_configs"]  # and no address that BIND_ADDRESS would make wrong
+    assert discovery["refresh_interval"] == "10s"
+    (path,) = discovery["files"]
+    return Path(path)
+
+
+def _on_the_host(path: Path, folder: Bind) -> Path:
+    """Return what a container sees at ``path``; a link leads on inside of the container."""
+    while True:
+        assert path.is_relative_to(folder.target), f"{path} is not in the container"
+        here = Path(folder.source) / path.relative_to(folder.target)
+        if not here.is_symlink():
+            return here
+        path = path.parent / os.readlink(here)
+
+
+def test_prometheus_reads_what_ray_lists_through_its_link(tmp_path: Path) -> None:
+    """Ray's link names the session's folder by the whole path that it has on the host."""
+    from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
+
+    session = tmp_path / "session_2026-01-01_00-00-00_000000_1"
+    session.mkdir()
+    (session / PROMETHEUS_SERVICE_DISCOVERY_FILE).write_text('[{"targets": ["127.0.0.1:8080"]}]')
+    link = tmp_path / PROMETHEUS_SERVICE_DISCOVERY_FILE
+    link.symlink_to(session / PROMETHEUS_SERVICE_DISCOVERY_FILE)
+    told = _stack(RAY_TEMP_DIR=str(tmp_path), **dict.fromkeys(FILLED, "x"))
+    found = _on_the_host(_listed_file(told), _folder_of_ray(told))
+    assert json.loads(found.read_text()) == [{"targets": ["127.0.0.1:8080"]}]
+
+
+def test_prometheus_looks_where_ray_is_by_default(stack: Stack) -> None:
+    folder = _folder_of_ray(stack)
+    assert (folder.source, folder.target) == ("/tmp/ray", "/tmp/ray")
+    assert _listed_file(stack) == Path("/tmp/ray/prom_metrics_service_discovery.json")
+    (config,) = stack.services["prometheus"].configs
+    path = stack.services["prometheus"].command[0].removeprefix("--config.file=")
+    assert config == {"source": "prometheus", "target": path}
 
 
 def test_the_database_is_healthy_only_when_clients_reach_it(stack: Stack) -> None:
@@ -142,6 +180,12 @@ def test_everything_is_bound_to_loopback_unless_told_otherwise(stack: Stack) -> 
     told = _stack(BIND_ADDRESS="10.0.0.5", **dict.fromkeys(FILLED, "x"))
     assert told.services["mlflow"].ports == ["10.0.0.5:5000:5000"]
     assert told.services["grafana"].environment["GF_SERVER_HTTP_ADDR"] == "10.0.0.5"
+
+
+def test_prometheus_which_has_no_password_stays_on_loopback() -> None:
+    told = _stack(BIND_ADDRESS="10.0.0.5", **dict.fromkeys(FILLED, "x"))
+    assert "--web.listen-address=127.0.0.1:9090" in told.services["prometheus"].command
+    assert told.services["grafana"].environment["PROMETHEUS_URL"] == "http://127.0.0.1:9090"
 
 
 def test_mlflow_asks_for_a_password_and_answers_only_to_known_hosts(stack: Stack) -> None:
@@ -165,16 +209,6 @@ def test_the_example_names_every_variable_and_no_value() -> None:
     assert used == set(re.findall(r"^#?(\w+)=", example, re.M))
 
 
-def test_prometheus_scrapes_what_ray_announces() -> None:
-    config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
-    (ray,) = config["scrape_configs"]  # and no address that BIND_ADDRESS would make wrong
-    (path,) = ray["file_sd_configs"][0]["files"]
-    from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
-
-    assert path == f"/ray/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"
-    assert os.path.basename(path).startswith("prom_metrics")
-
-
 def _dashboard() -> dict[str, Any]:
     return json.loads((FOLDER / "grafana" / "dashboards" / "lorat.json").read_text())
 
@@ -187,12 +221,16 @@ def _exported() -> set[str]:
         wall_s=1.0, parts_s=dict.fromkeys(telemetry.PARTS, 0.1), num_steps=1, num_pairs=1,
         num_workers=1, flops_per_pair=1.0, peak=1.0,
     )  # fmt: skip
-    loop = ast.parse((ROOT / "platform" / "lorat_platform" / "train_loop.py").read_text())
-    literals = {node.value for node in ast.walk(loop) if isinstance(node, ast.Constant)}
-    names = {
-        n for n in literals if isinstance(n, str) and re.fullmatch(r"(train|data|system)/\w+", n)
-    }
-    return {"ray_lorat_" + name.replace("/", "_") for name in names | set(shown)}
+    names = _words("train_loop", r"(train|data|system)/\w+") | set(shown)
+    gauges = _words("search_session", r"lorat_search_\w+")
+    return {"ray_lorat_" + name.replace("/", "_") for name in names} | {f"ray_{g}" for g in gauges}
+
+
+def _words(module: str, pattern: str) -> set[str]:
+    """Return the string literals of a module that are like ``pattern``."""
+    tree = ast.parse((ROOT / "platform" / "lorat_platform" / f"{module}.py").read_text())
+    literals = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    return {n for n in literals if isinstance(n, str) and re.fullmatch(pattern, n)}
 
 
 def test_the_dashboard_shows_metrics_that_the_platform_exports() -> None:
@@ -200,6 +238,19 @@ def test_the_dashboard_shows_metrics_that_the_platform_exports() -> None:
     used = set(re.findall(r"ray_lorat_\w+", text))
     assert used
     assert used <= _exported()
+
+
+def test_the_dashboard_counts_the_trials_of_searches() -> None:
+    shown = {
+        target["expr"]
+        for panel in _dashboard()["panels"]
+        for target in panel["targets"]
+        if panel["title"] == "Trials"
+    }
+    assert shown == {
+        'sum(ray_lorat_search_trials{status="running"})',
+        "sum by (status) (ray_lorat_search_trials)",
+    }
 
 
 def test_the_dashboard_shows_metrics_that_ray_exports() -> None:

@@ -72,6 +72,13 @@ def test_the_image_is_not_root_and_checks_its_health(stage: str) -> None:
     assert _health(stage)
 
 
+@pytest.mark.parametrize("stage", ["lorat", "mlflow"])
+def test_the_image_reports_nothing_about_its_use(stage: str) -> None:
+    set_there = " ".join(value for keyword, value in _stages()[stage] if keyword == "ENV")
+    assert "MLFLOW_DISABLE_TELEMETRY=true" in set_there
+    assert stage == "mlflow" or "RAY_USAGE_STATS_ENABLED=0" in set_there
+
+
 def test_the_build_context_holds_what_is_copied_and_no_more() -> None:
     """Only named folders go into an image: no checkout history, data, run or .env file."""
     rules = (ROOT / "infra" / "Dockerfile.dockerignore").read_text().split()

@@ -20,6 +20,9 @@ import yaml
 from pydantic import Field, model_validator
 
 from infra import sizing
+from lorat.config import TrainConfig, resolve
+from lorat.variants import VARIANTS, get_variant
+from lorat.windows import WindowLaw
 from tests.infra import overlays
 from tests.infra.overlays import Strict
 
@@ -300,9 +303,12 @@ def test_every_container_is_confined_and_takes_secrets_by_reference(overlay: str
 
 
 @functools.cache
-def _help(script: str) -> str:
+def _help(script: str, *command: str) -> str:
     return subprocess.run(
-        [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
+        [sys.executable, ROOT / script, *command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
 
 
@@ -335,6 +341,16 @@ def test_the_jobs_run_on_the_cluster_with_flags_that_exist(overlay: str) -> None
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_gpu_of_the_training_has_pairs_enough(overlay: str) -> None:
+    """At least half of what the sizing table counts with; the recipe's global batch is fixed."""
+    (job,) = [p for p in _built(overlay) if overlays.identity(p) == ("RayJob", "lorat-train")]
+    given = dict(itertools.pairwise(shlex.split(job["spec"]["entrypoint"])))
+    batch = resolve(TrainConfig(variant=given["--variant"])).batch_size
+    assert batch
+    assert 2 * batch >= sizing.BATCH_PER_GPU * int(given["--workers"].partition(":")[2])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_decode_nodes_that_are_there_feed_the_training(overlay: str) -> None:
     """By the sizing table; a training takes the decode nodes of its start."""
     (job,) = [p for p in _built(overlay) if overlays.identity(p) == ("RayJob", "lorat-train")]
@@ -344,6 +360,50 @@ def test_the_decode_nodes_that_are_there_feed_the_training(overlay: str) -> None
     cluster = _cluster(overlay)
     decode = cluster.spec.workerGroupSpecs[0]
     assert cores <= decode.minReplicas * _ray_resources(cluster)["decode"]["CPU"]
+
+
+def _operations_page() -> str:
+    return (ROOT / "infra" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_page_ingests_the_data_that_the_jobs_read(overlay: str) -> None:
+    page = _operations_page()
+    commands = [shlex.split(c) for c in re.findall(r"python (jobs/ingest\.py got10k .*)", page)]
+    given = [dict(itertools.pairwise(words)) for words in commands]
+    parts = _built(overlay)
+    (settings,) = [part["data"] for part in parts if part["kind"] == "ConfigMap"]
+    assert {flags["--split"]: flags["--output"] for flags in given} == {
+        "train": settings["LORAT_TRAIN_DATA"],
+        "val": settings["LORAT_VAL_DATA"],
+    }
+    (job,) = [part for part in parts if overlays.identity(part) == ("RayJob", "lorat-train")]
+    trained = dict(itertools.pairwise(shlex.split(job["spec"]["entrypoint"])))["--variant"]
+    (windows,) = [flags["--variant"] for flags in given if "--variant" in flags]
+    assert WindowLaw.for_variant(get_variant(windows)).serves(get_variant(trained))
+    for words in commands:
+        assert set(re.findall(r"--[\w-]+", " ".join(words))) <= set(
+            re.findall(r"--[\w-]+", _help("jobs/ingest.py", "got10k"))
+        )
+
+
+def test_the_page_names_weights_of_the_hub_that_variants_have() -> None:
+    named = set(re.findall(r"vit_\w+\.\w+", _operations_page()))
+    assert named
+    assert named <= {variant.timm_name for variant in VARIANTS.values()}
+
+
+def test_the_page_scrapes_the_port_that_every_pod_has() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", _operations_page(), re.DOTALL)
+    monitor = yaml.safe_load(block)
+    cluster = _cluster("small")
+    assert monitor["metadata"]["namespace"] == cluster.metadata.namespace
+    # The operator labels every pod with the name of its cluster.
+    assert monitor["spec"]["selector"]["matchLabels"] == {"ray.io/cluster": cluster.metadata.name}
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    for group, template in _pods(cluster).items():
+        (container,) = template["spec"]["containers"]
+        assert endpoint["port"] in {port["name"] for port in container["ports"]}, group
 
 
 def test_one_job_can_be_chosen_by_its_label() -> None:

@@ -144,6 +144,19 @@ def test_an_archive_from_another_node_cannot_write_elsewhere(tmp_path: Path, nam
     assert not (tmp_path / "outside").exists()
 
 
+def test_mlflow_on_this_machine_reports_nothing_about_its_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorat_platform import mlflow_store
+
+    assert re.search(
+        r"^export MLFLOW_DISABLE_TELEMETRY \?= true$", (ROOT / "Makefile").read_text(), re.M
+    )
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
+    mlflow_store.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
 def test_servers_that_we_start_listen_on_loopback() -> None:
     """Every --host of the Makefile and of the scripts; the compose stack has its own test."""
     scripts = [ROOT / "Makefile", *(ROOT / "infra").glob("*.sh"), *(ROOT / "infra").glob("*.py")]
