@@ -16,6 +16,8 @@ from lorat.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})
 _SEPARATORS = re.compile(r"[,;\s]+")
+_LEFT = re.compile(r"(^|[_.])(x|left|min_?x)")
+"""Names of the column that a box begins with: x, x1, xmin, left, bb_left, bbox_x, ..."""
 _MAX_MISSING = 0.1
 """Share of annotated frames without image above which a sequence is not believed."""
 
@@ -65,7 +67,7 @@ def read_rows(
         float64 (n, num_columns).
 
     Raises:
-        UserError: with ``header``, if the columns have no names and are too many.
+        UserError: with ``header``, if there are more columns and nothing tells which the box is.
     """
     lines = file.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     while lines and not lines[-1].strip():
@@ -75,6 +77,12 @@ def read_rows(
     if names:
         del lines[0]
         left_out = int(names[0].startswith("frame") and len(names) > num_columns)
+        if len(names) - left_out > num_columns and not _LEFT.search(names[left_out]):
+            raise UserError(
+                f"The columns of {file} are {', '.join(names)}; allowed are those of the box, "
+                "beginning with x or left, after a column frame if there is one: put the others "
+                "behind the box or leave them out."
+            )
         findings.add(sequence, "repaired", f"{file.name}: the first line names columns, not a box")
     rows, unreadable = [], []
     for number, line in enumerate(lines):

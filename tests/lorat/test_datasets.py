@@ -416,6 +416,19 @@ def test_rows_of_more_than_a_box_are_refused_unless_their_columns_are_named(
     np.testing.assert_array_equal(found["frames"].box[7], [10, 12, 40, 36])
 
 
+@pytest.mark.parametrize("names", ["frame,id,x,y,w,h", "id,bb_left,bb_top,bb_width,bb_height"])
+def test_named_columns_before_the_box_are_refused(tmp_path: Path, names: str) -> None:
+    layouts.make_folder(tmp_path)
+    truth = tmp_path / "frames" / "groundtruth.txt"
+    truth.write_text(names + "\n" + "3,1,10,12,30,24\n" * 8)
+    source = datasets.Folder(source=tmp_path / "frames")
+    with pytest.raises(UserError, match=r"columns of .*\bid, .*beginning with x or left"):
+        load_all(source)
+    truth.write_text("frame,bb_left,bb_top,bb_width,bb_height,id\n" + "3,10,12,30,24,1\n" * 8)
+    found, _ = load_all(source)
+    np.testing.assert_array_equal(found["frames"].box[7], [10, 12, 40, 36])
+
+
 def test_published_rows_may_have_more_columns(tmp_path: Path) -> None:
     layouts.make_tnl2k(tmp_path)
     truth = tmp_path / "Sord_video_Q01_done" / "groundtruth.txt"
