@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import bootstrap
 import tyro
@@ -27,23 +28,18 @@ log = logging.getLogger(__name__)
 FLAT = tyro.conf.arg(name="")
 
 
-def train_job(
-    train: Annotated[TrainConfig, FLAT],
-    run: Annotated[RunOptions, FLAT],
-    config: Path | None = None,
-    dry_run: bool = False,
-    replay: str | None = None,
-) -> tuple[TrainConfig, RunOptions, bool, Path | None]:
-    """Train a tracker, evaluate it by tracking, and register it.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train a tracker, evaluate it by tracking, and register it."""
 
-    Args:
-        train: What is learnt.
-        run: Where and how it runs.
-        config: A config.json as saved with every run; options on the command line go before it.
-        dry_run: Print the resolved configuration, sizes, memory and work, and exit.
-        replay: Run a batch again that gave a loss that is not finite, as the message names it.
-    """
-    return train, run, dry_run, replay
+    train: Annotated[TrainConfig, FLAT] = field(default_factory=TrainConfig)
+    run: Annotated[RunOptions, FLAT] = field(default_factory=RunOptions)
+    config: Path | None = None
+    """A config.json as saved with every run; options on the command line go before it."""
+    dry_run: bool = False
+    """Print the resolved configuration, sizes, memory and work, and exit."""
+    replay: str | None = None
+    """Run a batch again that gave a loss that is not finite, as the message names it."""
 
 
 def read_config(file: Path) -> TrainConfig:
@@ -65,7 +61,7 @@ def read_config(file: Path) -> TrainConfig:
     return from_dict(TrainConfig, content)
 
 
-def parse(arguments: list[str]) -> tuple[TrainConfig, RunOptions, bool, Path | None]:
+def parse(arguments: list[str]) -> Options:
     """Read the command line; ``--config FILE`` gives the defaults of the other options."""
     default = TrainConfig()
     for position, argument in enumerate(arguments):
@@ -73,40 +69,29 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, RunOptions, bool, Path | N
         if name == "--config":
             following = arguments[position + 1 : position + 2]
             default = read_config(Path(value or (following[0] if following else "")))
-
-    def job(
-        train: Annotated[TrainConfig, FLAT] = default,
-        run: Annotated[RunOptions, FLAT] = RunOptions(),  # noqa: B008 (frozen)
-        config: Path | None = None,
-        dry_run: bool = False,
-        replay: str | None = None,
-    ) -> Any:
-        return train_job(train, run, config, dry_run, replay)
-
-    job.__doc__ = train_job.__doc__
-    return command.parse(job, arguments)
+    return command.parse(Options, arguments, default=Options(train=default))
 
 
 def main() -> int:
     """Run the job."""
-    config, options, dry_run, replay = parse(sys.argv[1:])
-    if replay is not None:
-        from lorat_platform.replay import replay as replay_dump
+    options = parse(sys.argv[1:])
+    if options.replay is not None:
+        from lorat_platform.replay import replay
 
-        print(replay_dump(replay))
+        print(replay(options.replay))
         return 0
-    config = resolve(with_whole_paths(config))
-    if dry_run:
+    config = resolve(with_whole_paths(options.train))
+    if options.dry_run:
         from lorat_platform.estimate import estimate
 
         print(resolved_text(config))
-        print(estimate(config, options))
+        print(estimate(config, options.run))
         return 0
     log.info("%s", resolved_text(config))
     datasets = open_datasets(config)
     revision = command.git_revision(bootstrap.ROOT)
-    with cluster.connected(options.address) as ray_cluster:
-        train(config, options, ray_cluster, datasets=datasets, git_revision=revision)
+    with cluster.connected(options.run.address) as ray_cluster:
+        train(config, options.run, ray_cluster, datasets=datasets, git_revision=revision)
     return 0
 
 

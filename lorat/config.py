@@ -184,6 +184,8 @@ class TrainConfig:
     """Storage of the frozen weights."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do when the loss or a gradient is not finite."""
+    max_skipped: int = 100
+    """Steps skipped in a row that stop the training."""
     max_damaged: float = 0.01
     """Largest share of damaged images before training stops."""
     seed: int = 42
@@ -191,7 +193,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         get_variant(self.variant)
-        for name in ("epochs", "pairs_per_epoch", "batch_size", "micro_batch"):
+        for name in ("epochs", "pairs_per_epoch", "batch_size", "micro_batch", "max_skipped"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} is {value}; give 1 or more.")
         for name in ("lr", "clip_norm"):

@@ -110,14 +110,15 @@ def _register(
     """
     from mlflow.exceptions import MlflowException
 
-    from lorat_platform.registry import register
+    from lorat_platform.registry import register, registered_by
 
     try:
         run_id = run.wait_for_id(60.0)
         if not options.register:
             return run_id, None
         run.flush()
-        version = register(
+        # The last start of this run may have been killed between here and its end.
+        version = registered_by(run_id) or register(
             model,
             run_id=run_id,
             datasets=datasets.fingerprints,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from lorat.complexity import Description, describe
@@ -18,7 +20,9 @@ FORECAST_GPU = "A100"
 """GPU of the forecast on a machine that has none."""
 
 
-def training_memory(config: TrainConfig, about: Description, pairs: int) -> dict[str, int]:
+def training_memory(
+    config: TrainConfig, about: Description, pairs: int, *, on_gpu: bool = True
+) -> dict[str, int]:
     """Estimate the bytes that one worker holds on its device.
 
     Activations are counted as what the backward pass of a pre-norm block keeps, per token about
@@ -29,10 +33,11 @@ def training_memory(config: TrainConfig, about: Description, pairs: int) -> dict
         config: resolved.
         about: of the same configuration.
         pairs: pairs in one forward pass.
+        on_gpu: what the precision auto means half precision on.
     """
     variant = config.model_variant
     frozen = about.total_training_params - about.trainable_params
-    half = config.precision != "fp32"
+    half = config.precision in ("fp16", "bf16") or (config.precision == "auto" and on_gpu)
     tokens = variant.template_grid**2 + variant.search_grid**2
     per_token = 8 * variant.dim + (3 if variant.ffn == "swiglu" else 2) * variant.ffn_hidden
     if config.adaptation == "lora":
@@ -55,14 +60,23 @@ def training_memory(config: TrainConfig, about: Description, pairs: int) -> dict
 
 
 def estimate(config: TrainConfig, options: RunOptions) -> str:
-    """Describe sizes, memory, work and bytes of a resolved configuration."""
+    """Describe sizes, memory, work and bytes of a resolved configuration.
+
+    Raises:
+        UserError: if there are more workers than pairs in a batch.
+    """
     assert config.batch_size is not None
     about = describe(config.model_variant, config)
-    low, high = options.worker_range
+    low, high = options.workers_for(config.batch_size)
     first, last = local_range(config.batch_size, high, 0)
     pairs = min(last - first, config.micro_batch or last - first)
-    memory = training_memory(config, about, pairs)
-    full = training_memory(config, _full(config), pairs)
+    # Without an address auto means this machine; a cluster that is named may well have GPUs.
+    elsewhere = options.address is not None or "RAY_ADDRESS" in os.environ
+    on_gpu = options.device == "gpu" or (
+        options.device == "auto" and (elsewhere or torch.cuda.is_available())
+    )
+    memory = training_memory(config, about, pairs, on_gpu=on_gpu)
+    full = training_memory(config, _full(config), pairs, on_gpu=on_gpu)
     total, total_full = sum(memory.values()), sum(full.values())
     step_flops = about.train_flops * config.batch_size
     run_flops = step_flops * config.total_steps
@@ -76,7 +90,7 @@ def estimate(config: TrainConfig, options: RunOptions) -> str:
         f"steps        {config.total_steps:,} of {config.batch_size} pairs, "
         f"{config.steps_per_epoch:,} an epoch, {config.warmup_steps:,} of warm-up",
         f"workers      {workers}, {pairs} pairs in a forward pass",
-        f"memory       {_size(total)} on each device, an estimate "
+        f"memory       {_size(total)} on each {'GPU' if on_gpu else 'CPU worker'}, an estimate "
         f"(full fine-tuning: {_size(total_full)})",
     ]
     lines += [f"  {name:<16} {_size(size):>10}" for name, size in memory.items()]

@@ -259,7 +259,8 @@ class Learner:
             # An overflow of the scaled gradients is no fault: the scaler leaves the step out and
             # lowers the scale, unless that never ends.
             finite = not bad[0] and (not bad[1] or self.scaler.get_scale() > SMALLEST_SCALE)
-            self.scaler.step(self.optimizer)
+            if not bad[0]:  # the scaler looks at the gradients only
+                self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             finite = not any(bad)

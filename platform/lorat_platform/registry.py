@@ -13,8 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from lorat.errors import UserError
 from lorat.home import home
+from lorat.storage import Location, locate
+from lorat_platform import checkpoint_store
 from lorat_platform.mlflow_store import connect, tracking_uri, without_password
 
 if TYPE_CHECKING:
@@ -145,13 +149,43 @@ def version_of(uri: str) -> tuple[str, str]:
     return name, str(version.version)
 
 
+def pinned(uri: str) -> str:
+    """Return an address that means the same model later too: an alias becomes its version.
+
+    Raises:
+        UserError: if there is no such alias, or MLflow cannot be reached.
+    """
+    if not re.fullmatch(r"models:/[^/@]+@[\w-]+", uri):
+        return uri
+    name, version = version_of(uri)
+    return f"models:/{name}/{version}"
+
+
+def registered_by(run_id: str) -> str | None:
+    """Return the version that an MLflow run has registered, or none.
+
+    What killed that run may have come before the alias was set: it is set unless a newer version
+    has it.
+    """
+    client = connect()
+    found = client.search_model_versions(f"name='{MODEL_NAME}' and run_id='{run_id}'")
+    if not found:
+        return None
+    version = max(int(each.version) for each in found)
+    aliases = client.get_registered_model(MODEL_NAME).aliases
+    if int(aliases.get(CANDIDATE, 0)) < version:
+        client.set_registered_model_alias(MODEL_NAME, CANDIDATE, str(version))
+    return str(version)
+
+
 def resolve(uri: str | os.PathLike[str]) -> Path:
     """Return the local folder (or released file) of a model.
 
     Args:
         uri: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, ``models:/m-ID``,
-            ``runs:/RUN_ID/model``, a checkpoint folder, a bundle, the folder of a downloaded
-            MLflow model, or a released LoRAT file.  Registered models are kept in the home folder.
+            ``runs:/RUN_ID/model``, a checkpoint folder (also ``s3://`` or ``gs://``), a bundle, the
+            folder of a downloaded MLflow model, or a released LoRAT file.  What is fetched is kept
+            in the home folder.
 
     Raises:
         UserError: if there is no such model, or MLflow cannot be reached.
@@ -159,7 +193,10 @@ def resolve(uri: str | os.PathLike[str]) -> Path:
     text = os.fspath(uri)
     if text.startswith(("models:/", "runs:/")):
         return _download(text)
-    path = Path(text).expanduser()
+    location = locate(text)
+    if not location.is_local:
+        return _download_checkpoint(location)
+    path = Path(location.path)
     if not path.exists():
         raise UserError(
             f"There is no model {text}; give models:/{MODEL_NAME}@{CHAMPION}, "
@@ -207,6 +244,34 @@ def _download(uri: str) -> Path:
                 os.rename(found, target)
             except OSError:  # another process was faster
                 shutil.rmtree(found)
+    return target
+
+
+def _download_checkpoint(location: Location) -> Path:
+    """Download a training's checkpoint from its storage, once."""
+    try:
+        mark = location.filesystem.get_file_info(location.file(checkpoint_store.MANIFEST))
+        if not mark.is_file:
+            raise UserError(
+                f"There is no checkpoint at {location.uri}; give its folder as the end of the "
+                "training names it."
+            )
+        key = hashlib.sha256(f"{location.uri} {mark.mtime_ns}".encode()).hexdigest()[:16]
+        target = home() / "models" / key
+        if target.exists():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        parent, _, name = location.path.rpartition("/")
+        run = Location(location.uri, location.filesystem, parent)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            found = checkpoint_store.download(run, name, Path(scratch) / name)
+            with contextlib.suppress(OSError):  # another process was faster
+                os.rename(found, target)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"The checkpoint {location.uri} cannot be read: {checkpoint_store.reason(error)}; "
+            "check the address and the connection."
+        ) from error
     return target
 
 

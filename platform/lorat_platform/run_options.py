@@ -34,7 +34,8 @@ class RunOptions:
     decode_threads: int | None = None
     """Threads in each of them."""
     max_failures: int = 3
-    """Deaths of workers that are survived; -1 for any number."""
+    """Failures of workers in a row, without a new checkpoint in between, that are survived; -1 for
+    any number."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; none means every epoch."""
     keep: int = 2
@@ -42,7 +43,9 @@ class RunOptions:
     log_every: int | None = None
     """Steps between progress lines; none means about every 5 s on a small run, at most 50."""
     validate_every: int | None = None
-    """Epochs between validations beside the training; none means four in a run, 0 none at all."""
+    """Epochs between validations beside the training; none means four in a run, 0 none at all. The
+    workers go on meanwhile: they only wait until worker 0 has written the checkpoint to its local
+    disk."""
     val_pairs: int = 512
     """Held-out pairs whose loss is taken in a validation."""
     val_sequences: int = 16
@@ -64,16 +67,20 @@ class RunOptions:
                       "log_every", "keep"):  # fmt: skip
             value = getattr(self, field)
             if value is not None and value < 1:
-                raise UserError(f"{field} is {value}; give 1 or more.")
-        for field in ("validate_every", "val_pairs", "val_sequences"):
+                raise UserError(f"{_flag(field)} is {value}; give 1 or more.")
+        for field in ("validate_every", "val_pairs", "val_sequences", "val_gpus"):
             value = getattr(self, field)
-            if value is not None and value < 0:
-                raise UserError(f"{field} is {value}; give 0 or more.")
+            if value is not None and not value >= 0:
+                raise UserError(f"{_flag(field)} is {value}; give 0 or more.")
+        if self.val_gpus is not None and self.val_gpus > 1 and self.val_gpus % 1:
+            raise UserError(
+                f"--val-gpus is {self.val_gpus}; give a part of one GPU, or whole ones."
+            )
         if self.max_failures < -1:
-            raise UserError(f"max_failures is {self.max_failures}; give 0 or more, or -1.")
+            raise UserError(f"--max-failures is {self.max_failures}; give 0 or more, or -1.")
         if self.name is not None and not re.fullmatch(r"[\w][\w.-]*", self.name):
             raise UserError(
-                f"name is {self.name!r}; give letters, digits, dots, dashes and underscores."
+                f"--name is {self.name!r}; give letters, digits, dots, dashes and underscores."
             )
 
     @property
@@ -83,9 +90,27 @@ class RunOptions:
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= low <= high:
             raise UserError(
-                f"workers is {self.workers!r}; give N, or MIN:MAX with 1 <= MIN <= MAX."
+                f"--workers is {self.workers!r}; give N, or MIN:MAX with 1 <= MIN <= MAX."
             )
         return low, high
+
+    def workers_for(self, batch_size: int) -> tuple[int, int]:
+        """Return the fewest and most workers that share a global batch.
+
+        Raises:
+            UserError: if there are more workers than pairs.
+        """
+        low, high = self.worker_range
+        if high > batch_size:
+            raise UserError(
+                f"--workers is {self.workers} but a global batch has {batch_size} pairs; give at "
+                "most one worker per pair."
+            )
+        return low, high
+
+
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +135,7 @@ class Placement:
         Raises:
             UserError: if the cluster can never give it, or there are more workers than pairs.
         """
-        low, high = options.worker_range
-        if high > batch_size:
-            raise UserError(
-                f"workers is {options.workers} but a global batch has {batch_size} pairs; give at "
-                "most one worker per pair."
-            )
+        low, high = options.workers_for(batch_size)
         use_gpu = options.device == "gpu" or (options.device == "auto" and cluster.gpus >= 1)
         total = int(cluster.cpus)
         if use_gpu:

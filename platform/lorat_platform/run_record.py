@@ -41,6 +41,8 @@ class RunRecord:
     """Dataset name -> fingerprint."""
     created: str
     git_revision: str | None = None
+    start_weights: str | None = None
+    """What ``config.init_from`` meant when the run began; an alias may move later."""
     mlflow_run_id: str | None = None
     finished: bool = False
     results: dict[str, Any] = field(default_factory=dict)
@@ -153,7 +155,7 @@ def _problem(
             f"The run {found.name} was begun on other data ({found.data}, now {data}); give the "
             "same data, or another --name."
         )
-    if alive := _owner(folder):
+    if alive := owner(folder):
         return (
             f"The run {found.name} is being trained by process {alive} on this machine; wait for "
             "it, or give another --name."
@@ -162,8 +164,8 @@ def _problem(
 
 
 def claim(folder: Location) -> None:
-    """Mark the run as being driven by this process."""
-    mark = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start_time(os.getpid())}
+    """Mark a folder, of a run or a search, as being driven by this process."""
+    mark = {"host": socket.gethostname(), "pid": os.getpid(), "start": start_time(os.getpid())}
     folder.write_bytes(OWNER, json.dumps(mark).encode())
 
 
@@ -172,8 +174,8 @@ def release(folder: Location) -> None:
     folder.delete(OWNER)
 
 
-def _owner(folder: Location) -> int | None:
-    """Return the living process on this machine that drives the run, other than this one."""
+def owner(folder: Location) -> int | None:
+    """Return the living process on this machine that drives a folder, other than this one."""
     if not folder.exists(OWNER):
         return None
     try:
@@ -182,10 +184,10 @@ def _owner(folder: Location) -> int | None:
         return None
     if mark["host"] != socket.gethostname() or mark["pid"] == os.getpid():
         return None
-    return mark["pid"] if _start_time(mark["pid"]) == mark["start"] else None
+    return mark["pid"] if start_time(mark["pid"]) == mark["start"] else None
 
 
-def _start_time(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """Return when a process began, in the kernel's ticks; none if it is gone."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()

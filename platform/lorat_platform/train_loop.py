@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ class _Interval:
     skipped: int = 0
     losses: torch.Tensor = field(default_factory=lambda: torch.zeros(3))
     grad_norm: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    num_norms: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Steps whose gradient norm is finite."""
     damaged: int = 0
     images: int = 0
     bytes_read: int = 0
@@ -89,7 +92,7 @@ def run(
 
     Raises:
         UserError: if too many images are damaged, or a loss is not finite and the configuration
-            says to stop.
+            says to stop, or too many steps in a row are left out.
     """
     world = world or World()
     hooks = hooks or Hooks()
@@ -99,7 +102,7 @@ def run(
     flops = float(describe(config.model_variant, config).train_flops)
     peak, _ = peak_flops(world.device)
     interval = _Interval()
-    damaged_total = images_total = 0
+    damaged_total = images_total = skipped_in_a_row = 0
     metrics: dict[str, float] = {}
     saved_step = learner.step if learner.step else -1
     batches = _on_device(iter(source.batches(learner.step)), learner)
@@ -113,8 +116,10 @@ def run(
             on_device = copy()
         result = learner.train_step(on_device)
         _add(interval, result, world.device)
+        skipped_in_a_row = 0 if result.finite else skipped_in_a_row + 1
         if not result.finite:
             _handle_nonfinite(learner, batch, result, hooks, world)
+            _check_skipped(config, skipped_in_a_row)
         save_now = bool(hooks.on_step and hooks.on_step(learner.step))
         due = learner.step % hooks.log_every == 0 or learner.step == end_step
         if due:
@@ -199,9 +204,10 @@ def _add(interval: _Interval, result: StepResult, device: torch.device) -> None:
     if result.finite:
         losses = torch.stack([result.loss, result.loss_cls, result.loss_reg])
         interval.losses = interval.losses.to(device) + losses
-        interval.grad_norm = interval.grad_norm.to(device) + torch.where(
-            torch.isfinite(result.grad_norm), result.grad_norm, 0.0
-        )
+        finite = torch.isfinite(result.grad_norm)
+        norm = torch.where(finite, result.grad_norm, 0.0)
+        interval.grad_norm = interval.grad_norm.to(device) + norm
+        interval.num_norms = interval.num_norms.to(device) + finite
 
 
 def _report(
@@ -229,13 +235,16 @@ def _report(
     pairs, damaged, images, num_bytes, wall_s = numbers[:5]
     parts = {k: v / world.size for k, v in zip(PARTS, numbers[5:], strict=False)}
     held = numbers[5 + len(PARTS) : 5 + len(PARTS) + len(memory)]
-    counted = max(interval.steps - interval.skipped, 1)
-    loss, loss_cls, loss_reg = (v / (counted * world.size) for v in numbers[-3:])
+    counted = interval.steps - interval.skipped
+    # Of an interval without a step that counts there is no mean, and 0 would look like success.
+    loss, loss_cls, loss_reg = (
+        v / (counted * world.size) if counted else math.nan for v in numbers[-3:]
+    )
     metrics = {
         "train/loss": loss,
         "train/loss_cls": loss_cls,
         "train/loss_reg": loss_reg,
-        "train/grad_norm": float(interval.grad_norm) / counted,
+        "train/grad_norm": float(interval.grad_norm / interval.num_norms),
         "train/lr": learner.optimizer.param_groups[0]["lr"],
         "train/skipped_steps": float(learner.num_skipped),
         "train/epoch": learner.step / learner.config.steps_per_epoch,
@@ -266,6 +275,15 @@ def _check_damage(config: TrainConfig, damaged: int, images: int) -> None:
             f"{damaged} of {images} images are damaged, more than the allowed share "
             f"{config.max_damaged:g} (max_damaged); their names are in the log: ingest the data "
             "again, or check it with 'python jobs/ingest.py verify URI'."
+        )
+
+
+def _check_skipped(config: TrainConfig, in_a_row: int) -> None:
+    if in_a_row >= config.max_skipped:
+        raise UserError(
+            f"{in_a_row} steps in a row were left out since their loss or gradient was not finite, "
+            "as many as --max-skipped allows; lower --lr or look at a step with --replay, and go "
+            "on from an earlier checkpoint with --init-from."
         )
 
 

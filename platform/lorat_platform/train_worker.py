@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import shutil
+import socket
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +22,7 @@ from lorat_platform.console import Console
 from lorat_platform.sources import Source
 
 if TYPE_CHECKING:
+    from lorat_platform.learner import Learner, World
     from lorat_platform.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -29,6 +34,8 @@ LOOK_EVERY_S = 1.0
 """Seconds between looks for nodes that are about to be taken away."""
 PARTS_EVERY_S = 60.0
 """Seconds between lines that split the time of a step."""
+LOCAL_FOLDER = "lorat-checkpoint"
+"""Begin of the names of local folders from which checkpoints go to the storage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,7 @@ class WorkerSetup:
     run_folder: Location
     run_name: str
     start_weights: str | None
+    """What a worker starts from where there is no checkpoint yet."""
     threads: int | None
     """Torch threads; none on a GPU."""
     worker_cpus: float
@@ -56,12 +64,23 @@ class WorkerSetup:
 
 def train_worker(setup: WorkerSetup) -> None:
     """Do the work of one training worker; Ray Train calls this in every worker."""
+    try:
+        _train(setup)
+    except UserError:
+        raise
+    except Exception as error:
+        # The driver gets the exception without its traceback; a note goes with it.
+        error.add_note(traceback.format_exc())
+        raise
+
+
+def _train(setup: WorkerSetup) -> None:
     import ray.train
     import ray.train.torch
     import torch
     from ray.train.collective import broadcast_from_rank_zero
 
-    from lorat_platform.learner import Learner, World
+    from lorat_platform.learner import World
     from lorat_platform.train_loop import Hooks, run
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
@@ -85,10 +104,9 @@ def train_worker(setup: WorkerSetup) -> None:
         log.info("going on from %s with %d worker%s", last, size, "s" if size > 1 else "")
     if start >= config.total_steps:
         return
+    sweep_local_folders()
     source = _open_stream(setup, world, start)
-    with tempfile.TemporaryDirectory() as scratch:
-        resume = checkpoint_store.download(folder, last, Path(scratch) / last) if last else None
-        learner = Learner(config, world=world, resume=resume, start_weights=_start_weights(setup))
+    learner = make_learner(setup, world, last)
     if learner.step != start:
         raise UserError(
             f"The checkpoint {last} says step {learner.step}; remove it from {folder.uri} and give "
@@ -111,12 +129,47 @@ def train_worker(setup: WorkerSetup) -> None:
     )
 
 
-def _start_weights(setup: WorkerSetup) -> Path | None:
-    if setup.start_weights is None:
-        return None
-    from lorat_platform.registry import resolve
+def make_learner(setup: WorkerSetup, world: World, last: str | None) -> Learner:
+    """Make what learns in this worker.
 
-    return resolve(setup.start_weights)
+    Args:
+        setup: of the run.
+        world: this worker's place.
+        last: the checkpoint to go on from; with it the start weights are not asked for, which may
+            be gone by then.
+    """
+    from lorat_platform.learner import Learner
+
+    if last is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            resume = checkpoint_store.download(setup.run_folder, last, Path(scratch) / last)
+            return Learner(setup.config, world=world, resume=resume)
+    start_weights = None
+    if setup.start_weights is not None:
+        from lorat_platform.registry import resolve
+
+        start_weights = resolve(setup.start_weights)
+    return Learner(setup.config, world=world, start_weights=start_weights)
+
+
+def make_local_folder() -> Path:
+    """Make a folder for a checkpoint on its way; its name tells which process made it."""
+    pid = os.getpid()
+    owner = f"{socket.gethostname()}-{pid}-{run_record.start_time(pid)}"
+    return Path(tempfile.mkdtemp(prefix=f"{LOCAL_FOLDER}-{owner}-"))
+
+
+def sweep_local_folders() -> None:
+    """Remove what killed workers of this machine left of :func:`make_local_folder`.
+
+    A process is known by its number and the time of its start, so that another one which has got
+    its number since does not count; folders of other machines in a shared TMPDIR stay.
+    """
+    here = re.escape(socket.gethostname())
+    for path in Path(tempfile.gettempdir()).glob(f"{LOCAL_FOLDER}-*"):
+        match = re.fullmatch(rf"{LOCAL_FOLDER}-{here}-(\d+)-(\d+)-\w+", path.name)
+        if match and run_record.start_time(int(match[1])) != match[2]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _open_stream(setup: WorkerSetup, world: Any, start: int) -> Any:
@@ -194,7 +247,7 @@ class _Reporter:
         validate = bool(setup.validate_steps) and step % (setup.validate_steps or 1) == 0
         checkpoint = None
         if self._rank == 0:
-            local = Path(tempfile.mkdtemp(prefix="lorat-checkpoint-"))
+            local = make_local_folder()
             try:
                 learner.save(local)
             except OSError as error:

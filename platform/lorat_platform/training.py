@@ -17,7 +17,7 @@ from lorat.config import TrainConfig, to_dict
 from lorat.errors import UserError
 from lorat.home import home
 from lorat.storage import Location, locate
-from lorat_platform import checkpoint_store, run_record
+from lorat_platform import checkpoint_store, registry, run_record
 from lorat_platform.cluster import Cluster
 from lorat_platform.command import user_message
 from lorat_platform.completion import TrainingResult, finish
@@ -27,6 +27,7 @@ from lorat_platform.run_record import RunRecord
 from lorat_platform.sources import Datasets, open_datasets
 from lorat_platform.train_worker import SCORE, WorkerSetup, train_worker
 from lorat_platform.validation import CheckpointValidation, ValidationPlan
+from lorat_platform.worker_failures import watch_workers
 
 if TYPE_CHECKING:
     from lorat_platform.metric_sink import RemoteRun
@@ -67,6 +68,9 @@ def train(
     folder, record, existed = run_record.choose(
         storage, options.name, config, datasets.fingerprints, options.resume, git_revision
     )
+    if config.init_from and not record.start_weights:
+        # Workers that start anew before the first checkpoint must start from the same weights.
+        record = dataclasses.replace(record, start_weights=registry.pinned(config.init_from))
     record.write(folder)
     run_record.claim(folder)
     try:
@@ -188,7 +192,7 @@ def _fit(
         sources=datasets.train,
         run_folder=folder,
         run_name=record.name,
-        start_weights=config.init_from,
+        start_weights=record.start_weights,
         threads=place.threads,
         worker_cpus=place.cpus,
         decode_actors=options.decode_actors,
@@ -219,7 +223,9 @@ def _fit(
             )
         validation = ValidationConfig(
             fn=CheckpointValidation(plan=plan, run=run, console=console),
-            ray_remote_kwargs={"num_cpus": 0, "num_gpus": val_gpus, "max_retries": 1},
+            # Ray Train ends the run when this task dies, so Ray starts it again for ever and it
+            # gives up by itself.
+            ray_remote_kwargs={"num_cpus": 0, "num_gpus": val_gpus, "max_retries": -1},
             task_config=ValidationTaskConfig(timeout_s=VALIDATION_TIMEOUT_S),
         )
     resources: dict[str, float] = {"CPU": place.cpus}
@@ -241,14 +247,15 @@ def _fit(
             else folder.path.rpartition("/")[0],
             storage_filesystem=None if folder.is_local else folder.filesystem,
             failure_config=FailureConfig(
-                max_failures=options.max_failures, controller_failure_limit=CONTROLLER_FAILURES
+                max_failures=-1,  # those without progress are counted by the callback
+                controller_failure_limit=CONTROLLER_FAILURES,
             ),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=options.keep, checkpoint_score_attribute=SCORE
             )
             if validated
             else CheckpointConfig(num_to_keep=options.keep),
-            callbacks=[_stop_at_user_errors(console)],
+            callbacks=[watch_workers(console, options.max_failures)],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
         validation_config=validation,
@@ -302,33 +309,6 @@ def _in_thread(fit: Callable[[], Any], place: Placement) -> None:
         if message is not None:
             raise UserError(message) from failure[0]
         raise failure[0]
-
-
-def _stop_at_user_errors(console: Console) -> Any:
-    """Return Ray Train's callback that looks at what workers raised."""
-    from ray.train import UserCallback
-
-    class StopAtUserErrors(UserCallback):
-        """End the run at once, without a retry, when a worker says what the user can mend."""
-
-        def after_exception(
-            self, run_context: Any, worker_exceptions: dict[int, Exception]
-        ) -> None:
-            """Look at what the workers raised."""
-            for rank, error in sorted(worker_exceptions.items()):
-                message = user_message(error)
-                if message is not None:
-                    raise UserError(message)
-                if "CUDA out of memory" in str(error):
-                    raise UserError(
-                        f"The GPU of worker {rank} ran out of memory; give a smaller "
-                        "--micro-batch (the batch stays the same), --activation-checkpointing or "
-                        "--frozen-dtype bf16, and the same command goes on."
-                    )
-                lines = str(error).strip().splitlines()
-                console.line(f"worker {rank} failed: {lines[-1] if lines else repr(error)}")
-
-    return StopAtUserErrors()
 
 
 def resolved_text(config: TrainConfig) -> str:

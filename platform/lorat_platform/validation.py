@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 VALIDATION_SEED = 1_000_003
 """Seed of the held-out pairs, the same in every run."""
 CHUNK = 32
+ATTEMPTS = 2
+"""Processes that may die over the validation of one checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,13 @@ def _has_gpu() -> bool:
     )
 
 
+def _deaths() -> int:
+    """Count the processes that have died over this task of Ray, which starts it again each time."""
+    from ray._private.worker import global_worker  # Ray's public interface does not have the count
+
+    return global_worker.core_worker.get_current_task_attempt_number()
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointValidation:
     """The function that Ray Train runs as a task of its own for a checkpoint."""
@@ -137,14 +146,30 @@ class CheckpointValidation:
     console: Console | None
 
     def __call__(self, checkpoint: Any, **_: Any) -> dict[str, float]:
-        """Validate a Ray Train checkpoint and return its metrics."""
+        """Validate a Ray Train checkpoint and return its metrics.
+
+        Raises:
+            RuntimeError: if the processes that tried it before have died.  Ray Train goes on after
+                an exception; the death of this task would end the training.
+        """
+        name, deaths = checkpoint.path.rpartition("/")[2], _deaths()
+        if deaths > 0:
+            again = "it is tried once more" if deaths < ATTEMPTS else "the training goes on"
+            self._say(
+                f"the process that validated {name} died, often because memory ran out; {again}"
+            )
+        if deaths >= ATTEMPTS:
+            raise RuntimeError(f"the validation of {name} died {deaths} times")
         try:
             with checkpoint.as_directory() as folder:
                 return self.of_folder(Path(folder))
         except Exception as error:
-            if self.console is not None:
-                self.console.line(f"the validation of {checkpoint.path} failed: {error!r}")
+            self._say(f"the validation of {name} failed: {error!r}")
             raise
+
+    def _say(self, line: str) -> None:
+        if self.console is not None:
+            self.console.line(line)
 
     def of_folder(self, folder: Path) -> dict[str, float]:
         """Validate the checkpoint in a local folder, and tell MLflow and the console."""

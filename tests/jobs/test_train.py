@@ -104,6 +104,8 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
         "--init-from", "models:/lorat@candidate", "--validate-every", "0", "--lr", "1e-6",
     )  # fmt: skip
     assert warm.returncode == 0, warm.stdout + warm.stderr
+    record = json.loads((tmp_path / "runs" / "warm" / "run.json").read_text())
+    assert record["start_weights"] == "models:/lorat/1"
     cold_end, warm_end = (
         float(re.findall(r"loss (\d+\.\d+)  lr", o)[-1]) for o in (out, warm.stdout)
     )
@@ -128,7 +130,11 @@ def test_wrong_options_give_one_sentence(
     assert "batch_size is 64 but an epoch has 8" in wrong(
         capsys, "--batch-size", "64", "--pairs-per-epoch", "8"
     )
-    assert "workers is '2:1'" in wrong(capsys, "--workers", "2:1")
+    assert "--workers is '2:1'" in wrong(capsys, "--workers", "2:1")
+    assert "--cpus-per-worker is 0; give 1 or more" in wrong(capsys, "--cpus-per-worker", "0")
+    assert "--workers is 200 but a global batch has 128 pairs" in wrong(
+        capsys, "--variant", "B-224", "--workers", "200", "--dry-run"
+    )
     missing = tmp_path / "config.json"
     assert f"{missing} cannot be read" in wrong(capsys, "--config", missing)
     missing.write_text('{"lora": {"rnak": 3}}')

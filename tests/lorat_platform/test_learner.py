@@ -190,6 +190,29 @@ def test_the_loss_scaler_leaves_out_a_step_that_overflows() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, learner.parameters, strict=True))
 
 
+def test_a_loss_that_is_not_finite_takes_no_step_though_its_gradients_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    learner = Learner(dataclasses.replace(CONFIG, nonfinite="skip"))
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    losses_of = learner.criterion.forward
+
+    def infinite(*arguments: Any, **options: Any) -> dict[str, torch.Tensor]:
+        losses = losses_of(*arguments, **options)
+        return losses | {"loss": losses["loss"] + torch.inf}
+
+    monkeypatch.setattr(learner.criterion, "forward", infinite)
+    before = [p.detach().clone() for p in learner.parameters]
+    batches = source().batches(0)
+    for _ in range(2):  # the scaler is left fit for the next step
+        result = learner.train_step(learner.to_device(next(batches)))
+        assert not result.finite
+        assert result.grad_norm.isfinite()
+    assert learner.num_skipped == 2
+    assert not learner.optimizer.state
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.parameters, strict=True))
+
+
 def test_a_warm_start_takes_frozen_weights_from_the_given_backbone(tmp_path: Path) -> None:
     """A released file of trained weights alone works without a network."""
     trained = build_model(dataclasses.replace(CONFIG, seed=5))

@@ -17,13 +17,15 @@ from lorat.checkpoint import save
 from lorat.config import TrainConfig
 from lorat.errors import UserError
 from lorat.model import build_model
+from lorat.storage import locate
 from lorat.tracker import Tracker
-from lorat_platform import registry
+from lorat_platform import checkpoint_store, registry
 from lorat_platform.mlflow_store import connect
 from lorat_platform.packaging import input_example
 from lorat_platform.tracking import open_run
 from tests.constant_trackers import random_tracker
 from tests.mlflow_home import make_home
+from tests.object_store import KEYS, object_store
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -189,6 +191,33 @@ def test_checkpoint_folder_is_loaded_with_its_adapters(tmp_path: Path) -> None:
     assert found.lora is not None
     assert torch.equal(found.head.state_dict()["cls_mlp.layers.0.weight"],
                        model.head.state_dict()["cls_mlp.layers.0.weight"])  # fmt: skip
+
+
+def test_checkpoint_in_an_object_store_is_fetched_once(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    config = TrainConfig(variant="N-112", backbone="none")
+    model = build_model(config)
+    save(model, config, tmp_path / "checkpoint")
+    with object_store() as store:
+        run = locate(store.uri("run"))
+        checkpoint_store.upload(tmp_path / "checkpoint", run, "step-00000020")
+        uri = run.child("step-00000020").uri
+        found = registry.load(uri)
+        assert registry.resolve(uri) == registry.resolve(uri)
+        with pytest.raises(UserError, match="There is no checkpoint at s3://"):
+            registry.resolve(run.child("step-00000040").uri)
+    assert torch.equal(found.head.state_dict()["cls_mlp.layers.0.weight"],
+                       model.head.state_dict()["cls_mlp.layers.0.weight"])  # fmt: skip
+
+
+def test_an_alias_is_pinned_to_the_version_that_it_means_now(registered: dict[str, str]) -> None:
+    version = f"models:/lorat/{registered['version']}"
+    assert registry.pinned("models:/lorat@candidate") == version
+    for fixed in (version, f"runs:/{registered['run_id']}/model", "/checkpoints/a"):
+        assert registry.pinned(fixed) == fixed
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_a_run_that_another_living_process_drives_is_left_alone(tmp_path: Path) 
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         mark = {"host": socket.gethostname(), "pid": other.pid}
-        mark["start"] = run_record._start_time(other.pid)
+        mark["start"] = run_record.start_time(other.pid)
         locate(tmp_path / "mine").write_bytes(run_record.OWNER, json.dumps(mark).encode())
         with pytest.raises(UserError, match=f"process {other.pid}"):
             choose(tmp_path, "mine")

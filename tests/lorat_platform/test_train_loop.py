@@ -93,6 +93,30 @@ def test_a_loss_that_is_not_finite_can_be_skipped() -> None:
     assert all(torch.isfinite(p).all() for p in learner.model.parameters())
 
 
+def test_an_interval_without_a_step_that_counts_has_no_loss() -> None:
+    config = dataclasses.replace(CONFIG, nonfinite="skip")
+    seen: dict[int, dict[str, float]] = {}
+
+    def keep(step: int, metrics: dict[str, float]) -> None:
+        seen[step] = metrics
+
+    hooks = Hooks(log_every=5, on_interval=keep)
+    run(config, source(load=spoilt(set(range(0, 50, 10)))), hooks=hooks)
+    for name in ("train/loss", "train/loss_cls", "train/loss_reg", "train/grad_norm"):
+        assert np.isnan(seen[5][name])
+        assert seen[10][name] > 0
+    assert seen[5]["train/skipped_steps"] == 5
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_training() -> None:
+    config = dataclasses.replace(CONFIG, nonfinite="skip", max_skipped=3)
+    learner = Learner(config)
+    pairs = spoilt({5, 15, 35, 45, 55})  # steps 0 and 1, then 3, 4 and 5
+    with pytest.raises(UserError, match="3 steps in a row were left out"):
+        run(config, source(load=pairs), learner=learner)
+    assert learner.step == 6
+
+
 def test_replaying_a_folder_that_is_no_dump_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no dump"):
         replay(str(tmp_path))

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from lorat.errors import UserError
@@ -85,6 +88,66 @@ def test_a_killed_worker_is_replaced(uri: str, uninterrupted: Path, tmp_path: Pa
     assert count_mlflow_runs(tmp_path) == 1
 
 
+def test_of_two_workers_a_killed_one_is_replaced(
+    uri: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    with job(tmp_path, uri, "--workers", "2") as training:
+        step = training.wait_for_step(120)
+        _, worker = training.training_workers()
+        worker.send_signal(signal.SIGKILL)
+        text = training.finish()
+    assert re.search(r"^worker \d failed: its process was killed", text, re.MULTILINE), text
+    (resumed,) = resumed_steps(text)
+    assert step - 2 * CHECKPOINT_EVERY <= resumed <= step + 40
+    assert f"trained {NUM_STEPS} steps" in text
+    assert_same_curve(tmp_path, uninterrupted)
+
+
+def test_failures_beyond_the_limit_end_with_a_sentence(uri: str, tmp_path: Path) -> None:
+    with job(tmp_path, uri, "--max-failures", "0") as training:
+        training.wait_for_step(60)
+        (worker,) = training.training_workers()
+        worker.send_signal(signal.SIGKILL)
+        code = training.process.wait(timeout=120)
+    assert code == 2, training.text
+    assert "error: Training workers failed once without a new checkpoint" in training.text
+    assert "the same command goes on from the last checkpoint." in training.text
+    assert "Traceback" not in training.text
+
+
+def validation_process(training: TrainJob, other_than: int = 0) -> psutil.Process:
+    """Wait for the process of a validation and return it."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for child in psutil.Process(training.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "run_validation_fn" in " ".join(child.cmdline()) and child.pid != other_than:
+                    return child
+        assert training.process.poll() is None, training.text
+        time.sleep(0.05)
+    raise AssertionError(f"no validation in time:\n{training.text}")
+
+
+def test_a_validation_neither_holds_the_steps_up_nor_ends_the_training_by_its_death(
+    uri: str, tmp_path: Path
+) -> None:
+    val = make_shards(tmp_path / "val", split="val")
+    endless = ("--val-pairs", "100000000", "--val-sequences", "0", "--no-final-evaluation")
+    options = ("--val-data", f"tiny={val}", "--validate-every", "5", *endless)
+    with job(tmp_path, uri, *options, "--epochs", "6") as training:
+        first = validation_process(training)
+        training.wait_for_step(300)
+        assert first.is_running()
+        first.send_signal(signal.SIGKILL)
+        training.wait_for("process that validated step-00000250 died, .*; it is tried once more")
+        validation_process(training, first.pid).send_signal(signal.SIGKILL)
+        training.wait_for("process that validated step-00000250 died, .*; the training goes on")
+        text = training.finish()
+    assert "trained 300 steps" in text
+    assert resumed_steps(text) == []
+    assert "Traceback" not in text
+
+
 def test_a_killed_driver_is_gone_on_with_by_the_same_command(
     uri: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -118,8 +181,6 @@ def ray_head(temp: Path) -> Iterator[str]:
         _wait_for_port(port, head)
         yield f"127.0.0.1:{port}"
     finally:
-        import psutil
-
         family = [head.pid, *(c.pid for c in psutil.Process(head.pid).children(recursive=True))]
         for pid in family:
             with contextlib.suppress(ProcessLookupError):
@@ -310,3 +371,20 @@ def test_more_than_the_machine_has_is_refused_at_once() -> None:
 def test_a_wrong_number_of_workers_is_refused(workers: str) -> None:
     with pytest.raises(UserError, match="workers is"):
         RunOptions(workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cpus_per_worker": 0}, "--cpus-per-worker is 0; give 1 or more."),
+        ({"val_pairs": -1}, "--val-pairs is -1; give 0 or more."),
+        ({"val_gpus": -0.5}, "--val-gpus is -0.5; give 0 or more."),
+        ({"val_gpus": 1.5}, "--val-gpus is 1.5; give a part of one GPU, or whole ones."),
+        ({"max_failures": -2}, "--max-failures is -2; give 0 or more, or -1."),
+        ({"name": "a b"}, "--name is 'a b'; give letters"),
+    ],
+)
+def test_a_wrong_option_is_named_as_it_is_given(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        RunOptions(**options)
+    assert str(caught.value).startswith(message)
