@@ -22,7 +22,7 @@ from lorat.home import home
 from lorat_platform import cluster, command
 from lorat_platform.evaluation import check_distinct, evaluate
 from lorat_platform.mlflow_store import tracking_uri, without_password
-from lorat_platform.report import record, write_report
+from lorat_platform.report import check_place, record, write_report
 from lorat_platform.sequence_workers import EvaluationConfig
 from lorat_platform.subject import load_subject
 from lorat_platform.tracking import open_run
@@ -75,6 +75,7 @@ def main() -> int:
     check_distinct(uris)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = options.output or home() / "reports" / f"{stamp}-{subject.fingerprint[:8]}"
+    check_place(folder)
     with (
         cluster.connected(options.address) as ray_cluster,
         open_run(

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import threading
+import uuid
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,6 @@ class Journal:
         self._path = folder / "journal.jsonl"
         self._mutex = threading.Lock()
         self._waiting: deque[bytes] = deque()
-        self._num_staged = 0
         self.num_dropped = 0
         """Records that neither disk nor memory could hold."""
         self.disk_error: OSError | None = None
@@ -167,9 +167,8 @@ class Journal:
 
     def stage(self, source: Path | bytes, name: str) -> str:
         """Copy a file, folder or bytes to wait for upload; return the path inside the journal."""
-        with self._mutex:
-            self._num_staged += 1
-            place = self.folder / "artifacts" / f"{os.getpid()}-{self._num_staged}"
+        # Not named by the process: in a container, every start has the same number.
+        place = self.folder / "artifacts" / uuid.uuid4().hex
         place.mkdir(parents=True)
         target = place / name
         if isinstance(source, bytes):

@@ -35,8 +35,11 @@ _HELD = {
     "TEMPORARILY_UNAVAILABLE",  # the store is busy
 }
 """Errors on which taking the lock is tried again."""
-LOCK_STALE_S = 120.0
-"""Age after which a lock counts as left by a dead process; the locked part takes seconds."""
+LOCK_STALE_S = 300.0
+"""Age after which a lock counts as left by a dead process; the locked part takes about 20 calls,
+each of up to 10 s with a slow server."""
+LOCK_WAIT_S = 600.0
+"""Longest wait for the lock."""
 
 
 def champion_of(client: Any, name: str = MODEL_NAME) -> str | None:
@@ -167,7 +170,9 @@ def _now() -> str:
 
 
 @contextlib.contextmanager
-def locked(client: Any, name: str, *, timeout_s: float = 300.0) -> Iterator[Callable[[], bool]]:
+def locked(
+    client: Any, name: str, *, timeout_s: float = LOCK_WAIT_S
+) -> Iterator[Callable[[], bool]]:
     """Hold the promotion lock of a registered model; yields what tells whether it is still held.
 
     The lock is a registered model of its own: making one is the operation of MLflow that exactly

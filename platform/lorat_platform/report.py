@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from lorat import plots, results
 from lorat.clips import ClipWriter, annotate
+from lorat.errors import UserError
 from lorat.images import DamagedImage
 from lorat.metrics import SCORE_NAMES
 from lorat.shards import ImageReader
@@ -22,6 +24,9 @@ from lorat_platform.subject import Subject
 
 log = logging.getLogger(__name__)
 
+SCORES = "scores.json"
+COMMON_FILES = ("report.md", SCORES, "config.json")
+"""Files of a report beside the folders of its data sets."""
 NUM_CLIPS = 2
 """Clips of the worst sequences, and as many of the best."""
 CLIP_FRAMES = 240
@@ -129,22 +134,41 @@ def lost_at(frame_iou: np.ndarray) -> int | None:
     return None
 
 
+def check_place(folder: Path) -> None:
+    """Refuse a folder in which a report would mix with other files.
+
+    Raises:
+        UserError: if it holds anything and no earlier report, or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output is {folder}, a file; give a folder for the report.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / SCORES).exists():
+        raise UserError(
+            f"output is {folder}, which holds other files and no earlier report; give a new or "
+            "an empty folder."
+        )
+
+
 def write_report(
     subject: Subject, datasets: Sequence[DatasetResult], folder: Path, *, clips: bool = True
 ) -> str:
     """Write all files of an evaluation into ``folder`` and return the Markdown description.
 
     ``report.md`` and ``scores.json`` are common; each data set has a folder with
-    ``sequences.csv``, ``failures.csv``, plots, ``clips/`` and ``results/``.
+    ``sequences.csv``, ``failures.csv``, plots, ``clips/`` and ``results/``, which replaces that
+    of an earlier report there.
     """
     names = [dataset.name for dataset in datasets]
     if len(set(names)) < len(names):
         raise ValueError(f"Results of two data sets of one name would be mixed: {names}.")
+    check_place(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / SCORES).write_text("{}\n")  # tells a report that was not finished from other files
     text = headline(subject, datasets)
     for dataset in datasets:
         place = folder / dataset.name
-        place.mkdir(exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
         _write_result_files(subject, dataset, place / "results")
         if dataset.evaluations:
             _write_tables(dataset, place)
@@ -152,14 +176,14 @@ def write_report(
             if clips:
                 _write_clips(dataset, place / "clips")
     (folder / "report.md").write_text(text)
-    (folder / "scores.json").write_text(json.dumps(flat_metrics(datasets), indent=2) + "\n")
+    (folder / SCORES).write_text(json.dumps(flat_metrics(datasets), indent=2) + "\n")
     return text
 
 
 def record(
     run: Recorder, subject: Subject, datasets: Sequence[DatasetResult], folder: Path
 ) -> None:
-    """Put an evaluation into an MLflow run: metrics, description, and the files of ``folder``."""
+    """Put an evaluation into an MLflow run: metrics, description, and its files in ``folder``."""
     run.log_metrics(flat_metrics(datasets), step=0)
     run.set_description(headline(subject, datasets))
     run.set_tags(
@@ -167,8 +191,9 @@ def record(
         | ({"variant": subject.variant} if subject.variant else {})
         | {f"dataset.{d.name}": d.index.fingerprint for d in datasets}
     )
-    for path in sorted(folder.iterdir()):
-        run.log_artifact(path, "evaluation")
+    for name in sorted([*COMMON_FILES, *(dataset.name for dataset in datasets)]):
+        if (folder / name).exists():
+            run.log_artifact(folder / name, "evaluation")
 
 
 def _write_tables(dataset: DatasetResult, folder: Path) -> None:

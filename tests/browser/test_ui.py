@@ -17,9 +17,13 @@ import cv2
 import pytest
 
 from lorat import synthetic
+from lorat.config import TrainConfig
 from lorat_platform import cluster, registry
 from lorat_platform.evaluation import EvaluationConfig, evaluate
 from lorat_platform.report import record, write_report
+from lorat_platform.search import run_search
+from lorat_platform.search_outcome import SearchOutcome
+from lorat_platform.search_plan import SearchOptions, make_plan
 from lorat_platform.subject import load_subject
 from lorat_platform.tracking import open_run
 from tests.constant_trackers import shrinking_tracker, staying_tracker
@@ -40,15 +44,24 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+PICTURE = (
+    "[...document.images].some(i => i.naturalWidth > 600 && i.complete) || "
+    "[...document.querySelectorAll('image')].some(i => i.getBBox().width > 100)"
+)
+"""Whether the page shows a picture; the viewer of artefacts draws them as SVG images."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A server with two registered versions, a training run and an evaluation run."""
+    """A server with two registered versions, a training run, an evaluation run and a search."""
 
     uri: str
     experiment_id: str
     training_run: str
     evaluation_experiment_id: str
     evaluation_run: str
+    search_experiment_id: str
+    search_run: str
     worse: str
     better: str
 
@@ -74,6 +87,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         with cluster.connected("local", num_cpus=2):
             subject = load_subject("models:/lorat@candidate")
             datasets = [evaluate(subject, data, EvaluationConfig(), progress=False)]
+            searched = search(data, make_shards(folder / "train", split="train")).run_id
         with open_run("evaluation", "candidate on synthetic") as evaluation:
             write_report(subject, datasets, folder / "report")
             record(evaluation, subject, datasets, folder / "report")
@@ -83,9 +97,23 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
             training_run=run.wait_for_id(),
             evaluation_experiment_id=evaluation.journal.header()["experiment_id"],
             evaluation_run=evaluation.wait_for_id(),
+            search_experiment_id=registry.connect().get_run(searched).info.experiment_id,
+            search_run=searched,
             worse=versions[0],
             better=versions[1],
         )
+
+
+def search(val_data: str, data: str) -> SearchOutcome:
+    """Search with trials of a few steps."""
+    config = TrainConfig(
+        variant="N-112", backbone="none", data=data, val_data=val_data, epochs=1,
+        pairs_per_epoch=32, batch_size=8,
+    )  # fmt: skip
+    options = SearchOptions(
+        trials=3, rungs=2, val_sequences=1, searcher="random", crop_cache_gb=0.0, name="rank-and-lr"
+    )
+    return run_search(make_plan(config, options))
 
 
 class Page:
@@ -182,6 +210,24 @@ def test_evaluation_run_starts_with_the_headline_table(page: Page, stage: Stage)
     page.picture("evaluation")
 
 
+def test_search_run_has_its_summary_trials_and_plots(page: Page, stage: Stage) -> None:
+    page.open(f"/experiments/{stage.search_experiment_id}/runs")
+    page.text("rank-and-lr")
+    if not page.driver.find_elements("xpath", "//a[contains(., 'trial-0')]"):
+        page.find("//button[contains(@class, 'ag-group') or @aria-label='Expand']").click()
+    page.text("trial-0")
+    page.picture("search-trials")
+    run = f"/experiments/{stage.search_experiment_id}/runs/{stage.search_run}"
+    page.open(run)
+    page.text("Best is trial")
+    page.picture("search-run")
+    page.open(f"{run}/artifacts/trials.csv")
+    page.text("lora.rank")
+    page.open(f"{run}/artifacts/plots/history.png")
+    page.until(f"return {PICTURE}")
+    page.picture("search-history")
+
+
 def artifact(page: Page, stage: Stage, path: str) -> None:
     page.open(
         f"/experiments/{stage.evaluation_experiment_id}/runs/{stage.evaluation_run}"
@@ -191,16 +237,11 @@ def artifact(page: Page, stage: Stage, path: str) -> None:
 
 def test_plots_and_tables_are_shown_inline(page: Page, stage: Stage) -> None:
     artifact(page, stage, "success.png")
-    wide = "[...document.images].some(i => i.naturalWidth > 600 && i.complete)"
-    page.until(f"return {wide} || {PLOTLY_IMAGE}")
+    page.until(f"return {PICTURE}")
     page.picture("success")
     artifact(page, stage, "sequences.csv")
     page.text("val-0001")
     page.picture("sequences")
-
-
-PLOTLY_IMAGE = "[...document.querySelectorAll('image')].some(i => i.getBBox().width > 100)"
-"""The viewer for pictures draws them with plotly, as SVG images."""
 
 
 def test_clips_play_in_the_run_page(page: Page, stage: Stage) -> None:

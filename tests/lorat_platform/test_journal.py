@@ -8,6 +8,7 @@ import pytest
 
 from infra.processes import free_port
 from lorat_platform import tracking
+from lorat_platform.journal import Journal
 from tests.mlflow_runs import history
 
 pytestmark = pytest.mark.usefixtures("own_store")
@@ -47,3 +48,11 @@ def test_passwords_are_not_written_to_disk(tmp_path: Path, monkeypatch: pytest.M
     run.close()
     for path in tmp_path.rglob("*.json*"):
         assert "secret" not in path.read_text()
+
+
+def test_a_process_of_the_same_number_overwrites_no_waiting_artefact(tmp_path: Path) -> None:
+    """As the first process of a container that is started again."""
+    first, again = Journal(tmp_path), Journal(tmp_path)
+    places = [journal.stage(b"content", "a.txt") for journal in (first, again)]
+    assert len(set(places)) == 2
+    assert [first.staged(place).read_bytes() for place in places] == [b"content"] * 2
