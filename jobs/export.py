@@ -1,4 +1,4 @@
-"""Export a tracker's network: safetensors bundle, ONNX, torch.export program; with parity report.
+"""Export a tracker's network: safetensors bundle, ONNX, torch.export, released layout; compared.
 
 python jobs/export.py --model models:/lorat@champion --output export
 """
@@ -30,9 +30,9 @@ class Options:
     variant: str | None = None
     """Variant of a released file, which does not name it."""
     output: Path = Path("export")
-    """Folder for bundle/, model.onnx, model.pt2, parity.json and parity.md."""
-    formats: tuple[Literal["bundle", "onnx", "program"], ...] = FORMATS  # type: ignore[assignment]
-    """What to write."""
+    """Folder for bundle/, model.onnx, model.pt2, official.safetensors, and parity.json and .md."""
+    formats: tuple[Literal["bundle", "onnx", "program", "official"], ...] = FORMATS  # type: ignore[assignment]
+    """What to write; official is a file as LoRAT releases them."""
     backbone: Path | None = None
     """Also write the transformer alone to this .safetensors file, in float16 and DINOv2's layout:
     what --backbone of jobs/train.py takes."""

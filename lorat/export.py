@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import json
 import logging
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from lorat.checkpoint import load_merged, save_merged
 from lorat.errors import UserError
 from lorat.model import LoRAT
+from lorat.official import export_official, import_official
 
-FORMATS = ("bundle", "onnx", "program")
+FORMATS = ("bundle", "onnx", "program", "official")
 INPUTS = ("template", "search", "foreground_mask")
 OUTPUTS = ("score_map", "boxes")
 TOLERANCE = 1e-3
@@ -84,7 +86,7 @@ def export(model: LoRAT, folder: Path, formats: tuple[str, ...] = FORMATS) -> li
         model: any form; adapters are folded in.
         folder: made if needed.
         formats: some of :data:`FORMATS`: ``bundle`` (safetensors), ``onnx``, ``program``
-            (torch.export).
+            (torch.export), ``official`` (a file as LoRAT releases them, adapters kept).
 
     Returns:
         One report per format; a format whose errors exceed :data:`TOLERANCE` has not passed.
@@ -99,7 +101,12 @@ def export(model: LoRAT, folder: Path, formats: tuple[str, ...] = FORMATS) -> li
     merged = model.merge() if model.adaptation is not None else model
     merged = copy.deepcopy(merged).float().eval()
     folder.mkdir(parents=True, exist_ok=True)
-    writers = {"bundle": _bundle, "onnx": _onnx, "program": _program}
+    writers: dict[str, Callable[[LoRAT, Path], Parity]] = {
+        "bundle": _bundle,
+        "onnx": _onnx,
+        "program": _program,
+        "official": functools.partial(_official, model),
+    }
     reports = [writers[name](merged, folder) for name in formats]
     content = {"variant": merged.variant.name, "tolerance": TOLERANCE}
     rows = [asdict(report) for report in reports]
@@ -112,15 +119,26 @@ def export(model: LoRAT, folder: Path, formats: tuple[str, ...] = FORMATS) -> li
 def _bundle(model: LoRAT, folder: Path) -> Parity:
     path = folder / "bundle"
     save_merged(model, path)
-    again = _Tuple(load_merged(path))
+    size = sum(file.stat().st_size for file in path.iterdir())
+    return _compare("bundle", path, size, model, _forward(load_merged(path)))
+
+
+def _official(given: LoRAT, merged: LoRAT, folder: Path) -> Parity:
+    path = folder / "official.safetensors"
+    export_official(given, path)
+    again = import_official(path, given.variant, backbone="none")  # the file has it all
+    return _compare("official", path, path.stat().st_size, merged, _forward(again.eval()))
+
+
+def _forward(model: LoRAT) -> Forward:
+    network = _Tuple(model)
 
     def run(*inputs: Tensor) -> tuple[np.ndarray, np.ndarray]:
         with torch.no_grad():
-            scores, boxes = again(*inputs)
+            scores, boxes = network(*inputs)
         return scores.numpy(), boxes.numpy()
 
-    size = sum(file.stat().st_size for file in path.iterdir())
-    return _compare("bundle", path, size, model, run)
+    return run
 
 
 def _onnx(model: LoRAT, folder: Path) -> Parity:

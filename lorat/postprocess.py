@@ -20,14 +20,10 @@ WINDOW_PENALTY = 0.45
 class Peak:
     """The best cell of every score map."""
 
-    index_B: Tensor
-    """Flat row-major cell, int64."""
     confidence_B: Tensor
     """Sigmoid score of that cell, without the window."""
     box_B4: Tensor
     """Its box, normalised xyxy of the search crop."""
-    penalised_BHW: Tensor
-    """Scores after blending with the window."""
 
 
 def hann_window(height: int, width: int, device: torch.device | None = None) -> Tensor:
@@ -35,6 +31,11 @@ def hann_window(height: int, width: int, device: torch.device | None = None) -> 
     rows_H = torch.hann_window(height, periodic=False, device=device)
     columns_W = torch.hann_window(width, periodic=False, device=device)
     return torch.outer(rows_H, columns_W)
+
+
+def penalise(score_BHW: Tensor, window_HW: Tensor, penalty: float) -> Tensor:
+    """Blend scores, 0 to 1, with the window, of weight ``penalty``."""
+    return score_BHW * (1 - penalty) + window_HW * penalty
 
 
 def find_peak(
@@ -52,14 +53,11 @@ def find_peak(
         penalty: weight of the window, 0 to 1.
     """
     score_BHW = score_map_BHW.float().sigmoid()
-    penalised_BHW = score_BHW * (1 - penalty) + window_HW * penalty
-    index_B = penalised_BHW.flatten(1).argmax(dim=1)
+    index_B = penalise(score_BHW, window_HW, penalty).flatten(1).argmax(dim=1)
     batch_B = torch.arange(len(index_B), device=index_B.device)
     return Peak(
-        index_B=index_B,
         confidence_B=score_BHW.flatten(1)[batch_B, index_B],
         box_B4=boxes_BHW4.float().flatten(1, 2)[batch_B, index_B],
-        penalised_BHW=penalised_BHW,
     )
 
 

@@ -11,7 +11,6 @@ given first box.
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from lorat.errors import UserError
-from lorat.geometry import RASTER_EPSILON, xywh_from_xyxy, xyxy_from_xywh
+from lorat.geometry import RASTER_EPSILON, xywh_from_xyxy
 from lorat.metrics.dialects import family
 from lorat.storage import check_plain_name
 
@@ -66,40 +65,6 @@ def write_pytracking(
     return written
 
 
-def read_pytracking(
-    folder: str | Path, *, dataset: str = "", names: Iterable[str] | None = None
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Read what :func:`write_pytracking` or another tool wrote, tab- or comma-separated.
-
-    Args:
-        names: sequences to read; by default every file in the folder, its prefix removed.
-
-    Returns:
-        Boxes (n, 4) xyxy, 0-based, and seconds (n,) of the sequences that have times.
-
-    Raises:
-        UserError: if the folder or a named sequence is missing, or a file is malformed.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"There is no result folder {folder}; give the folder of one tracker.")
-    prefix = pytracking_name("", dataset)
-    if names is None:
-        stems = sorted(p.stem for p in folder.glob("*.txt") if not p.stem.endswith("_time"))
-        names = [stem.removeprefix(prefix) for stem in stems]
-    offset = 1.0 if family(dataset) in _ONE_BASED else 0.0
-    boxes, seconds = {}, {}
-    for name in names:
-        path = folder / f"{pytracking_name(name, dataset)}.txt"
-        if not path.is_file():
-            raise UserError(f"There is no result file {path}; track that sequence first.")
-        boxes[name] = xyxy_from_xywh(_table(path.read_text(), str(path), 4)) - offset
-        times = path.with_name(f"{path.stem}_time.txt")
-        if times.is_file():
-            seconds[name] = _table(times.read_text(), str(times), 1)[:, 0]
-    return boxes, seconds
-
-
 def pytracking_name(sequence: str, dataset: str) -> str:
     """Return a sequence's name in pytracking: UAV123's ``bike1`` is ``uav_bike1``."""
     prefix = _PREFIXES.get(family(dataset), "")
@@ -140,43 +105,6 @@ def write_got10k(
     return _write(Path(path), files)
 
 
-def read_got10k(
-    path: str | Path, *, tracker: str | None = None
-) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """Read a GOT-10k result zip or folder.
-
-    Args:
-        tracker: which one, if the archive holds several.
-
-    Returns:
-        Boxes xyxy per sequence for each run, and times (n, runs) of the sequences that have some.
-
-    Raises:
-        UserError: if nothing is found, several trackers are, or a file is malformed.
-    """
-    runs: list[dict[str, np.ndarray]] = []
-    seconds = {}
-    found = _read(Path(path))
-    trackers = {name.split("/")[0] for name in found if name.count("/") == 2}
-    if tracker is None and len(trackers) > 1:
-        raise UserError(f"{path} holds {', '.join(sorted(trackers))}; say which tracker to read.")
-    chosen = tracker or next(iter(trackers), "")
-    for name, text in sorted(found.items()):
-        parts = name.split("/")
-        if len(parts) != 3 or parts[0] != chosen:
-            continue
-        sequence, suffix = parts[1], parts[2].removeprefix(f"{parts[1]}_").removesuffix(".txt")
-        if suffix == "time":
-            seconds[sequence] = _table(text, name)
-        elif suffix.isdigit():
-            while len(runs) < int(suffix):
-                runs.append({})
-            runs[int(suffix) - 1][sequence] = xyxy_from_xywh(_table(text, name, 4))
-    if not runs:
-        raise UserError(f"{path} holds no GOT-10k results (TRACKER/SEQUENCE/SEQUENCE_001.txt).")
-    return runs, seconds
-
-
 def write_trackingnet(path: str | Path, boxes: Mapping[str, np.ndarray]) -> Path:
     """Write TrackingNet results: ``SEQUENCE.txt`` at the root of a zip (or in a folder).
 
@@ -193,22 +121,6 @@ def write_trackingnet(path: str | Path, boxes: Mapping[str, np.ndarray]) -> Path
         for name in sorted(boxes)
     }
     return _write(Path(path), files)
-
-
-def read_trackingnet(path: str | Path) -> dict[str, np.ndarray]:
-    """Read a TrackingNet zip or folder, flat or nested; boxes xyxy (n, 4) per sequence.
-
-    Raises:
-        UserError: if nothing is found or a file is malformed.
-    """
-    found = {
-        name.rsplit("/", 1)[-1].removesuffix(".txt"): xyxy_from_xywh(_table(text, name, 4))
-        for name, text in _read(Path(path)).items()
-        if "__MACOSX" not in name and not name.endswith("_time.txt")
-    }
-    if not found:
-        raise UserError(f"{path} holds no TrackingNet results (SEQUENCE.txt).")
-    return found
 
 
 def whole_pixels(boxes: np.ndarray) -> np.ndarray:
@@ -241,16 +153,6 @@ def _rows(values: np.ndarray, form: str, separator: str) -> str:
     return "".join(separator.join(form % v for v in row) + "\n" for row in values.tolist())
 
 
-def _table(text: str, where: str, columns: int | None = None) -> np.ndarray:
-    try:
-        table = np.loadtxt(io.StringIO(text.replace(",", " ")), ndmin=2)
-    except ValueError as error:
-        raise UserError(f"{where} is no table of numbers ({error}).") from error
-    if table.size == 0 or (columns is not None and table.shape[1] != columns):
-        raise UserError(f"{where} has shape {table.shape}; {columns or 'some'} columns are needed.")
-    return table
-
-
 def _write(path: Path, files: Mapping[str, str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".zip":
@@ -267,13 +169,3 @@ def _write(path: Path, files: Mapping[str, str]) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
     return path
-
-
-def _read(path: Path) -> dict[str, str]:
-    """Return the text files of a zip or folder by their relative names."""
-    if path.is_file() and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return {n: archive.read(n).decode() for n in archive.namelist() if n.endswith(".txt")}
-    if path.is_dir():
-        return {p.relative_to(path).as_posix(): p.read_text() for p in path.rglob("*.txt")}
-    raise UserError(f"{path} is neither a zip nor a folder; give a result archive.")

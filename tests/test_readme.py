@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import cv2
 import psutil
 import pytest
 
-from infra.processes import free_port
+from infra.processes import answers, free_port, wait_for
 from lorat import synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,24 +116,12 @@ def head(workspace: Workspace) -> Iterator[str]:
     )
     try:
         address = f"http://127.0.0.1:{port}"
-        _wait_for(f"{address}/api/version")
-        _wait_for("http://127.0.0.1:24499/api/local_raylet_healthz")
+        for url in (f"{address}/api/version", "http://127.0.0.1:24499/api/local_raylet_healthz"):
+            wait_for(url, lambda url=url: answers(url), seconds=90)
         yield address
     finally:
         process.terminate()
         process.wait(timeout=60)
-
-
-def _wait_for(url: str, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=2) as answer:
-                answer.read()
-            return
-        except OSError:
-            assert time.monotonic() < end, f"{url} does not answer"
-            time.sleep(0.5)
 
 
 def test_the_tables_of_this_test_name_only_commands_of_the_readme() -> None:
@@ -203,7 +190,7 @@ def test_make_ui_opens_the_local_store_on_this_machine_only(workspace: Workspace
         start_new_session=True,
     )
     try:
-        _wait_for(f"http://127.0.0.1:{port}/health")
+        wait_for("MLflow", lambda: answers(f"http://127.0.0.1:{port}/health"), seconds=90)
         url = f"http://127.0.0.1:{port}/api/2.0/mlflow/registered-models/get?name=lorat"
         with urllib.request.urlopen(url) as answer:
             assert json.load(answer)["registered_model"]["name"] == "lorat"

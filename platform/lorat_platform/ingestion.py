@@ -66,8 +66,6 @@ class Ingested:
 
     index: FrameIndex
     findings: list[Finding]
-    num_shards_made: int
-    """Shards that this run wrote; the others were there already."""
 
 
 def ingest(source: Source, config: IngestConfig) -> Ingested:
@@ -108,7 +106,7 @@ def ingest(source: Source, config: IngestConfig) -> Ingested:
     for _ in map_tasks(write_shard, arguments, what=f"ingest {name} {source.split_name}"):
         pass
     with storage.writing_to(location):
-        return _finish(location, info, len(groups), findings, plan, len(missing), given)
+        return _finish(location, info, len(groups), findings, plan, given)
 
 
 def with_absolute_paths(source: Source) -> Source:
@@ -327,7 +325,7 @@ def _already_there(location: storage.Location, plan: dict[str, Any]) -> Ingested
         )
     location.delete_folder(WORK_FOLDER)  # of a run that was stopped after its last file
     log.info("The dataset is already there; nothing to do.")
-    return Ingested(index=index, findings=read_report(location.uri), num_shards_made=0)
+    return Ingested(index=index, findings=read_report(location.uri))
 
 
 def _finish(
@@ -336,7 +334,6 @@ def _finish(
     num_shards: int,
     findings: Findings,
     plan: dict[str, Any],
-    num_made: int,
     given_attributes: dict[str, list[str]],
 ) -> Ingested:
     """Read all receipts, write the report and, last, the index."""
@@ -377,4 +374,4 @@ def _finish(
     about = {"plan": plan, "attributes": by_attribute(attributes)}
     index = index_shards(location, info | about, entries, tables)
     location.delete_folder(WORK_FOLDER)
-    return Ingested(index=index, findings=found_all, num_shards_made=num_made)
+    return Ingested(index=index, findings=found_all)

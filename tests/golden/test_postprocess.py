@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorat.geometry import CropParams, clip_box
-from lorat.postprocess import box_in_frame, find_peak, hann_window, next_box
+from lorat.postprocess import box_in_frame, find_peak, hann_window, next_box, penalise
 from tests.golden.fixture_files import golden, name_of
 
 COVERS = ("*_postprocess.npz",)
@@ -21,14 +21,14 @@ def test_postprocess(path: Path) -> None:
     logits_BHW = torch.from_numpy(data["score_map_logits"])
     window_HW = hann_window(*logits_BHW.shape[1:])
     np.testing.assert_allclose(window_HW.numpy(), data["window"], atol=1e-6)
-    peak = find_peak(
-        logits_BHW,
-        torch.from_numpy(data["boxes_normalized"]),
-        window_HW,
-        float(data["window_penalty"]),
-    )
-    np.testing.assert_allclose(peak.penalised_BHW.numpy(), data["penalized_score"], atol=1e-6)
-    np.testing.assert_array_equal(peak.index_B.numpy(), data["best_index"])
+    boxes_BHW4 = torch.from_numpy(data["boxes_normalized"])
+    penalty = float(data["window_penalty"])
+    penalised_BHW = penalise(logits_BHW.sigmoid(), window_HW, penalty)
+    np.testing.assert_allclose(penalised_BHW.numpy(), data["penalized_score"], atol=1e-6)
+    peak = find_peak(logits_BHW, boxes_BHW4, window_HW, penalty)
+    best_B = torch.from_numpy(data["best_index"])
+    best_B4 = boxes_BHW4.flatten(1, 2)[torch.arange(len(best_B)), best_B]
+    np.testing.assert_array_equal(peak.box_B4.numpy(), best_B4.float().numpy())
     np.testing.assert_allclose(peak.confidence_B.numpy(), data["confidence"], atol=1e-6)
     size = int(data["search_size"])
     for row, box_norm in enumerate(peak.box_B4.double().tolist()):

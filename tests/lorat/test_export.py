@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from lorat.checkpoint import load_merged
+from lorat.checkpoint import load, load_merged
 from lorat.errors import UserError
-from lorat.export import INPUTS, TOLERANCE, export, random_inputs
+from lorat.export import FORMATS, INPUTS, TOLERANCE, export, random_inputs
 from lorat.model import LoRAT
 from tests.constant_trackers import random_tracker
 
@@ -31,7 +31,7 @@ def model() -> LoRAT:
 def folder(model: LoRAT, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     reports = export(model, folder)
-    assert [report.format for report in reports] == ["bundle", "onnx", "program"]
+    assert [report.format for report in reports] == list(FORMATS)
     assert all(report.passed for report in reports)
     return folder
 
@@ -56,6 +56,12 @@ def test_bundle_is_a_deployable_model(folder: Path, model: LoRAT) -> None:
     with torch.no_grad():
         found = load_merged(folder / "bundle")(*inputs)
     assert torch.equal(found["score_map"], outputs["score_map"])
+
+
+def test_the_released_layout_is_read_as_a_released_file(folder: Path, model: LoRAT) -> None:
+    again = load(folder / "official.safetensors", variant="N-112", backbone="none")
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize("batch", [1, 5])
