@@ -12,7 +12,6 @@ import dataclasses
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +56,6 @@ class DatasetResult:
     """Under which that was measured."""
     conditions: list[Conditions]
     """All under which the sequences were tracked."""
-    wall_seconds: float
-    """Time of this evaluation; 0 if everything was there already."""
     device: str
     label: str | None = None
     """Name in tables and files, instead of data set and split."""
@@ -163,7 +160,6 @@ def evaluate(
     waiting = [track for track in tracks if track not in found]
     if found:
         log.info("%d of %d sequences are there already.", len(found), len(tracks))
-    began = time.perf_counter()
     with contextlib.closing(Workers(subject, config, device, num_gpus, len(waiting))) as workers:
         bar = tqdm(
             total=len(tracks), initial=len(found), unit="seq", disable=not progress,
@@ -180,7 +176,6 @@ def evaluate(
         tracks = [track for track in tracks if track in found]
         if not tracks:
             raise UserError(f"No sequence of {uri} can be tracked; all first frames are damaged.")
-        wall_seconds = time.perf_counter() - began if waiting else 0.0
         fps_single, single_conditions = store.speed(
             workers.threads, lambda: workers.speed(index, tracks), fresh=config.fresh
         )
@@ -199,7 +194,6 @@ def evaluate(
         fps_single=fps_single,
         single_conditions=single_conditions,
         conditions=[*dict.fromkeys(found[track][1] for track in tracks)],
-        wall_seconds=wall_seconds,
         device=device,
         label=label,
     )
