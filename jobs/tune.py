@@ -20,8 +20,7 @@ from lorat_platform.mlflow_store import tracking_uri, without_password
 from lorat_platform.search import resume_search, run_search
 from lorat_platform.search_final import train_winner
 from lorat_platform.search_outcome import SearchOutcome, describe
-from lorat_platform.search_plan import SearchOptions, make_plan, read_plan
-from lorat_platform.sources import open_datasets
+from lorat_platform.search_plan import SearchOptions, check_data, make_plan, read_plan
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ def main() -> int:
     log.info("%s", plan.text())
     if options.dry_run:
         return 0
-    open_datasets(plan.space.base)
+    check_data(plan)
     revision = command.git_revision(bootstrap.ROOT)
     with cluster.connected(options.address) as ray_cluster:
         log.info("Searching with %s.", ray_cluster)

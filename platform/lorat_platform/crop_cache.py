@@ -26,29 +26,42 @@ from typing import Any, Self
 
 import numpy as np
 
+from lorat_platform.batches import Batch
 from lorat_platform.layout import local_range
 
 log = logging.getLogger(__name__)
 
 BLOCK = 32
 """Pairs in one block."""
+MEMORY = Path("/dev/shm")
 STALE_S = 3600.0
 """Age after which an unused cache of another search is removed."""
 
-Batch = dict[str, np.ndarray]
 Load = Callable[[Sequence[int]], Batch]
 
 
-def cache_root(max_bytes: int) -> Path:
-    """Return the folder of all caches: ``$LORAT_CROP_CACHE``, memory if it has room, or a disk."""
+def cache_roots() -> list[Path]:
+    """Return where caches may be on this node: ``$LORAT_CROP_CACHE``, or in memory and on disk."""
     chosen = os.environ.get("LORAT_CROP_CACHE")
     if chosen:
-        return Path(chosen)
-    memory = Path("/dev/shm")
-    roomy = memory.is_dir() and os.access(memory, os.W_OK)
-    if roomy and shutil.disk_usage(memory).free < 2 * max_bytes:
-        roomy = False
-    return (memory if roomy else Path(tempfile.gettempdir())) / f"lorat-crops-{os.getuid()}"
+        return [Path(chosen)]
+    name = f"lorat-crops-{os.getuid()}"
+    places = [MEMORY, Path(tempfile.gettempdir())]
+    return [place / name for place in places if place.is_dir() and os.access(place, os.W_OK)]
+
+
+def cache_folder(search: str, max_bytes: int) -> Path:
+    """Return the folder of a search's cache: where it is, or else memory if it has room, or a disk.
+
+    A cache that fills the memory must not send the trials that follow to a second one on disk.
+    """
+    roots = cache_roots()
+    for root in roots:
+        if (root / search).is_dir():
+            return root / search
+    alone = len(roots) == 1
+    roomy = alone or shutil.disk_usage(roots[0].parent).free >= 2 * max_bytes
+    return roots[0 if roomy else -1] / search
 
 
 def content_key(**parts: Any) -> str:
@@ -290,15 +303,16 @@ class _Ahead:
                 return
 
 
-def remove_cache(folder: Path) -> None:
-    """Remove a search's cache from this node."""
-    shutil.rmtree(folder, ignore_errors=True)
+def remove_cache(search: str) -> None:
+    """Remove a search's cache from this node, wherever it is."""
+    for root in cache_roots():
+        shutil.rmtree(root / search, ignore_errors=True)
 
 
-def remove_stale_caches(root: Path) -> list[Path]:
+def remove_stale_caches() -> list[Path]:
     """Remove caches that no process uses and nobody has touched for an hour."""
     removed = []
-    for folder in root.glob("*"):
+    for folder in (folder for root in cache_roots() for folder in root.glob("*")):
         with contextlib.suppress(OSError), open(folder / "users", "r+") as users:
             if time.time() - folder.stat().st_mtime < STALE_S:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 from lorat_platform.scheduling import OBJECTIVES, Rungs, pareto_fronts
 
 Status = Literal["waiting", "running", "completed", "stopped", "failed"]
+
+STATUSES: tuple[Status, ...] = typing.get_args(Status)
 
 REPORTED = (
     "ao", "auc", "sr50", "sr75", "loss", "latency", "parameters",
@@ -45,6 +48,7 @@ class TrialRow:
     """Host and process that ran it last."""
     starts: int = 0
     """How often it was started: once, unless it went on after an interruption or a pause."""
+    proposed_at: float | None = None
     started_at: float | None = None
     ended_at: float | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 
 import ray
@@ -25,6 +26,14 @@ def num_places(need: Mapping[str, float]) -> int | None:
 
 
 def what_is_there(need: Mapping[str, float]) -> str:
-    """Say how much the largest node has of what is needed."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return ", ".join(f"{max((n.get(k, 0.0) for n in nodes), default=0):g} {k}" for k in need)
+    """Say what single nodes have of what is needed, such as ``2 × 15 CPU; 7 CPU + 1 GPU``."""
+    nodes = Counter(_has(node["Resources"], need) for node in ray.nodes() if node["Alive"])
+    return "; ".join(
+        f"{count} × {has}" if count > 1 else has
+        for has, count in sorted(nodes.items(), key=lambda item: (-item[1], item[0]))
+    )
+
+
+def _has(resources: Mapping[str, float], need: Mapping[str, float]) -> str:
+    parts = [f"{resources[name]:g} {name}" for name in need if resources.get(name, 0.0) > 0]
+    return " + ".join(parts) or "nothing of it"

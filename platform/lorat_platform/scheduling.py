@@ -89,22 +89,40 @@ class Rungs:
         return self.reduction**rung
 
 
-class _Remembering:
-    """Mixin: a restored trial tells the scheduler what it reported before."""
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        parent = typing.cast(FIFOScheduler, super())
-        parent.on_trial_add(tune_controller, trial)
-        for report in (trial.last_result or {}).get(HISTORY, []):
-            parent.on_trial_result(tune_controller, trial, dict(report))
+def _history(trial: Any) -> list[dict[str, Any]]:
+    """Return copies of what a restored trial reported before."""
+    return [dict(report) for report in (trial.last_result or {}).get(HISTORY, [])]
 
 
-class ResumableASHA(_Remembering, ASHAScheduler):
+class ResumableASHA(ASHAScheduler):
     """Asynchronous successive halving (Li et al. 2020) that survives a restart."""
 
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Take in what a restored trial reported before."""
+        super().on_trial_add(tune_controller, trial)
+        for report in _history(trial):
+            super().on_trial_result(tune_controller, trial, report)
 
-class ResumableMedian(_Remembering, MedianStoppingRule):
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide, also where the rung was reported before but its checkpoint was lost."""
+        for milestone, recorded in self._trial_info[trial.trial_id]._rungs:
+            if milestone == result.get(BUDGET):
+                recorded.pop(trial.trial_id, None)
+        return super().on_trial_result(tune_controller, trial, result)
+
+
+class ResumableMedian(MedianStoppingRule):
     """Median stopping (Golovin et al. 2017) that survives a restart."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Take in what a restored trial reported before.
+
+        Nothing is decided again: restored trials come in another order than they reported in, so
+        other ones would be stopped.
+        """
+        super().on_trial_add(tune_controller, trial)
+        if history := _history(trial):
+            self._results[trial].extend(history)
 
 
 class _Synchronous:
@@ -177,8 +195,8 @@ class ParetoHalving(FIFOScheduler):
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Take in what a restored trial reported before."""
-        for report in (trial.last_result or {}).get(HISTORY, []):
-            self.on_trial_result(tune_controller, trial, dict(report))
+        for report in _history(trial):
+            self.on_trial_result(tune_controller, trial, report)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Stop the trial unless it belongs to the best of its rung."""

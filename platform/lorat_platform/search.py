@@ -15,7 +15,6 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,20 +24,20 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lorat import storage
 from lorat.config import to_dict
 from lorat.errors import UserError
-from lorat_platform.crop_cache import cache_root, remove_cache
+from lorat_platform import run_record
+from lorat_platform.crop_cache import remove_cache
 from lorat_platform.leaderboard import Leaderboard
-from lorat_platform.placement import num_places
 from lorat_platform.scheduling import SLOTS, RandomSearch, SlotLimiter
 from lorat_platform.search_outcome import SearchOutcome, write_outcome
 from lorat_platform.search_plan import (
     REQUEST_FILE,
-    SearchOptions,
     SearchPlan,
     algorithms,
+    check_data,
     read_plan,
 )
 from lorat_platform.search_session import SearchCallback, SearchSession
-from lorat_platform.sources import open_datasets
+from lorat_platform.search_slots import check_reach, count_slots, worker_resources
 from lorat_platform.tracking import open_run
 from lorat_platform.trial import BETWEEN_RUNGS, run_trial
 from lorat_platform.trial_group import run_group_trial
@@ -69,21 +68,27 @@ def run_search(
 ) -> SearchOutcome:
     """Run a search on the connected cluster.
 
+    A trial that raises, whose loss is not finite, or whose process dies is failed for good, with
+    its reason, and the others go on: Ray Tune counts all of these alike, so that trying again
+    after the death of a process would train every diverging trial again, too.  Only trials of a
+    node that says beforehand that it will be gone (preemption) go on from their last rung.
+
     Args:
         plan: the checked request.
         points: configurations to try, instead of the searcher's proposals.
         git_revision: of the code.
 
     Raises:
-        UserError: if a search of that name exists, or no node can hold a trial.
+        UserError: if a search of that name exists, data does not fit, or no node can hold a trial.
     """
     location = storage.locate(plan.storage).child(plan.name)
+    _refuse_a_second_driver(plan.name, location)
     if location.exists(REQUEST_FILE):
         raise UserError(
             f"There is a search {plan.name} in {plan.storage}; go on with --resume {plan.name}, "
             "or give another --name."
         )
-    open_datasets(plan.space.base)
+    check_data(plan)
     slots = count_slots(plan.options)
     location.make()
     check_reach(location, plan.options)
@@ -135,10 +140,12 @@ def resume_search(name: str, storage_path: str | None = None) -> SearchOutcome:
     stay failed.
 
     Raises:
-        UserError: if there is no such search, or it never began.
+        UserError: if there is no such search, it never began, another process drives it, or its
+            snapshot is damaged.
     """
     plan = read_plan(name, storage_path)
     location = storage.locate(plan.storage).child(name)
+    _refuse_a_second_driver(name, location)
     slots = count_slots(plan.options)
     check_reach(location, plan.options)
     SLOTS[name] = 0 if plan.options.scheduler == "hyperband" else slots
@@ -153,79 +160,20 @@ def resume_search(name: str, storage_path: str | None = None) -> SearchOutcome:
             storage_filesystem=_filesystem(plan),
         )
 
-    return _drive(plan, make_tuner)
+    return _drive(plan, make_tuner, resumes=True)
 
 
-def count_slots(options: SearchOptions) -> int:
-    """Return how many trials fit into the cluster at once, at most ``--concurrent``.
-
-    Raises:
-        UserError: if not even one fits.
-    """
-    need = _worker_resources(options)
-    places = num_places(need)
-    if places is None:
+def _refuse_a_second_driver(name: str, location: storage.Location) -> None:
+    if alive := run_record.owner(location):
         raise UserError(
-            "A trial asks for neither CPUs nor GPUs, so any number would run at once; give "
-            "--cpus-per-trial or --gpus-per-trial above 0."
+            f"The search {name} is being driven by process {alive} on this machine; wait for it, "
+            "or give another --name."
         )
-    slots = places // options.workers_per_trial
-    if slots < 1:
-        wanted = " and ".join(f"{v:g} {k}" for k, v in need.items() if v > 0)
-        have = ray.cluster_resources()
-        there = ", ".join(f"{have.get(k, 0):g} {k}" for k in need)
-        raise UserError(
-            f"A trial needs {options.workers_per_trial} × {wanted} but the cluster has {there}; "
-            "lower --workers-per-trial, --cpus-per-trial or --gpus-per-trial, or add nodes."
-        )
-    return min(slots, options.trials, options.concurrent or slots)
-
-
-def check_reach(location: storage.Location, options: SearchOptions) -> None:
-    """Check that every node which can run trials sees a local storage folder.
-
-    Raises:
-        UserError: if one does not.
-    """
-    if not location.is_local:
-        return
-    need = _worker_resources(options)
-    unseen = [
-        node["NodeManagerHostname"]
-        for node in ray.nodes()
-        if node["Alive"]
-        and all(node["Resources"].get(k, 0.0) >= v for k, v in need.items())
-        and not _sees(node["NodeID"], location.path)
-    ]
-    if unseen:
-        raise UserError(
-            f"The storage {location.path} is a folder that {', '.join(unseen)} cannot see; give "
-            "--storage with an s3:// or gs:// address, or a folder that all nodes share."
-        )
-
-
-def _sees(node_id: str, folder: str) -> bool:
-    """Tell whether a file that is written here can be read on a node."""
-    mark = Path(folder) / f".seen-from-{node_id}"
-    mark.touch()
-    try:
-        there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        task = ray.remote(num_cpus=0)(os.path.exists)
-        return ray.get(task.options(scheduling_strategy=there).remote(str(mark)))
-    finally:
-        mark.unlink()
-
-
-def _worker_resources(options: SearchOptions) -> dict[str, float]:
-    gpus = options.gpus_per_trial
-    if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
-    return {"CPU": options.cpus_per_trial, "GPU": gpus}
 
 
 def _trainable(plan: SearchPlan) -> Callable[[dict[str, Any]], None]:
     options = plan.options
-    resources = _worker_resources(options)
+    resources = worker_resources(options)
     setup = TrialSetup(
         space=plan.space,
         objectives=options.objectives,
@@ -258,13 +206,18 @@ def _filesystem(plan: SearchPlan) -> Any:
 
 
 def _drive(
-    plan: SearchPlan, make_tuner: Callable[[], tune.Tuner], *, tags: dict[str, str] | None = None
+    plan: SearchPlan,
+    make_tuner: Callable[[], tune.Tuner],
+    *,
+    tags: dict[str, str] | None = None,
+    resumes: bool = False,
 ) -> SearchOutcome:
     """Run or go on, and write the outcome, whatever happened."""
     os.environ |= TUNE_ENVIRONMENT
     board = Leaderboard(objectives=plan.options.objectives, rungs=plan.rungs)
     plan.folder.mkdir(parents=True, exist_ok=True)
     location = storage.locate(plan.storage).child(plan.name)
+    run_record.claim(location)
     known = location.read_bytes(PARENT_FILE).decode() if location.exists(PARENT_FILE) else None
     parent = open_run(
         plan.options.experiment,
@@ -286,6 +239,7 @@ def _drive(
         experiment=plan.options.experiment,
         num_trials=plan.options.trials,
         remember_parent=lambda run_id: location.write_bytes(PARENT_FILE, run_id.encode()),
+        resumes=resumes,
     )
     _quieten_tune()
     finished = False
@@ -297,6 +251,7 @@ def _drive(
     finally:
         interrupted = session.interrupted
         session.end()
+        run_record.release(location)
         if not finished:
             parent.close("FAILED")
     _remove_caches(plan)
@@ -334,16 +289,11 @@ def _remove_caches(plan: SearchPlan) -> None:
     """Remove the search's crop cache from every node."""
     if not plan.options.crop_cache_gb:
         return
-    name, limit = plan.name, int(plan.options.crop_cache_gb * 2**30)
-
-    def remove() -> None:
-        remove_cache(cache_root(limit) / name)
-
-    task = ray.remote(num_cpus=0)(remove)
+    task = ray.remote(num_cpus=0)(remove_cache)
     pending = [
         task.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
-        ).remote()
+        ).remote(plan.name)
         for node in ray.nodes()
         if node["Alive"]
     ]

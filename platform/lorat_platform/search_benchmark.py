@@ -24,8 +24,13 @@ from lorat_platform.leaderboard import Leaderboard
 from lorat_platform.scheduling import OBJECTIVES
 from lorat_platform.search import resume_search, run_search
 from lorat_platform.search_outcome import SearchOutcome
-from lorat_platform.search_plan import SearchOptions, SearchPlan, make_plan, read_plan
-from lorat_platform.training import open_datasets
+from lorat_platform.search_plan import (
+    SearchOptions,
+    SearchPlan,
+    check_data,
+    make_plan,
+    read_plan,
+)
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +65,7 @@ def benchmark_search(benchmark: SearchBenchmark) -> dict[str, Any]:
     everything = dataclasses.replace(plan.options, scheduler="none", name=f"{plan.name}-full")
     full_plan = make_plan(benchmark.config, everything)
     log.info("%s", plan.text())
-    open_datasets(plan.space.base)
+    check_data(plan)
     with cluster.connected(benchmark.address) as ray_cluster:
         log.info("Searching with %s.", ray_cluster)
         began = time.perf_counter()
@@ -117,7 +122,7 @@ def compare(searched: Leaderboard, full: Leaderboard) -> dict[str, Any]:
         if row.status == twin.status == "completed"
     ]
     higher = OBJECTIVES[name] == "max"
-    overheads = overhead_seconds(searched)
+    overheads, firsts = overhead_seconds(searched)
     spent = sum(row.steps for row in searched.rows.values())
     spent_full = sum(row.steps for row in full.rows.values())
     hits = [row.last("crop_cache_hit_rate") for row in searched.rows.values() if row.reports]
@@ -132,26 +137,33 @@ def compare(searched: Leaderboard, full: Leaderboard) -> dict[str, Any]:
         "cost": spent / spent_full,
         "overhead_median_s": statistics.median(overheads) if overheads else None,
         "overhead_max_s": max(overheads, default=None),
+        "overhead_first_s": max(firsts, default=None),
         "crop_cache_hit_rate": statistics.mean(h for h in hits if h is not None),
         "largest_difference_of_repeated_trials": max(repeated, default=None),
     }
 
 
-def overhead_seconds(board: Leaderboard) -> list[float]:
-    """Return, per trial that followed another one in its process, the seconds beside its work.
+def overhead_seconds(board: Leaderboard) -> tuple[list[float], list[float]]:
+    """Return the seconds that trials took beside training and evaluation.
 
-    Counted from the end of the trial before to its own end, less training and evaluation.
+    Returns:
+        Of the trials that followed another one in their process, from its end to their own; and of
+        the first trials of the processes, from their proposal, so that the start of the process
+        and its imports are in them.
     """
     last_end: dict[str, float] = {}
-    overheads = []
+    overheads: list[float] = []
+    firsts: list[float] = []
     for row in sorted(board.rows.values(), key=lambda row: row.started_at or 0.0):
         if row.worker is None or row.ended_at is None:
             continue
-        if row.worker in last_end and row.starts == 1:
-            work = (row.last("train_seconds") or 0.0) + (row.last("evaluation_seconds") or 0.0)
+        work = (row.last("train_seconds") or 0.0) + (row.last("evaluation_seconds") or 0.0)
+        if row.starts == 1 and row.worker in last_end:
             overheads.append(row.ended_at - last_end[row.worker] - work)
+        elif row.starts == 1 and row.proposed_at is not None:
+            firsts.append(row.ended_at - row.proposed_at - work)
         last_end[row.worker] = row.ended_at
-    return overheads
+    return overheads, firsts
 
 
 def table(searched: Leaderboard, full: Leaderboard) -> str:
@@ -186,6 +198,11 @@ def verdict(figures: dict[str, Any]) -> str:
         lines.append(
             f"overhead per trial: median {overhead:.2f} s, longest "
             f"{figures['overhead_max_s']:.2f} s (wanted at most {WANTED_OVERHEAD_S:.0f} s)"
+        )
+    if figures["overhead_first_s"] is not None:
+        lines.append(
+            "overhead of the first trial of a process, its start and imports included: longest "
+            f"{figures['overhead_first_s']:.2f} s"
         )
     if figures["largest_difference_of_repeated_trials"] is not None:
         lines.append(

@@ -45,7 +45,12 @@ def train_winner(
     said = outcome.best.last("ao")
     for name, score in result.scores.items():
         if name.endswith("/ao"):
-            log.info("%s: %.4f trained in full, the search said %.4f", name, score, said)
+            log.info(
+                "%s: %.4f trained in full, the search said %.4f: the one is the final run on all "
+                "validation sequences, the other trial %d after %d steps on %s of each set",
+                name, score, said, outcome.best.number, outcome.best.steps,
+                options.val_sequences or "all",
+            )  # fmt: skip
     _link(outcome, result)
     return result
 

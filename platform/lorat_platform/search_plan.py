@@ -22,7 +22,7 @@ from lorat_platform.scheduling import (
     build_scheduler,
     build_searcher,
 )
-from lorat_platform.sources import with_whole_paths
+from lorat_platform.sources import open_datasets, with_whole_paths
 from lorat_platform.space import SearchSpace, build_space
 
 REQUEST_FILE = "search.json"
@@ -97,6 +97,11 @@ class SearchOptions:
                 "--concurrent does not work with --scheduler hyperband, which pauses trials; "
                 "leave it out, or use asha."
             )
+        if self.scheduler == "hyperband" and self.workers_per_trial > 1:
+            raise UserError(
+                f"--workers-per-trial is {self.workers_per_trial} with --scheduler hyperband, "
+                "which cannot limit how many such trials run at once; give 1, or use asha."
+            )
         if self.name is not None and not re.fullmatch(r"[\w][\w.-]*", self.name):
             raise UserError(
                 f"--name is {self.name!r}; give letters, digits, dots, dashes and underscores."
@@ -166,6 +171,30 @@ def make_plan(config: TrainConfig, options: SearchOptions) -> SearchPlan:
     )
     algorithms(plan, max_concurrent=1)
     return plan
+
+
+def check_data(plan: SearchPlan) -> None:
+    """Open the datasets of the base configuration and of all values that others follow from.
+
+    Raises:
+        UserError: if one is missing, damaged, or not fit for its purpose.
+    """
+    space = plan.space
+    open_datasets(space.base)
+    for path, dimension in space.dimensions.items():
+        if path not in ("variant", "data", "val_data") and not path.startswith("sampling."):
+            continue
+        for value in dimension.values:
+            config = space.configure({path: value})
+            if config.val_data is None:
+                raise UserError(
+                    f"--space {dimension} leaves out the validation sequences, which a search "
+                    "needs; leave none out of the choice."
+                )
+            try:
+                open_datasets(config)
+            except UserError as error:
+                raise UserError(f"--space {dimension} cannot be with {value}: {error}") from error
 
 
 def read_plan(name: str, storage_path: str | None = None) -> SearchPlan:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
+from ray.util.metrics import Gauge
 
-from lorat_platform.command import user_message
-from lorat_platform.leaderboard import REPORT_FIELDS, Leaderboard, TrialRow
+from lorat.errors import UserError
+from lorat_platform.leaderboard import REPORT_FIELDS, STATUSES, Leaderboard, Status, TrialRow
 from lorat_platform.scheduling import BUDGET
 from lorat_platform.search_console import SearchConsole
-from lorat_platform.tracking import CLOSE_S, Run, Status, open_run
+from lorat_platform.tracking import CLOSE_S, Run, open_run
+from lorat_platform.tracking import Status as RunStatus
+from lorat_platform.trial_failure import failure_reason, last_line
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class SearchSession:
         experiment: name of the MLflow experiment.
         num_trials: trials to propose in all.
         remember_parent: stores the parent's MLflow id, once it is known, with the search.
+        resumes: whether this process goes on with a snapshot.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class SearchSession:
         experiment: str,
         num_trials: int,
         remember_parent: Callable[[str], None],
+        resumes: bool = False,
     ) -> None:
         self.name = name
         self.folder = folder
@@ -67,6 +71,13 @@ class SearchSession:
         self._closer = ThreadPoolExecutor(CLOSERS, "close-runs")
         self._deadline = math.inf
         self._closing: list[Future[bool]] = []
+        self._resumes = resumes
+        self._restored = False
+        self._failed_resume = _FailedResume()
+        self._gauge = Gauge(
+            "lorat_search_trials", description="Trials of a search", tag_keys=("search", "status")
+        )
+        self._shown: dict[Status, int] = {}
         _SESSIONS[name] = self
 
     @property
@@ -74,12 +85,31 @@ class SearchSession:
         """Whether trials are left to run."""
         return self.board.count("waiting", "running") > 0 or len(self.board.rows) < self.num_trials
 
+    def start(self) -> None:
+        """Begin to show, once the trials of a snapshot are back.
+
+        Raises:
+            UserError: if they are not, where Ray Tune would search anew.
+        """
+        if self._resumes:
+            failed = self._failed_resume.reason
+            if failed is not None or not self._restored:
+                raise UserError(
+                    f"The snapshot of the search {self.name} cannot be taken up "
+                    f"({failed or 'it lacks the table of trials'}) and is left as it is; put its "
+                    "folder back from a copy, or search again under another --name."
+                )
+            self.close_forgotten()
+        self.console.start()
+
     def end(self) -> None:
         """Stop showing, and close the trials' MLflow runs (interrupted ones as killed).
 
         All runs together wait for MLflow no longer than one would.
         """
+        self._failed_resume.close()
         self.console.stop()
+        self._show(dict.fromkeys(STATUSES, 0))
         self._deadline = time.monotonic() + CLOSE_S
         for trial_id in list(self._runs):
             self._close(trial_id, "KILLED")
@@ -91,6 +121,21 @@ class SearchSession:
     def _row(self, trial: Any) -> TrialRow:
         values = {path: _plain(value) for path, value in trial.config.items()}
         return self.board.add(trial.trial_id, values)
+
+    def take_note(self, trials: list[Any]) -> None:
+        """Add the trials that were proposed since, and export how many there are by status."""
+        for trial in trials:
+            row = self._row(trial)
+            row.proposed_at = row.proposed_at or time.time()
+            if trial.status == "PAUSED":  # by a synchronous scheduler
+                row.status = "waiting"
+        self._show({status: self.board.count(status) for status in STATUSES})
+
+    def _show(self, counts: dict[Status, int]) -> None:
+        for status, count in counts.items():
+            if self._shown.get(status) != count:
+                self._gauge.set(count, tags={"search": self.name, "status": status})
+        self._shown = counts
 
     def begin(self, trial: Any, trials: list[Any]) -> None:
         """A trial starts, or goes on from a checkpoint; ``trials`` are all in their order."""
@@ -114,11 +159,6 @@ class SearchSession:
             self.parent.log_metrics(objectives, self.board.cost().steps)
         reached = ", ".join(f"{n} {row.last(n):.4g}" for n in self.board.objectives)
         self.console.line(row, f"rung {row.num_rungs}/{self.board.rungs.num_rungs}, {reached}")
-
-    def wait_for_others(self, paused: set[str]) -> None:
-        """Trials that a synchronous scheduler paused wait."""
-        for trial_id in paused & self.board.rows.keys():
-            self.board.rows[trial_id].status = "waiting"
 
     def finish(self, trial: Any) -> None:
         """A trial ended by itself or was stopped by the scheduler."""
@@ -163,12 +203,12 @@ class SearchSession:
             self._runs[row.trial_id] = run
         return run
 
-    def _close(self, trial_id: str, status: Status) -> None:
+    def _close(self, trial_id: str, status: RunStatus) -> None:
         run = self._runs.pop(trial_id, None)
         if run is not None:
             self._closing.append(self._closer.submit(self._close_run, run, status))
 
-    def _close_run(self, run: Run, status: Status) -> bool:
+    def _close_run(self, run: Run, status: RunStatus) -> bool:
         left_s = self._deadline - time.monotonic()
         return run.close(status, timeout_s=max(0.0, min(CLOSE_S, left_s)))
 
@@ -196,8 +236,10 @@ class SearchSession:
         for row in self.board.rows.values():
             if row.status == "running":
                 row.status = "waiting"
+            if not row.starts:
+                row.proposed_at = None
         self._run_ids = dict(state["run_ids"])
-        self.close_forgotten()
+        self._restored = True
 
 
 class SearchCallback(Callback):
@@ -211,12 +253,12 @@ class SearchCallback(Callback):
         return _SESSIONS[self.name]
 
     def setup(self, *args: Any, **info: Any) -> None:
-        """Begin to show; called once the trials of a snapshot are back."""
-        self._session.console.start()
+        """Begin to show; called once Ray Tune took up a snapshot, or failed to and swallowed it."""
+        self._session.start()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Note which trials wait for others, and redraw."""
-        self._session.wait_for_others({t.trial_id for t in trials if t.status == "PAUSED"})
+        """Note which trials there are, and redraw."""
+        self._session.take_note(trials)
         self._session.console.refresh()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -247,28 +289,27 @@ class SearchCallback(Callback):
         self._session.restore(state)
 
 
-def failure_reason(trial: Any) -> str:
-    """Say in one line why a trial failed."""
-    error: BaseException | None = None
-    path = trial.pickled_error_file
-    if path and Path(path).exists():
-        error = pickle.loads(Path(path).read_bytes())
-    if error is None:
-        text = Path(trial.error_file).read_text() if trial.error_file else ""
-        return _last_line(text) or "unknown"
-    # Ray's error is of the cause's class, too, but says where it was raised.
-    cause = getattr(error, "cause", None) or error
-    message = user_message(cause)
-    if message is not None:
-        return message
-    if type(cause).__name__ in ("ActorDiedError", "ActorUnavailableError", "RayActorError"):
-        return f"the trial's process died: {_last_line(str(cause))}"
-    return f"{type(cause).__name__}: {_last_line(str(cause))}"
+class _FailedResume(logging.Filter):
+    """Keeps why Ray Tune could not take up a snapshot: it only logs that, and searches anew."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.reason: str | None = None
+        self._logger = logging.getLogger("ray.tune.execution.tune_controller")
+        self._logger.addFilter(self)
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Note the reason, and keep the traceback from the console."""
+        said = record.getMessage()
+        if said.startswith("Failed to restore the run state"):
+            error = record.exc_info[1] if record.exc_info else None
+            self.reason = f"{type(error).__name__} {last_line(str(error))}".strip()
+            return False
+        return not said.startswith("Restarting experiment")
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._logger.removeFilter(self)
 
 
 def _plain(value: Any) -> Any:

@@ -150,7 +150,7 @@ class Workers:
         if not room:
             wanted = f"{config.cpus_per_worker:g} CPUs" + (" and a GPU" if num_gpus else "")
             raise UserError(
-                f"A worker needs {wanted} but no node has them (the most are "
+                f"A worker needs {wanted} but no node has them (the nodes have "
                 f"{what_is_there(need)}); lower --cpus-per-worker, or add nodes."
             )
         self._num = max(1, min(config.workers or room, room, num))

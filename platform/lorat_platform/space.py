@@ -81,7 +81,7 @@ class SearchSpace:
     dimensions: dict[str, Dimension]
 
     def configure(self, values: Mapping[str, Any]) -> TrainConfig:
-        """Return the base with a trial's values set.
+        """Return the base with a trial's values set, and what none stands for filled in.
 
         Raises:
             UserError: if a path or a value is not possible.
@@ -89,7 +89,7 @@ class SearchSpace:
         config = self.base
         for path, value in values.items():
             config = replace_path(config, path, _field_value(config, path, value))
-        return config
+        return resolve(config)
 
     def prior(self) -> dict[str, Scalar]:
         """The base configuration's own values (the paper's), or the nearest that are allowed."""

@@ -62,7 +62,7 @@ def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
                 config,
                 batch_source(cache, config, setup, learner.world, step),
                 world=learner.world,
-                hooks=training_hooks(setup, trial_folder(setup), progress, step),
+                hooks=training_hooks(setup, trial_folder(setup), progress, learner, step),
                 learner=learner,
                 end_step=step,
             )
@@ -112,26 +112,29 @@ def training_hooks(
     setup: TrialSetup,
     folder: storage.Location,
     progress: Progress,
+    learner: Learner,
     end_step: int,
     *,
     rank: int = 0,
     save_end: bool = False,
 ) -> Hooks:
-    """Note the loss at the end of a rung, and let worker 0 save every few minutes before it.
+    """Add up the losses of a rung, and let worker 0 save every few minutes before its end.
 
     Args:
         setup: of the search.
         folder: where to save.
-        progress: takes the loss.
+        progress: takes the losses.
+        learner: that is going to train.
         end_step: of the rung.
         rank: of this worker.
         save_end: also save at the end of the rung, where no report does it.
     """
     saved = time.perf_counter()
+    summed = learner.step - learner.num_skipped
 
     def due(step: int) -> bool:
         late = time.perf_counter() - saved > setup.save_every_s
-        return rank == 0 and step < end_step and late
+        return rank == 0 and step < end_step and step % setup.sum_every == 0 and late
 
     def save(learner: Learner, _: dict[str, float]) -> None:
         nonlocal saved
@@ -139,10 +142,13 @@ def training_hooks(
             save_state(learner, folder, progress)
             saved = time.perf_counter()
 
-    def keep(_: int, values: dict[str, float]) -> None:
-        progress.loss = values["train/loss"]
+    def add(step: int, values: dict[str, float]) -> None:
+        nonlocal summed
+        trained = step - learner.num_skipped
+        progress.add_losses(values["train/loss"], trained - summed)
+        summed = trained
 
-    return Hooks(log_every=setup.rungs.max_steps, on_interval=keep, on_step=due, on_checkpoint=save)
+    return Hooks(log_every=setup.sum_every, on_interval=add, on_step=due, on_checkpoint=save)
 
 
 @contextlib.contextmanager
@@ -160,4 +166,6 @@ def _saved_state(setup: TrialSetup) -> Iterator[tuple[Path | None, Progress]]:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folder = checkpoint_store.download(trial_folder(setup), later, scratch)
             # Times are the rung's: what was trained since is counted by nobody.
+            saved = read_progress(folder)
+            progress.loss_sum, progress.loss_steps = saved.loss_sum, saved.loss_steps
         yield folder, progress

@@ -141,8 +141,11 @@ def _worker(work: RungWork) -> None:
     last = checkpoint_store.newest(folder)
     with tempfile.TemporaryDirectory() as name, open_cache(config, work.setup) as cache:
         resume = checkpoint_store.download(folder, last, Path(name)) if last else None
-        if resume is not None:  # at the end of the rung there is nothing left to train
-            progress.loss = read_progress(resume).loss
+        start_step = work.setup.rungs.steps[work.rung - 1] if work.rung else 0
+        if last and resume is not None and (checkpoint_store.step_of(last) or 0) > start_step:
+            # Saved within this rung, or at its end, where there is nothing left to train.
+            saved = read_progress(resume)
+            progress.loss_sum, progress.loss_steps = saved.loss_sum, saved.loss_steps
         learner = Learner(
             config,
             world=world,
@@ -155,7 +158,13 @@ def _worker(work: RungWork) -> None:
             batch_source(cache, config, work.setup, world, work.end_step),
             world=world,
             hooks=training_hooks(
-                work.setup, folder, progress, work.end_step, rank=world.rank, save_end=True
+                work.setup,
+                folder,
+                progress,
+                learner,
+                work.end_step,
+                rank=world.rank,
+                save_end=True,
             ),
             learner=learner,
             end_step=work.end_step,

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from lorat.config import TrainConfig
+from lorat.errors import UserError
+from lorat.images import DamagedImage
 from lorat.metrics import evaluate
 from lorat.model import LoRAT
 from lorat.one_pass import track_sequences
@@ -26,7 +28,7 @@ from lorat.tracker import Tracker
 from lorat_platform.crop_cache import (
     CachedSource,
     CropCache,
-    cache_root,
+    cache_folder,
     content_key,
     remove_stale_caches,
 )
@@ -62,6 +64,8 @@ class TrialSetup:
     crop_cache_bytes: int
     save_every_s: float = 600.0
     """Longest training that an interruption may cost."""
+    sum_every: int = 10
+    """Steps between which the loss is added up; a trial is saved only where one such ends."""
 
 
 @dataclass(kw_only=True)
@@ -70,12 +74,25 @@ class Progress:
 
     history: list[dict[str, Any]]
     """``budget`` and objectives of every report."""
-    loss: float | None = None
-    """Mean training loss up to the rung trained last."""
+    loss_sum: float = 0.0
+    """Training losses of the rung that is being trained, added up over its steps."""
+    loss_steps: int = 0
+    """Steps in that sum, without those whose loss was not finite."""
     latency_ms: float | None = None
     train_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     total_seconds: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss over the rung, whatever interrupted it."""
+        return self.loss_sum / self.loss_steps if self.loss_steps else math.nan
+
+    def add_losses(self, mean: float, steps: int) -> None:
+        """Take in the mean loss of some steps."""
+        if steps:
+            self.loss_sum += mean * steps
+            self.loss_steps += steps
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -102,6 +119,7 @@ class Progress:
             "total_seconds": self.total_seconds,
         }
         self.history.append({name: report[name] for name in (BUDGET, *setup.objectives)})
+        self.loss_sum, self.loss_steps = 0.0, 0
         return report
 
 
@@ -149,10 +167,10 @@ def open_cache(config: TrainConfig, setup: TrialSetup) -> Iterator[CropCache]:
         augment=config.augment.__dict__,
         seed=config.seed,
     )  # fmt: skip
-    root = cache_root(setup.crop_cache_bytes)
-    remove_stale_caches(root)
+    remove_stale_caches()
+    folder = cache_folder(setup.crop_cache, setup.crop_cache_bytes)
     load = functools.partial(load_pairs, sampler, readers)
-    with CropCache(root / setup.crop_cache, key, load, max_bytes=setup.crop_cache_bytes) as cache:
+    with CropCache(folder, key, load, max_bytes=setup.crop_cache_bytes) as cache:
         yield cache
 
 
@@ -182,7 +200,7 @@ def measure(
     scores = validate(learner.model, config, setup, learner.device, progress)
     learner.model.train()
     return scores | {
-        "loss": math.nan if progress.loss is None else progress.loss,
+        "loss": progress.loss,
         "parameters": float(sum(p.numel() for p in learner.parameters)),
         "crop_cache_hit_rate": cache.hit_rate,
         "crops_decoded": float(cache.num_decoded),
@@ -221,15 +239,36 @@ def validate(
     return sums
 
 
-def measure_latency(tracker: Tracker, index: FrameIndex) -> float:
-    """Return the milliseconds per frame of one target alone, decoding not counted."""
-    track = usable_tracks(index)[0]
-    first, end = int(index.track_start[track]), int(index.track_start[track + 1])
+def _readable_frames(index: FrameIndex, track: int) -> list[np.ndarray]:
+    """Decode the first frames of a track, without those that are damaged."""
     reader = ImageReader(index)
-    frames = [reader.decode(row) for row in range(first, min(end, first + LATENCY_FRAMES))]
+    first, end = int(index.track_start[track]), int(index.track_start[track + 1])
+    frames = []
+    for row in range(first, min(end, first + LATENCY_FRAMES)):
+        with contextlib.suppress(DamagedImage):
+            frames.append(reader.decode(row))
+    return frames
+
+
+def measure_latency(tracker: Tracker, index: FrameIndex) -> float:
+    """Return the milliseconds per frame of one target alone, decoding not counted.
+
+    Raises:
+        UserError: if no sequence has two frames that can be read.
+    """
+    for track in usable_tracks(index):
+        frames = _readable_frames(index, track)
+        if len(frames) > 1:
+            break
+    else:
+        raise UserError(
+            f"No sequence of {index.uri} has two frames that can be read; check it with 'python "
+            f"jobs/ingest.py verify {index.uri}'."
+        )
+    box = index.box[int(index.track_start[track])].tolist()
     medians = []
     for _ in range(3):
-        targets = tracker.start(frames[:1], [tuple(index.box[first].tolist())])
+        targets = tracker.start(frames[:1], [tuple(box)])
         seconds = []
         for frame in frames[1:]:
             began = time.perf_counter()

@@ -106,6 +106,29 @@ def test_an_interrupted_and_a_killed_search_go_on(tmp_path: Path, arguments: lis
     assert all(r.info.status in ("FINISHED", "KILLED") for r in children.values())
 
 
+@pytest.mark.parametrize("scheduler", ["median", "hyperband"])
+def test_a_killed_search_goes_on_with_other_schedulers(
+    tmp_path: Path, arguments: list[str], scheduler: str
+) -> None:
+    home = tmp_path / "home"
+    job = Job(
+        home, *arguments, "--epochs", 1, "--trials", 6, "--name", "stopped",
+        "--scheduler", scheduler, "--space", "lora.rank=4", "--space", "head.depth=1",
+    )  # fmt: skip
+    job.wait_for(r"trial 3: .* after \d+ steps" if scheduler == "median" else r"trial 1: rung 1")
+    time.sleep(1.5)  # until a snapshot has it
+    job.process.kill()
+    job.end()
+    job = Job(home, "--resume", "stopped")
+    assert job.end() == 0, job.output
+    rows = _rows(home)
+    assert sorted(row["trial"] for row in rows.values()) == list(range(6))
+    assert all(row["status"] in ("completed", "stopped") for row in rows.values())
+    assert any(row["status"] == "completed" for row in rows.values())
+    if scheduler == "median":
+        assert not re.search(r"trial 0: rung 1/", job.output), "what was finished stays so"
+
+
 def test_the_winner_is_trained_in_full_and_registered(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,16 +7,18 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lorat_platform import crop_cache
 from lorat_platform.crop_cache import (
     BLOCK,
     CachedSource,
     CropCache,
-    cache_root,
+    cache_folder,
     content_key,
     remove_cache,
     remove_stale_caches,
@@ -196,15 +198,45 @@ def test_caches_are_removed_when_nobody_uses_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAT_CROP_CACHE", str(tmp_path))
-    root = cache_root(10**9)
-    assert root == tmp_path
+    root = tmp_path
+    assert cache_folder("used", 10**9) == root / "used"
     for name in ("used", "stale", "fresh"):
         with CropCache(root / name, "k", load, max_bytes=10**9) as cache:
             cache.read(0, BLOCK)
     user = CropCache(root / "used", "k", load, max_bytes=10**9)
     for name in ("used", "stale"):
         os.utime(root / name, (0, 0))
-    assert remove_stale_caches(root) == [root / "stale"]
+    assert remove_stale_caches() == [root / "stale"]
     user.close()
-    remove_cache(root / "fresh")
+    remove_cache("fresh")
     assert [p.name for p in root.iterdir()] == ["used"]
+
+
+def test_a_cache_that_fills_the_memory_stays_the_only_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    memory.mkdir()
+    disk.mkdir()
+    monkeypatch.delenv("LORAT_CROP_CACHE", raising=False)
+    monkeypatch.setattr(crop_cache, "MEMORY", memory)
+    monkeypatch.setattr(crop_cache.tempfile, "gettempdir", lambda: str(disk))
+    free = {memory: 10**9, disk: 10**12}
+    monkeypatch.setattr(
+        crop_cache.shutil, "disk_usage", lambda place: SimpleNamespace(free=free[place])
+    )
+    folder = cache_folder("search", 10**8)
+    assert folder.is_relative_to(memory)
+    folder.mkdir(parents=True)
+    free[memory] = 10**8
+    assert cache_folder("search", 10**8) == folder, "it is there already"
+    other = cache_folder("other", 10**8)
+    assert other.is_relative_to(disk)
+    other.mkdir(parents=True)
+    free[memory] = 10**9
+    assert cache_folder("other", 10**8) == other
+    (memory / other.relative_to(disk)).mkdir(parents=True)
+    remove_cache("other")
+    assert not other.exists()
+    assert not (memory / other.relative_to(disk)).exists()
+    assert folder.exists()

@@ -82,6 +82,40 @@ def test_restored_trials_keep_their_say(name: Any, objectives: list[str]) -> Non
     assert scheduler.on_trial_result(controller, late, worse) == TrialScheduler.STOP
 
 
+def _past(name: str, values: list[float], *, finished: bool = True) -> Any:
+    """A trial that reported at the first rungs."""
+    history = [{"budget": 4**i, "ao": ao} for i, ao in enumerate(values)]
+    return _trial(name, history[-1] | {"history": history}, finished=finished)
+
+
+def test_median_stopping_decides_nothing_again_about_restored_trials() -> None:
+    scheduler: Any = build_scheduler("median", ["ao"], RUNGS)
+    controller: Any = SimpleNamespace(get_live_trials=list)
+    past = [_past(f"old{i}", [0.1 + i / 10] * 3) for i in range(4)]
+    for trial in reversed(past):  # the newest first, the oldest is the worst
+        scheduler.on_trial_add(controller, trial)
+    unfinished = _past("unfinished", [0.01], finished=False)
+    scheduler.on_trial_add(controller, unfinished)
+    report = {"budget": 4, "ao": 0.9}
+    assert scheduler.on_trial_result(controller, unfinished, report) == TrialScheduler.CONTINUE
+    bad = _trial("bad")
+    scheduler.on_trial_add(controller, bad)
+    report = {"budget": 1, "ao": 0.05}
+    assert scheduler.on_trial_result(controller, bad, report) == TrialScheduler.STOP
+
+
+@pytest.mark.parametrize("objectives", [["ao"], ["ao", "parameters"]])
+def test_a_rung_that_is_trained_again_is_judged_again(objectives: list[str]) -> None:
+    scheduler = build_scheduler("asha", objectives, RUNGS)
+    for i in range(4):
+        report = {"budget": 1, "ao": 0.5 + i / 100, "parameters": 1}
+        scheduler.on_trial_add(None, _trial(f"old{i}", report | {"history": [report]}))
+    worse = {"budget": 1, "ao": 0.4, "parameters": 1}
+    lost = _trial("lost", worse | {"history": [worse]})
+    scheduler.on_trial_add(None, lost)
+    assert scheduler.on_trial_result(None, lost, worse) == TrialScheduler.STOP
+
+
 def test_non_dominated_fronts() -> None:
     points = np.array([[1.0, 4], [2, 3], [3, 1], [1, 1], [2, 2], [0, 0]])
     assert pareto_fronts(points) == [[0, 1, 2], [4], [3], [5]]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,16 +20,17 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import ray
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from lorat import storage
-from lorat.config import TrainConfig, from_dict
+from lorat.config import TrainConfig, from_dict, to_dict
 from lorat.errors import UserError
-from lorat_platform import cluster, search, search_plan
+from lorat_platform import cluster, run_record, search, search_plan
 from lorat_platform.mlflow_store import connect
 from lorat_platform.search import run_search
 from lorat_platform.search_outcome import SearchOutcome
-from lorat_platform.search_plan import SearchOptions, make_plan
+from lorat_platform.search_plan import REQUEST_FILE, SearchOptions, make_plan
+from lorat_platform.search_slots import check_reach, count_slots
 from tests.small_shards import make_shards
 
 Data = tuple[str, str]
@@ -189,7 +194,7 @@ def test_a_stopped_trial_frees_the_only_slot_at_once(
 
     monkeypatch.setattr(search_plan, "build_scheduler", build)
     plan = make_plan(config(data), options(trials=2, cpus_per_trial=2, name="one-slot"))
-    assert search.count_slots(plan.options) == 1
+    assert count_slots(plan.options) == 1
     outcome = run_search(plan)
     first, second = sorted(outcome.board.rows.values(), key=lambda row: row.number)
     assert (first.status, first.steps) == ("stopped", 2)
@@ -268,7 +273,7 @@ def test_a_trial_of_two_workers_learns_what_one_worker_learns(data: Data) -> Non
 
 def test_what_no_node_can_hold_is_an_error_before_anything_starts(data: Data) -> None:
     plan = make_plan(config(data), options(cpus_per_trial=64, name="too-big"))
-    with pytest.raises(UserError, match=r"needs 1 × 64 CPU.* but the cluster has 2 CPU"):
+    with pytest.raises(UserError, match=r"needs 1 × 64 CPU but the nodes have 2 CPU;"):
         run_search(plan)
     plan = make_plan(config(data), options(gpus_per_trial=0.5, name="no-gpu"))
     with pytest.raises(UserError, match=r"0\.5 GPU"):
@@ -280,7 +285,7 @@ def test_what_no_node_can_hold_is_an_error_before_anything_starts(data: Data) ->
 
 
 def test_storage_that_a_node_cannot_see_is_refused(data: Data, tmp_path: Path) -> None:
-    search.check_reach(storage.locate(str(tmp_path)), options())
+    check_reach(storage.locate(str(tmp_path)), options())
     folder = os.open(tmp_path, os.O_RDONLY)  # the trials have other open files
     plan = make_plan(config(data), options(storage=f"/proc/self/fd/{folder}", name="unseen"))
     try:
@@ -292,10 +297,10 @@ def test_storage_that_a_node_cannot_see_is_refused(data: Data, tmp_path: Path) -
 
 
 def test_slots_follow_the_resources(data: Data) -> None:
-    assert search.count_slots(options(trials=9)) == 2
-    assert search.count_slots(options(trials=9, cpus_per_trial=0.5)) == 4
-    assert search.count_slots(options(trials=9, cpus_per_trial=0.5, concurrent=3)) == 3
-    assert search.count_slots(options(trials=9, cpus_per_trial=0.5, workers_per_trial=2)) == 2
+    assert count_slots(options(trials=9)) == 2
+    assert count_slots(options(trials=9, cpus_per_trial=0.5)) == 4
+    assert count_slots(options(trials=9, cpus_per_trial=0.5, concurrent=3)) == 3
+    assert count_slots(options(trials=9, cpus_per_trial=0.5, workers_per_trial=2)) == 2
 
 
 @pytest.mark.parametrize(
@@ -307,6 +312,7 @@ def test_slots_follow_the_resources(data: Data) -> None:
         ({"name": "a/b"}, "letters, digits"),
         ({"name": "lr sweep"}, "letters, digits"),
         ({"scheduler": "hyperband", "concurrent": 1}, "--concurrent does not work"),
+        ({"scheduler": "hyperband", "workers_per_trial": 2}, "--workers-per-trial is 2"),
         ({"searcher": "bohb"}, "--scheduler hyperband"),
         ({"scheduler": "median", "objective": "ao,latency"}, "compares one objective"),
         ({"rungs": 9}, "cannot hold 9 rungs"),
@@ -324,6 +330,77 @@ def test_validation_needs_full_frames(data: Data) -> None:
         run_search(plan)
     with pytest.raises(UserError, match="--val-data"):
         make_plan(config(data, val_data=None), options(name="no-val"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("sampling.translation_jitter=uniform(1,6)", r"translation_jitter.*with 6.*this sampling"),
+        ("variant=choice(N-112,B-378)", r"with B-378: .*too small for B-378"),
+        ("data=choice(synthetic,/nowhere)", r"with /nowhere"),
+        ("val_data=choice(none,{val})", "leaves out the validation sequences"),
+        ("val_data=choice({val},{train})", "--full-frame"),
+    ],
+)
+def test_searched_values_that_the_data_does_not_serve_are_errors(
+    data: Data, entry: str, message: str
+) -> None:
+    entry = entry.format(train=data[0], val=data[1])
+    plan = make_plan(config(data), options(space=(entry,), name="unserved"))
+    with pytest.raises(UserError, match=message):
+        run_search(plan)
+    assert not plan.folder.exists(), "nothing was started"
+
+
+def test_a_second_driver_of_a_search_is_refused(data: Data) -> None:
+    plan = make_plan(config(data), options(name="driven"))
+    location = storage.locate(plan.storage).child(plan.name)
+    location.make()
+    request = {"options": dataclasses.asdict(plan.options), "config": to_dict(plan.space.base)}
+    location.write_bytes(REQUEST_FILE, json.dumps(request).encode())
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        mark = {"host": socket.gethostname(), "pid": other.pid}
+        mark["start"] = run_record.start_time(other.pid)
+        location.write_bytes(run_record.OWNER, json.dumps(mark).encode())
+        for start in (lambda: search.resume_search("driven"), lambda: run_search(plan)):
+            with pytest.raises(UserError, match=f"driven by process {other.pid}"):
+                start()
+    finally:
+        other.kill()
+        other.communicate()
+    with pytest.raises(UserError, match="had not begun"):
+        search.resume_search("driven")
+
+
+def test_the_mark_of_the_driver_is_taken_away(outcome: SearchOutcome) -> None:
+    location = storage.locate(outcome.plan.storage).child("whole")
+    assert not location.exists(run_record.OWNER)
+
+
+@pytest.mark.parametrize("where", ["trial", "scheduler"])
+def test_a_snapshot_that_is_damaged_is_left_as_it_is(
+    data: Data, tmp_path: Path, outcome: SearchOutcome, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(Path(outcome.plan.storage) / "whole", folder)
+    (snapshot,) = folder.glob("experiment_state-*.json")
+    if where == "scheduler":
+
+        def raise_late(*_: Any) -> None:
+            raise AssertionError
+
+        monkeypatch.setattr(FIFOScheduler, "on_trial_add", raise_late)
+    else:
+        content = json.loads(snapshot.read_text())
+        content["trial_data"][0][0] = "damaged"
+        snapshot.write_text(json.dumps(content))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"cannot be taken up .* and is left as it is"):
+        search.resume_search("whole", str(tmp_path))
+    kept = {path: path.read_bytes() for path in before}
+    assert kept == before
+    assert len(list(folder.glob("trial-*"))) == 8, "no trial was begun"
 
 
 def test_a_search_that_does_not_exist_cannot_be_resumed(data: Data) -> None:

@@ -24,7 +24,7 @@ def _boards() -> tuple[Leaderboard, Leaderboard]:
             })  # fmt: skip
         row.status = "completed" if num_rungs == 3 else "stopped"
         row.worker, row.starts = "host:1", 1
-        row.started_at, row.ended_at = end + 0.1, end + 4.0 + i / 2
+        row.proposed_at, row.started_at, row.ended_at = end - 7, end + 0.1, end + 4.0 + i / 2
         end = row.ended_at
         twin = full.add(f"f{i}", values)
         twin.report({"step": 160, "ao": ao})
@@ -44,9 +44,13 @@ def test_quality_and_cost_are_against_full_training_of_the_same_trials() -> None
 
 def test_overhead_is_what_training_and_evaluation_do_not_explain() -> None:
     searched, _ = _boards()
-    assert overhead_seconds(searched) == pytest.approx([0.5, 1.0, 1.5])
-    in_order(searched)[1].starts = 2
-    assert overhead_seconds(searched) == pytest.approx([1.0, 1.5]), "interrupted ones do not count"
+    overheads, firsts = overhead_seconds(searched)
+    assert overheads == pytest.approx([0.5, 1.0, 1.5])
+    assert firsts == pytest.approx([7.0]), "the start of the process counts"
+    in_order(searched)[0].starts = in_order(searched)[1].starts = 2
+    overheads, firsts = overhead_seconds(searched)
+    assert overheads == pytest.approx([1.0, 1.5]), "interrupted ones do not count"
+    assert firsts == []
 
 
 def test_the_report_names_every_trial_and_what_was_wanted() -> None:
@@ -58,3 +62,5 @@ def test_the_report_names_every_trial_and_what_was_wanted() -> None:
     assert "98.4% (wanted 98%)" in text
     assert "220 of 640: 34.4%" in text
     assert "overhead per trial: median 1.00 s" in text
+    assert "overhead of the first trial of a process" in text
+    assert "longest 7.00 s" in text

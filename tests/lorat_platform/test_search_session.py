@@ -1,13 +1,16 @@
-"""What the driver of a search does with the MLflow runs of its trials."""
+"""What the driver of a search does with its trials, their MLflow runs, and a snapshot."""
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
+from lorat.errors import UserError
 from lorat_platform import search_session
 from lorat_platform.leaderboard import Leaderboard
 from lorat_platform.scheduling import Rungs
@@ -28,20 +31,25 @@ class BlackHole:
         return False
 
 
+def _session(folder: Path, *, num_trials: int = 100, resumes: bool = False) -> SearchSession:
+    nothing: Any = BlackHole()
+    return SearchSession(
+        "many",
+        folder=folder,
+        board=Leaderboard(objectives=("ao",), rungs=Rungs(max_steps=4, reduction=2, num_rungs=1)),
+        parent=nothing,
+        experiment="lorat-search",
+        num_trials=num_trials,
+        remember_parent=lambda _: None,
+        resumes=resumes,
+    )
+
+
 def test_a_server_that_never_answers_is_waited_for_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search_session, "CLOSE_S", 1.0)
-    nothing: Any = BlackHole()
-    session = SearchSession(
-        "many",
-        folder=tmp_path,
-        board=Leaderboard(objectives=("ao",), rungs=Rungs(max_steps=4, reduction=2, num_rungs=1)),
-        parent=nothing,
-        experiment="lorat-search",
-        num_trials=100,
-        remember_parent=lambda _: None,
-    )
+    session = _session(tmp_path)
     ended, running = [BlackHole() for _ in range(50)], [BlackHole() for _ in range(50)]
     for status, runs in (("FINISHED", ended), ("RUNNING", running)):
         for number, run in enumerate(runs):
@@ -54,3 +62,62 @@ def test_a_server_that_never_answers_is_waited_for_once(
     assert time.monotonic() - began < 5.0
     assert {run.status for run in ended} == {"FINISHED"}
     assert {run.status for run in running} == {"KILLED"}
+
+
+class FakeGauge:
+    """Keeps what would be exported; no node's exporter is read in a test."""
+
+    values: ClassVar[dict[tuple[str, str], float]] = {}
+
+    def __init__(self, name: str, *, description: str, tag_keys: tuple[str, ...]) -> None:
+        assert (name, tag_keys) == ("lorat_search_trials", ("search", "status"))
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.values[tags["search"], tags["status"]] = value
+
+
+def _exported() -> dict[str, float]:
+    return {status: value for (_, status), value in FakeGauge.values.items()}
+
+
+def test_the_number_of_trials_by_status_is_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_session, "Gauge", FakeGauge)
+    monkeypatch.setattr(FakeGauge, "values", {})
+    session = _session(tmp_path)
+    trials = [SimpleNamespace(trial_id=f"t{i}", config={}, status="PENDING") for i in range(3)]
+    session.take_note(trials)
+    assert _exported() == {"waiting": 3, "running": 0, "completed": 0, "stopped": 0, "failed": 0}
+    session.board.rows["t0"].status = "failed"
+    session.board.rows["t1"].status = "running"
+    session.take_note(trials)
+    assert _exported() == {"waiting": 1, "running": 1, "completed": 0, "stopped": 0, "failed": 1}
+    trials[1].status = "PAUSED"
+    session.take_note(trials)
+    assert _exported()["waiting"] == 2
+    session.end()
+    assert set(_exported().values()) == {0}
+    assert {search for search, _ in FakeGauge.values} == {"many"}
+
+
+def test_a_snapshot_that_ray_tune_could_not_take_up_is_an_error(tmp_path: Path) -> None:
+    tune_log = logging.getLogger("ray.tune.execution.tune_controller")
+    whole = _session(tmp_path, resumes=True)
+    whole.restore(whole.state() | {"run_ids": {}})
+    whole.start()
+    whole.end()
+    lacking = _session(tmp_path, resumes=True)
+    with pytest.raises(UserError, match=r"snapshot of the search many.*lacks the table of trials"):
+        lacking.start()
+    lacking.end()
+    late = _session(tmp_path, resumes=True)
+    late.restore(late.state())
+    try:  # the trials are queued after the table is back
+        raise AssertionError
+    except AssertionError:
+        tune_log.exception("Failed to restore the run state.")
+    with pytest.raises(UserError, match=r"AssertionError.* left as it is"):
+        late.start()
+    late.end()
+    assert tune_log.filters == []

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lorat.config import LoraConfig, TrainConfig, field_paths, replace_path
+from lorat.config import LoraConfig, TrainConfig, field_paths, replace_path, resolve
 from lorat.errors import UserError
 from lorat_platform.space import _field_type, _members, build_space, parse_entry
 
@@ -86,6 +86,16 @@ def test_what_none_stands_for_is_tried_first() -> None:
     space = build_space(TrainConfig(), ["lora.alpha=uniform(1,128)", "micro_batch=int(1,64)"])
     assert space.prior()["lora.alpha"] == 64.0, "the rank"
     assert space.prior()["micro_batch"] == 32, "the whole batch"
+
+
+def test_a_trial_trains_what_none_stands_for_where_its_configuration_is_read_again() -> None:
+    space = build_space(
+        TrainConfig(), ["lr=choice(none,0.01)", "augment.color_jitter=choice(none,0.1)"]
+    )
+    config = space.configure({"lr": None, "augment.color_jitter": None})
+    assert config == resolve(config)
+    assert config.lr == resolve(TrainConfig()).lr
+    assert config.augment == resolve(TrainConfig()).augment
 
 
 def test_space_without_adapters_has_no_rank() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import Any
 import pytest
 
 from lorat.config import TrainConfig
+from lorat.errors import UserError
+from lorat.frame_index import FrameIndex
+from lorat.images import DamagedImage
+from lorat.shards import ImageReader
 from lorat.storage import locate
-from lorat_platform import trial, trial_group
+from lorat_platform import trial, trial_group, trial_work
 from lorat_platform.scheduling import Rungs
 from lorat_platform.space import build_space
 from lorat_platform.trial_work import TrialSetup
@@ -53,6 +58,19 @@ class Tune:
         self.reports.append(json.loads(json.dumps(metrics)))
 
 
+class StaticTracker(Any):
+    """Counts its steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def start(self, frames: list[Any], boxes: list[Any]) -> list[Any]:
+        return boxes
+
+    def step(self, targets: list[Any], frames: list[Any]) -> None:
+        self.steps += 1
+
+
 def trial_checkpoint(folder: Path) -> Any:
     from ray.tune import Checkpoint
 
@@ -78,6 +96,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> TrialSetup:
         crop_cache="crops",
         crop_cache_bytes=10**8,
         save_every_s=0.0,
+        sum_every=1,
     )
 
 
@@ -110,6 +129,7 @@ def test_a_trial_reports_every_rung(tune: Tune, setup: TrialSetup) -> None:
 def test_a_trial_that_dies_anywhere_ends_like_an_uninterrupted_one(
     tune: Tune, setup: TrialSetup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    setup = dataclasses.replace(setup, sum_every=3)
     trial.run_trial(VALUES, setup)
     expected = scores(tune.reports)
 
@@ -142,6 +162,9 @@ def test_a_trial_that_dies_anywhere_ends_like_an_uninterrupted_one(
     assert len(got) == 2
     assert got[0][:4] == expected[0][:4]
     assert got[1][:4] == expected[1][:4], "same score after two deaths"
+    assert [g[4] for g in got] == pytest.approx([e[4] for e in expected], rel=1e-6), (
+        "the loss is the mean over the whole rung"
+    )
 
 
 def test_only_the_last_states_between_rungs_are_kept(tune: Tune, setup: TrialSetup) -> None:
@@ -186,3 +209,65 @@ def test_a_group_that_dies_at_the_end_of_a_rung_goes_on(
     got = json.loads(again.folder.read_bytes(again.result_file))["measured"]
     assert got["loss"] == expected["loss"]
     assert got["ao"] == expected["ao"]
+
+
+def test_a_group_that_dies_within_a_rung_reports_the_loss_of_the_whole_rung(
+    setup: TrialSetup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ray.train
+    import torch.distributed
+
+    place = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr(ray.train, "get_context", lambda: place)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    monkeypatch.setenv("LORAT_CROP_CACHE", str(tmp_path / "crops"))
+    monkeypatch.setattr(trial_group, "measure", lambda *a: {"loss": a[3].loss})
+    losses: dict[str, list[float]] = {}
+    whole_run = trial_group.run
+
+    def dying_run(*args: Any, **kwargs: Any) -> Any:
+        kwargs["end_step"] = 7
+        whole_run(*args, **kwargs)
+        raise Stopped
+
+    for name in ("whole", "killed"):
+        folder = locate(str(tmp_path / name))
+        folder.make()
+        for rung in range(2):
+            work = trial_group.RungWork(
+                config=setup.space.configure(VALUES), setup=setup, rung=rung, folder=folder,
+                progress=trial.read_progress(None),
+            )  # fmt: skip
+            if rung == 1 and name == "killed":
+                with monkeypatch.context() as patch:
+                    patch.setattr(trial_group, "run", dying_run)
+                    with pytest.raises(Stopped):
+                        trial_group._worker(work)
+                work = dataclasses.replace(work, progress=trial.read_progress(None))
+            trial_group._worker(work)
+            measured = json.loads(folder.read_bytes(work.result_file))["measured"]
+            losses.setdefault(name, []).append(measured["loss"])
+    assert losses["killed"] == pytest.approx(losses["whole"], rel=1e-6)
+
+
+def test_latency_is_measured_without_damaged_frames(
+    setup: TrialSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = FrameIndex.open(setup.space.base.val_data or "")
+    decode = ImageReader.decode
+    damaged = {int(index.track_start[0]), int(index.track_start[0]) + 2}
+
+    def decode_or_fail(reader: ImageReader, row: int) -> Any:
+        if row in damaged:
+            raise DamagedImage(f"row {row}")
+        return decode(reader, row)
+
+    monkeypatch.setattr(ImageReader, "decode", decode_or_fail)
+    tracker = StaticTracker()
+    assert trial_work.measure_latency(tracker, index) > 0
+    assert tracker.steps == 3 * (trial_work.LATENCY_FRAMES - 1 - len(damaged))
+    damaged |= set(range(int(index.track_start[1])))
+    assert trial_work.measure_latency(StaticTracker(), index) > 0, "the next sequence is taken"
+    damaged |= set(range(index.num_frames))
+    with pytest.raises(UserError, match="two frames that can be read"):
+        trial_work.measure_latency(StaticTracker(), index)
