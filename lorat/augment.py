@@ -51,10 +51,10 @@ def augment(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parameters_BK = batch["augment"].float()
     outputs, boxes = [], []
     for role in ("template", "search"):
-        image_BCHW = batch[role].permute(0, 3, 1, 2).contiguous().float().div_(255)
+        image_BCHW = batch[role].permute(0, 3, 1, 2).contiguous()
         size = image_BCHW.shape[-1]
         flip_B = parameters_BK[:, _COLUMN[f"{role}_flip"]] > 0.5
-        image_BCHW = flip_images(image_BCHW, flip_B)
+        image_BCHW = flip_images(image_BCHW, flip_B).float().div_(255)
         boxes.append(flip_boxes(batch[f"{role}_box"].float(), flip_B, size).clamp(0, size))
         first = _COLUMN[f"{role}_order"]
         image_BCHW = color_jitter(
@@ -73,7 +73,7 @@ def normalize(image_BCHW: Tensor) -> Tensor:
     """Subtract ImageNet's mean and divide by its deviation; the input ranges over 0 to 1."""
     mean = image_BCHW.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
     std = image_BCHW.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
-    return (image_BCHW - mean) / std
+    return (image_BCHW - mean).div_(std)
 
 
 def flip_images(image_BCHW: Tensor, flip_B: Tensor) -> Tensor:
@@ -102,16 +102,20 @@ def color_jitter(image_BCHW: Tensor, order_B: Tensor, factors_B3: Tensor) -> Ten
     orders_P3 = torch.tensor(JITTER_ORDERS, device=image_BCHW.device)
     operation_B3 = orders_P3[order_B]
     factor_B3 = factors_B3.gather(1, operation_B3)
+    luma_C = image_BCHW.new_tensor(LUMA)
+    same_CC = torch.eye(3, dtype=image_BCHW.dtype, device=image_BCHW.device)
+    # Every operation is affine in a pixel's three channels: one small matrix product each, which
+    # reads and writes the batch once (P pixels).
+    image_BCP = image_BCHW.flatten(2)
     for step in range(3):
-        operation_B111 = operation_B3[:, step].view(-1, 1, 1, 1)
-        factor_B111 = factor_B3[:, step].view(-1, 1, 1, 1)
-        base_B1HW = _weighted_sum(image_BCHW, LUMA)
-        mean_B111 = base_B1HW.mean(dim=(-2, -1), keepdim=True)
-        base_B1HW = torch.where(operation_B111 == 1, mean_B111, base_B1HW)
-        base_B1HW = torch.where(operation_B111 == 0, 0.0, base_B1HW)
-        image_BCHW = torch.addcmul((1 - factor_B111) * base_B1HW, image_BCHW, factor_B111)
-        image_BCHW = image_BCHW.clamp_(0, 1)
-    return image_BCHW
+        operation_B11 = operation_B3[:, step].view(-1, 1, 1)
+        factor_B11 = factor_B3[:, step].view(-1, 1, 1)
+        grey_B11 = torch.where(operation_B11 == 2, 1 - factor_B11, 0.0)
+        blend_BCC = factor_B11 * same_CC + grey_B11 * luma_C
+        mean_B11 = (image_BCP.mean(-1) @ luma_C).view(-1, 1, 1)
+        offset_B11 = torch.where(operation_B11 == 1, (1 - factor_B11) * mean_B11, 0.0)
+        image_BCP = torch.bmm(blend_BCC, image_BCP).add_(offset_B11).clamp_(0, 1)
+    return image_BCP.view(image_BCHW.shape)
 
 
 def three_augment(image_BCHW: Tensor, choice_B: Tensor, radius_B: Tensor) -> Tensor:
@@ -122,6 +126,8 @@ def three_augment(image_BCHW: Tensor, choice_B: Tensor, radius_B: Tensor) -> Ten
         choice_B: -1 nothing, 0 grayscale, 1 solarize, 2 blur.
         radius_B: radius of the blur, in pixels.
     """
+    if not image_BCHW.is_cuda and not (choice_B >= 0).any():
+        return image_BCHW
     level_BCHW = torch.floor(image_BCHW * 255)
     result_BCHW = image_BCHW.clone()
     for choice, operation in enumerate((_grayscale, _solarize, gaussian_blur)):

@@ -239,8 +239,8 @@ def load_pairs(
     num = len(indices)
     template_size, search_size = sampler.variant.template_size, sampler.variant.search_size
     batch: dict[str, np.ndarray] = {
-        "template": np.zeros((num, template_size, template_size, 3), dtype=np.uint8),
-        "search": np.zeros((num, search_size, search_size, 3), dtype=np.uint8),
+        "template": np.empty((num, template_size, template_size, 3), dtype=np.uint8),
+        "search": np.empty((num, search_size, search_size, 3), dtype=np.uint8),
         "template_box": np.zeros((num, 4), dtype=np.float32),
         "search_box": np.zeros((num, 4), dtype=np.float32),
         "augment": np.zeros((num, len(AUGMENT_FIELDS)), dtype=np.float32),
@@ -252,6 +252,8 @@ def load_pairs(
     for row, index in enumerate(batch["index"].tolist()):
         if index >= 0:
             _load_pair(sampler, readers, index, batch, row)
+        else:
+            batch["template"][row], batch["search"][row] = 0, 0
     return batch
 
 

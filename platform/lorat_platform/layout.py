@@ -10,8 +10,8 @@ import numpy as np
 from lorat.config import TrainConfig
 from lorat.variants import Variant
 
-PAIRS_PER_BLOCK = 128
-"""Pairs that a block aims at; with 32 the cost per task is felt (0.6 of the bare speed)."""
+PAIRS_PER_BLOCK = 256
+"""Pairs that a block aims at: the fewer, the more a pair pays for its task."""
 BLOCK_BYTES = 48 * 2**20
 """Most bytes of one block."""
 
