@@ -20,7 +20,7 @@ def location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[storag
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LORAT_HOME", str(tmp_path / "home"))
     with object_store() as store:
-        yield storage.locate(store.uri("set"))
+        yield storage.locate(store.uri(tmp_path.name))  # buckets outlive the server
 
 
 def test_an_upload_that_a_signal_interrupts_is_never_seen_in_part(
