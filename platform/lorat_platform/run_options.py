@@ -45,7 +45,7 @@ class RunOptions:
     validate_every: int | None = None
     """Epochs between validations beside the training; none means four in a run, 0 none at all. The
     workers go on meanwhile: they only wait until worker 0 has written the checkpoint to its local
-    disk."""
+    disk (N-112: 20 ms, below 0.3 s on a busy machine)."""
     val_pairs: int = 512
     """Held-out pairs whose loss is taken in a validation."""
     val_sequences: int = 16

@@ -133,17 +133,17 @@ def test_a_validation_neither_holds_the_steps_up_nor_ends_the_training_by_its_de
 ) -> None:
     val = make_shards(tmp_path / "val", split="val")
     endless = ("--val-pairs", "100000000", "--val-sequences", "0", "--no-final-evaluation")
-    options = ("--val-data", f"tiny={val}", "--validate-every", "5", *endless)
-    with job(tmp_path, uri, *options, "--epochs", "6") as training:
+    options = ("--val-data", f"tiny={val}", "--validate-every", "7", *endless)
+    with job(tmp_path, uri, *options) as training:
         first = validation_process(training)
-        training.wait_for_step(300)
+        training.wait_for_step(NUM_STEPS)
         assert first.is_running()
         first.send_signal(signal.SIGKILL)
-        training.wait_for("process that validated step-00000250 died, .*; it is tried once more")
+        training.wait_for("process that validated step-00000350 died, .*; it is tried once more")
         validation_process(training, first.pid).send_signal(signal.SIGKILL)
-        training.wait_for("process that validated step-00000250 died, .*; the training goes on")
+        training.wait_for("process that validated step-00000350 died, .*; the training goes on")
         text = training.finish()
-    assert "trained 300 steps" in text
+    assert f"trained {NUM_STEPS} steps" in text
     assert resumed_steps(text) == []
     assert "Traceback" not in text
 
