@@ -21,6 +21,7 @@ class BlackHole:
     """A run whose server never answers."""
 
     reference = "key:parent"
+    run_id = None
 
     def __init__(self) -> None:
         self.status = ""

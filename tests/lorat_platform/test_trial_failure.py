@@ -8,7 +8,7 @@ import cloudpickle
 import pytest
 import ray.exceptions
 import torch
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from lorat.errors import UserError
 from lorat_platform.trial_failure import failure_reason
@@ -59,9 +59,9 @@ def test_a_process_that_ray_ended_for_memory_is_said_so(tmp_path: Path) -> None:
     said = "its machine ran low on memory and Ray ended the trial's process"
     assert failure_reason(_failed(tmp_path, error, pickled=False)) == said
     assert failure_reason(_failed(tmp_path, error)) == said
-    assert failure_reason(_failed(tmp_path, ActorDiedError(RAY))) == said
+    assert failure_reason(_failed(tmp_path, RayActorError(error_msg=RAY))) == said
 
 
 def test_a_process_that_was_killed_is_said_so(tmp_path: Path) -> None:
-    reason = failure_reason(_failed(tmp_path, ActorDiedError("It received SIGKILL.")))
+    reason = failure_reason(_failed(tmp_path, RayActorError(error_msg="It received SIGKILL.")))
     assert reason == "the trial's process died: It received SIGKILL."
