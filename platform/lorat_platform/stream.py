@@ -36,6 +36,8 @@ PAUSE_S = 0.02
 """Rest of Ray Data's control loop after each step.  It waits for any task that can go on, and the
 task that names the blocks always can: while enough is decoded, the loop would turn without a rest
 and take most of a CPU from the training."""
+CLOSE_S = 5.0
+"""Longest wait for the block that is under way when a stream is closed."""
 BLOCKS_AHEAD = 3
 """Blocks that are kept decoded ahead, per worker, beside those in the making."""
 
@@ -249,8 +251,9 @@ class RayStream:
             yield item
 
     def close(self) -> None:
-        """End the stream."""
+        """End the stream, and let its thread go before the connection to Ray does."""
         self._stop.set()
+        self._thread.join(CLOSE_S)
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Yield this worker's batches; the stream was made for one starting step."""
