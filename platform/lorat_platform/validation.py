@@ -132,9 +132,10 @@ def _has_gpu() -> bool:
 
 def _deaths() -> int:
     """Count the processes that have died over this task of Ray, which starts it again each time."""
-    from ray._private.worker import global_worker  # Ray's public interface does not have the count
+    from ray._private import worker  # Ray's public interface does not have the count
 
-    return global_worker.core_worker.get_current_task_attempt_number()
+    core: Any = worker.global_worker
+    return core.core_worker.get_current_task_attempt_number()
 
 
 @dataclass(frozen=True, kw_only=True)

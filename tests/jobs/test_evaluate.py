@@ -230,6 +230,7 @@ def test_export_writes_a_parity_report(home: Path, uri: str, tmp_path: Path) -> 
 def test_mistake_is_one_sentence(
     job: str, arguments: list[str], message: str, home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    capfd.readouterr()  # what making the store printed
     assert run_in_process(job, *arguments) == 2
     printed = capfd.readouterr().err.splitlines()
     assert len(printed) == 1, printed
