@@ -216,7 +216,7 @@ def test_search_run_has_its_summary_table_and_plots(page: Page, stage: Stage) ->
     page.text("Best is trial")
     page.picture("search-run")
     page.open(f"{run}/artifacts/trials.csv")
-    page.text("lora.rank")
+    page.text("trial_id")
     page.open(f"{run}/artifacts/plots/history.png")
     page.until(f"return {PICTURE}")
     page.picture("search-history")
