@@ -203,7 +203,7 @@ def _clean_boxes(recording: Recording, findings: Findings) -> tuple[np.ndarray, 
         unknown = ~np.isfinite(box).all(axis=1)
         negative = ~unknown & (size < 0).any(axis=1)
         empty = ~unknown & ~negative & (size == 0).any(axis=1)
-    unexpected: np.ndarray = unknown & np.isnan(box).any(axis=1)
+    unexpected = np.array(np.isnan(box).any(axis=1))
     if recording.first_box_only:
         unexpected[1:] = False
     reasons = []
