@@ -99,14 +99,18 @@ def check_inside(box: np.ndarray, frame: np.ndarray) -> None:
 
 
 def need_screen(option: str) -> None:
-    """Refuse an option that opens a window where there is no screen.
+    """Refuse an option that opens a window where there is no screen, and open the first one.
 
     Raises:
         UserError: if a window cannot be opened; tried in a child, since Qt ends the process.
     """
+    import cv2
+
     probe = "import cv2; cv2.namedWindow('probe'); cv2.destroyAllWindows()"
     if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode != 0:
         raise UserError(f"{option} needs a screen and there is none; leave it out and give --box.")
+    cv2.namedWindow("probe")  # before PyAV is loaded, or OpenCV hangs in its first window
+    cv2.destroyAllWindows()
 
 
 def torch_device(name: str) -> str | None:

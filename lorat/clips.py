@@ -1,7 +1,8 @@
 """Annotated videos that browsers play: H.264 in MP4, or VP8 in WebM.
 
 OpenCV's own wheel can only write formats that no browser plays, or VP8 at half a frame per
-second, so PyAV encodes here.
+second, so PyAV encodes here.  It is loaded when the first frame is written: once it is, OpenCV
+hangs when it opens its first window.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import av
 import cv2
 import numpy as np
 
@@ -61,11 +61,15 @@ class ClipWriter:
         assert self._size_wh is not None
         if (width, height) != self._size_wh:
             frame = _fit(frame, self._size_wh)
+        import av
+
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
         self._mux(self._stream.encode(picture))
 
     def _open(self, width: int, height: int) -> None:
         from fractions import Fraction
+
+        import av
 
         scale = min(1.0, (self._max_side or max(width, height)) / max(width, height))
         # 4:2:0 video has even sides.

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -96,6 +99,79 @@ def test_video_file_and_baseline(video: synthetic.Video, box: str, tmp_path: Pat
     assert len({tuple(row[1:5]) for row in rows}) == 1
     with av.open(str(tmp_path / "out.webm")) as clip:
         assert float(clip.streams.video[0].average_rate) == pytest.approx(10)
+
+
+@pytest.fixture
+def screen() -> Iterator[str]:
+    """Run an X server without a monitor; yield its name."""
+    if not (shutil.which("Xvfb") and shutil.which("xdotool")):
+        pytest.skip("Debian's xvfb and xdotool are not installed")
+    server = subprocess.Popen(
+        ["Xvfb", "-displayfd", "1", "-screen", "0", "1280x960x24"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        yield f":{server.stdout.readline().strip()}"
+    finally:
+        server.kill()
+        server.communicate(timeout=30)
+
+
+def test_object_selected_with_the_mouse_is_tracked_and_shown(
+    folder: Path, model: Path, screen: str, tmp_path: Path
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")}
+    environment |= {"LORAT_HOME": str(tmp_path), "DISPLAY": screen}
+    job = subprocess.Popen(
+        [
+            sys.executable,
+            ROOT / "jobs" / "track.py",
+            folder,
+            "--select",
+            "--show",
+            "--model",
+            model,
+        ],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+    )
+
+    def xdotool(*words: object) -> str:
+        return subprocess.run(
+            ["xdotool", *map(str, words)], env=environment, capture_output=True, text=True
+        ).stdout
+
+    deadline = time.monotonic() + 120
+    while not (window := xdotool("search", "--onlyvisible", "--name", "draw the object")):
+        assert time.monotonic() < deadline and job.poll() is None, "no window opened"
+        time.sleep(0.5)
+    time.sleep(1)
+    at = ["mousemove", "--window", window.split()[0]]
+    xdotool(*at, 90, 110)
+    xdotool("mousedown", 1)
+    for x, y in ((100, 115), (120, 130), (150, 150)):
+        xdotool(*at, x, y)
+        time.sleep(0.1)
+    xdotool("mouseup", 1)
+    time.sleep(0.3)
+    xdotool("windowfocus", window.split()[0])
+    xdotool("key", "Return")
+    try:
+        output, _ = job.communicate(timeout=120)
+    finally:
+        job.kill()
+    assert job.returncode == 0, output
+    content = json.loads((tmp_path / "tracked.json").read_text())
+    assert len(content["boxes_xywh"]) == 12
+    x, y, w, h = content["boxes_xywh"][0]
+    assert 10 < w <= 62 and 10 < h <= 42, "drawn over 60 x 40 pixels, toolbars are around"
+    assert x >= 0 and y >= 0 and x + w <= 320 and y + h <= 240
 
 
 @pytest.mark.parametrize(
