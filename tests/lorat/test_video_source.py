@@ -42,15 +42,23 @@ def test_camera_gives_frames_as_long_as_it_is_asked(
             clip.write(np.full((32, 48, 3), 90, np.uint8))
     opened = []
 
-    class Device(cv2.VideoCapture):
-        """Stands in for the device with a file, and knows no number of frames, as a camera."""
+    open_file = cv2.VideoCapture
+
+    class Device:
+        """Stands in for the device with a file, and knows no number of frames, as a camera.
+
+        Holds a capture and is none: OpenCV frees objects of Python's subclasses wrongly.
+        """
 
         def __init__(self, number: int) -> None:
             opened.append(number)
-            super().__init__(str(tmp_path / "v.mp4"))
+            self._capture = open_file(str(tmp_path / "v.mp4"))
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._capture, name)
 
         def get(self, what: int) -> float:
-            return -1.0 if what == cv2.CAP_PROP_FRAME_COUNT else super().get(what)
+            return -1.0 if what == cv2.CAP_PROP_FRAME_COUNT else self._capture.get(what)
 
     monkeypatch.setattr(cv2, "VideoCapture", Device)
     source = VideoSource("camera:3")
