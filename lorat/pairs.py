@@ -218,13 +218,17 @@ class PairSampler:
 
 
 def load_pairs(
-    sampler: PairSampler, readers: Sequence[Reader], indices: Sequence[int]
+    sampler: PairSampler,
+    readers: Sequence[Reader],
+    indices: Sequence[int],
+    out: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Read, decode and crop pairs; a damaged image is logged and its pair replaced.
 
     Args:
         readers: one per data set of the sampler, in its order.
         indices: pairs to load; -1 gives a padding row of zeros and reads nothing.
+        out: arrays to fill, as :func:`empty_pairs` gives them; none for new ones.
 
     Returns:
         ``template`` (b, T, T, 3) and ``search`` (b, S, S, 3) uint8 RGB; ``template_box`` and
@@ -236,25 +240,32 @@ def load_pairs(
     Raises:
         DamagedImage: if a hundred replacements in a row are damaged, too.
     """
-    num = len(indices)
-    template_size, search_size = sampler.variant.template_size, sampler.variant.search_size
-    batch: dict[str, np.ndarray] = {
-        "template": np.empty((num, template_size, template_size, 3), dtype=np.uint8),
-        "search": np.empty((num, search_size, search_size, 3), dtype=np.uint8),
-        "template_box": np.zeros((num, 4), dtype=np.float32),
-        "search_box": np.zeros((num, 4), dtype=np.float32),
-        "augment": np.zeros((num, len(AUGMENT_FIELDS)), dtype=np.float32),
-        "index": np.asarray(indices, dtype=np.int64).reshape(num),
-        "bytes_read": np.zeros(num, dtype=np.int64),
-        "damaged": np.zeros(num, dtype=np.int32),
-        "dataset": np.full(num, -1, dtype=np.int32),
-    }
+    batch = empty_pairs(sampler.variant, len(indices)) if out is None else out
+    batch["index"][:] = indices
+    batch["bytes_read"][:] = batch["damaged"][:] = 0
     for row, index in enumerate(batch["index"].tolist()):
         if index >= 0:
             _load_pair(sampler, readers, index, batch, row)
         else:
-            batch["template"][row], batch["search"][row] = 0, 0
+            for name, array in batch.items():
+                array[row] = -1 if name in ("index", "dataset") else 0
     return batch
+
+
+def empty_pairs(variant: Variant, num: int) -> dict[str, np.ndarray]:
+    """Return the arrays that :func:`load_pairs` fills, with anything in them."""
+    template_size, search_size = variant.template_size, variant.search_size
+    return {
+        "template": np.empty((num, template_size, template_size, 3), dtype=np.uint8),
+        "search": np.empty((num, search_size, search_size, 3), dtype=np.uint8),
+        "template_box": np.empty((num, 4), dtype=np.float32),
+        "search_box": np.empty((num, 4), dtype=np.float32),
+        "augment": np.empty((num, len(AUGMENT_FIELDS)), dtype=np.float32),
+        "index": np.empty(num, dtype=np.int64),
+        "bytes_read": np.empty(num, dtype=np.int64),
+        "damaged": np.empty(num, dtype=np.int32),
+        "dataset": np.empty(num, dtype=np.int32),
+    }
 
 
 def _load_pair(

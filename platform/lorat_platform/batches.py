@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
@@ -48,25 +49,38 @@ class Decoder:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
 
-    def load(self, indices: np.ndarray) -> Batch:
+    def load(self, indices: np.ndarray, out: Batch | None = None) -> Batch:
         """Return what :func:`lorat.pairs.load_pairs` gives.
+
+        Args:
+            indices: pairs to load.
+            out: arrays of an earlier call for as many pairs, to be filled anew; none for new ones.
 
         Raises:
             UserError: if one image after the other is damaged.
         """
-        if self._pool is None or len(indices) < 2:
-            return self._load(indices)
-        parts = list(
-            self._pool.map(self._load, np.array_split(indices, min(self._threads, len(indices))))
-        )
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        from lorat.pairs import empty_pairs
 
-    def _load(self, indices: np.ndarray) -> Batch:
+        batch = empty_pairs(self._sampler.variant, len(indices)) if out is None else out
+        if self._pool is None or len(indices) < 2:
+            self._fill(indices, batch)
+            return batch
+        cuts = [i * len(indices) // self._threads for i in range(self._threads + 1)]
+        parts = [slice(*cut) for cut in itertools.pairwise(cuts)]
+        list(
+            self._pool.map(
+                lambda part: self._fill(indices[part], {k: v[part] for k, v in batch.items()}),
+                parts,
+            )
+        )
+        return batch
+
+    def _fill(self, indices: np.ndarray, batch: Batch) -> None:
         from lorat.images import DamagedImage
         from lorat.pairs import load_pairs
 
         try:
-            return load_pairs(self._sampler, self._readers, indices.tolist())
+            load_pairs(self._sampler, self._readers, indices.tolist(), batch)
         except DamagedImage as error:
             raise UserError(
                 f"One image after the other is damaged, the last because {error}; check the data "

@@ -10,9 +10,9 @@ import numpy as np
 from lorat.config import TrainConfig
 from lorat.variants import Variant
 
-PAIRS_PER_BLOCK = 256
+PAIRS_PER_BLOCK = 512
 """Pairs that a block aims at: the fewer, the more a pair pays for its task."""
-BLOCK_BYTES = 48 * 2**20
+BLOCK_BYTES = 96 * 2**20
 """Most bytes of one block."""
 
 

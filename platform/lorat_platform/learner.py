@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lorat import checkpoint
 from lorat.augment import augment, foreground_mask
 from lorat.config import TrainConfig
-from lorat.criterion import Criterion
+from lorat.criterion import Criterion, positive_mask
 from lorat.errors import UserError
 from lorat.model import LoRAT, build_model
 from lorat.optimisation import build_optimizer, scheduled_lr, set_learning_rate
@@ -48,12 +48,12 @@ class World:
 class StepResult:
     """What one optimiser step gave; tensors stay on the device."""
 
-    loss: Tensor
-    """This worker's part; the mean over the workers is the loss of the global batch."""
-    loss_cls: Tensor
-    loss_reg: Tensor
+    losses: Tensor
+    """Loss, its part for the scores and its part for the boxes, (3,).  Those of this worker's
+    pairs; the mean over the workers is the loss of the global batch."""
     grad_norm: Tensor
     """Global gradient norm before clipping, the same on every worker."""
+    grad_finite: bool
     num_pairs: int
     finite: bool
     """False if loss or gradient was not finite and the weights were left as they were."""
@@ -176,29 +176,27 @@ class Learner:
         """
         clock = self.clock
         with clock.device_part("augment"), torch.no_grad():
-            num_positive = self.criterion.count_positives(
-                box_norm_B4, self.model.variant.search_grid
-            )
+            positive_BHW = positive_mask(box_norm_B4, 1.0, self.model.variant.search_grid)
+            num_positive = positive_BHW.sum(dtype=torch.float32)
             if self.world.size > 1:
                 dist.all_reduce(num_positive)
                 num_positive /= self.world.size
         num_pairs = len(search_BCHW)
         passes = math.ceil(num_pairs / (self.config.micro_batch or num_pairs))
         totals = torch.zeros(3, device=self.device)
-        given = (template_BCHW, search_BCHW, mask_Bhw, box_norm_B4)
+        given = (template_BCHW, search_BCHW, mask_Bhw, box_norm_B4, positive_BHW)
         parts = zip(*(t.tensor_split(passes) for t in given), strict=True)
         for number, part in enumerate(parts):
             with self._no_sync(number == passes - 1):
                 totals += self._pass(part, num_positive)
         with clock.device_part("optimiser"):
-            grad_norm, finite = self._update(totals[0])
+            grad_norm, grad_finite, finite = self._update(totals[0])
         self.step += 1
         self.num_skipped += not finite
         return StepResult(
-            loss=totals[0],
-            loss_cls=totals[1],
-            loss_reg=totals[2],
+            losses=totals,
             grad_norm=grad_norm,
+            grad_finite=grad_finite,
             num_pairs=num_pairs,
             finite=finite,
         )
@@ -231,9 +229,11 @@ class Learner:
         return losses
 
     def _forward_backward(self, part: tuple[Tensor, ...], num_positive: Tensor) -> Tensor:
-        z, x, mask, target = part
+        z, x, mask, target, positive = part
         with self.clock.device_part("forward"):
-            losses = self.criterion(self._outputs(z, x, mask), target, num_positive=num_positive)
+            losses = self.criterion(
+                self._outputs(z, x, mask), target, num_positive=num_positive, positive_BHW=positive
+            )
         with self.clock.device_part("backward"):
             loss = losses["loss"]
             (self.scaler.scale(loss) if self.scaler else loss).backward()
@@ -245,8 +245,12 @@ class Learner:
         with torch.autocast(self.device.type, self.amp_dtype):
             return self._forward(z, x, mask)
 
-    def _update(self, loss: Tensor) -> tuple[Tensor, bool]:
-        """Clip and step; leave the weights alone if loss or gradient is not finite."""
+    def _update(self, loss: Tensor) -> tuple[Tensor, bool, bool]:
+        """Clip and step; leave the weights alone if loss or gradient is not finite.
+
+        Returns:
+            Gradient norm, whether it is finite, and whether the step counts as finite.
+        """
         set_learning_rate(self.optimizer, scheduled_lr(self.step, self.config))
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
@@ -268,7 +272,7 @@ class Learner:
                 self.optimizer.step()
         if finite or self.config.nonfinite == "skip":
             self.optimizer.zero_grad(set_to_none=True)
-        return norm.detach(), finite
+        return norm.detach(), not bad[1], finite
 
     def save(self, folder: Path | str, **extra: Any) -> None:
         """Write weights and everything that resuming needs."""

@@ -112,11 +112,17 @@ class BlockDecoder:
             console.install(logging.WARNING)
         self._layout = layout
         self._decoder = Decoder(*open_pairs(config, sources), threads)
+        self._batch: Batch | None = None
 
     def __call__(self, row: Batch) -> Batch:
-        """Decode the one block that ``row`` names; every array gets a leading axis of 1."""
+        """Decode the one block that ``row`` names; every array gets a leading axis of 1.
+
+        The arrays are those of the call before: Ray Data has copied them into the object store,
+        and new memory for every block costs a tenth of the decoding.
+        """
         (block,) = row["block"].tolist()
-        return {k: v[None] for k, v in self._decoder.load(self._layout.indices(block)).items()}
+        self._batch = self._decoder.load(self._layout.indices(block), self._batch)
+        return {name: array[None] for name, array in self._batch.items()}
 
 
 def split_stream(
@@ -135,6 +141,7 @@ def split_stream(
         pool: who decodes.
         console: where damaged images are named.
     """
+    import ray
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -143,11 +150,12 @@ def split_stream(
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.custom_execution_callback_classes = [_rest()]
-    # What may be decoded ahead; without a limit it is half of the object store.
+    # What may be decoded ahead; never more than half of the object store, Ray Data's own limit.
     block = layout.pairs_per_block * pair_bytes(config.model_variant)
     ahead = BLOCKS_AHEAD * layout.num_workers + 3 * pool.actors
+    half = ray.cluster_resources()["object_store_memory"] / 2
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-        object_store_memory=2 * ahead * block
+        object_store_memory=min(2 * ahead * block, half)
     )
     previous = DataContext.get_current()
     DataContext._set_current(context)

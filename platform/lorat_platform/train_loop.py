@@ -64,7 +64,7 @@ class _Interval:
     skipped: int = 0
     losses: torch.Tensor = field(default_factory=lambda: torch.zeros(3))
     grad_norm: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
-    num_norms: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    num_norms: int = 0
     """Steps whose gradient norm is finite."""
     damaged: int = 0
     images: int = 0
@@ -202,12 +202,10 @@ def _add(interval: _Interval, result: StepResult, device: torch.device) -> None:
     interval.pairs += result.num_pairs
     interval.skipped += not result.finite
     if result.finite:
-        losses = torch.stack([result.loss, result.loss_cls, result.loss_reg])
-        interval.losses = interval.losses.to(device) + losses
-        finite = torch.isfinite(result.grad_norm)
-        norm = torch.where(finite, result.grad_norm, 0.0)
-        interval.grad_norm = interval.grad_norm.to(device) + norm
-        interval.num_norms = interval.num_norms.to(device) + finite
+        interval.losses = interval.losses.to(device) + result.losses
+        if result.grad_finite:
+            interval.grad_norm = interval.grad_norm.to(device) + result.grad_norm
+            interval.num_norms += 1
 
 
 def _report(
@@ -244,7 +242,7 @@ def _report(
         "train/loss": loss,
         "train/loss_cls": loss_cls,
         "train/loss_reg": loss_reg,
-        "train/grad_norm": float(interval.grad_norm / interval.num_norms),
+        "train/grad_norm": float(interval.grad_norm) / (interval.num_norms or math.nan),
         "train/lr": learner.optimizer.param_groups[0]["lr"],
         "train/skipped_steps": float(learner.num_skipped),
         "train/epoch": learner.step / learner.config.steps_per_epoch,
@@ -314,7 +312,7 @@ def _handle_nonfinite(
     step = learner.step - 1
     own = _Fault(
         rank=world.rank,
-        own_loss=not bool(torch.isfinite(result.loss)),
+        own_loss=not bool(torch.isfinite(result.losses[0])),
         first=int(batch["index"].min()),
         last=int(batch["index"].max()),
     )

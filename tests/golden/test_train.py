@@ -92,9 +92,9 @@ def test_training_steps(path: Path) -> None:
         assert {g["lr"] for g in learner.optimizer.param_groups} == {lr}
         tolerance = 1e-5 if step == 0 else 1e-3
         for ours, published in (
-            (result.loss, "loss"),
-            (result.loss_cls, "loss_cls"),
-            (result.loss_reg, "loss_reg"),
+            (result.losses[0], "loss"),
+            (result.losses[1], "loss_cls"),
+            (result.losses[2], "loss_reg"),
             (result.grad_norm, "grad_norm"),
         ):
             np.testing.assert_allclose(

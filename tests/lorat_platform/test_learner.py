@@ -88,7 +88,7 @@ def one_step(config: TrainConfig, world: World) -> tuple[dict[str, torch.Tensor]
     learner.optimizer.register_step_pre_hook(look)
     (batch, *_rest) = source(world.rank, world.size).batches(0)
     result = learner.train_step(learner.to_device(batch))
-    loss = result.loss.clone()
+    loss = result.losses[0].clone()
     if world.size > 1:
         dist.all_reduce(loss)
     return seen, float(loss) / world.size

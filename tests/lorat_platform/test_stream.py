@@ -89,7 +89,7 @@ def test_every_pair_of_every_step_is_in_exactly_one_block(
     settings = resolve(TrainConfig(variant=variant, batch_size=batch_size, backbone="none"))
     layout = Layout.plan(settings, workers, 3, 17)
     assert layout.num_blocks % workers == 0
-    assert layout.pairs_per_block * pair_bytes(settings.model_variant) <= 64 * 2**20
+    assert layout.pairs_per_block * pair_bytes(settings.model_variant) <= 96 * 2**20
     rows = np.concatenate([layout.indices(block) for block in range(layout.num_blocks)])
     assert sorted(rows[rows >= 0].tolist()) == list(range(3 * batch_size, 17 * batch_size))
     for rank in range(workers):
