@@ -17,6 +17,7 @@ most half a grey level).
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -35,10 +36,6 @@ PIL_LUMA = (19595.0, 38470.0, 7471.0)
 """Grey weights of PIL's RGB to L conversion, in 1/65536."""
 SOLARIZE_THRESHOLD = 128
 
-_ORDERS_P3 = torch.tensor(JITTER_ORDERS)
-_LUMA_C = torch.tensor(LUMA)
-_MEAN_C11 = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-_STD_C11 = torch.tensor(IMAGENET_STD).view(3, 1, 1)
 _COLUMN = {name: column for column, name in enumerate(AUGMENT_FIELDS)}
 _FLIP, _JITTER, _BLUR = (_COLUMN[n] for n in ("template_flip", "template_order", "blur_radius"))
 
@@ -73,14 +70,11 @@ def augment(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return outputs[0], outputs[1], boxes[0], boxes[1]
 
 
-def normalize(image_BCHW: Tensor) -> Tensor:
-    """Subtract ImageNet's mean and divide by its deviation; the input ranges over 0 to 1."""
-    return normalize_(image_BCHW.clone())
-
-
 def normalize_(image_BCHW: Tensor) -> Tensor:
-    """Do what :func:`normalize` does, in place."""
-    return image_BCHW.sub_(_MEAN_C11.to(image_BCHW)).div_(_STD_C11.to(image_BCHW))
+    """Subtract ImageNet's mean and divide by its deviation, in place; the input is 0 to 1."""
+    mean_C11 = _constant(IMAGENET_MEAN, image_BCHW.device).view(3, 1, 1)
+    std_C11 = _constant(IMAGENET_STD, image_BCHW.device).view(3, 1, 1)
+    return image_BCHW.sub_(mean_C11).div_(std_C11)
 
 
 def flip_images(image_BHWC: Tensor, flip_B: Tensor) -> Tensor:
@@ -120,14 +114,13 @@ def color_jitter(image_BCHW: Tensor, order_B: Tensor, factors_B3: Tensor) -> Ten
 def _jitter_terms(order_N: Tensor, factors_N3: Tensor) -> tuple[Tensor, Tensor]:
     """Return each step's matrix (N, 3, C, C), and what it adds of the grey mean (N, 3)."""
     device = factors_N3.device
-    operation_N3 = _ORDERS_P3.to(device)[order_N]
+    operation_N3 = _constant(JITTER_ORDERS, device)[order_N]
     factor_N3 = factors_N3.gather(1, operation_N3)
     base_N3 = 1 - factor_N3
     same_CC = torch.eye(3, device=device)
     grey_N3 = torch.where(operation_N3 == 2, base_N3, 0.0)
-    blend_N3CC = factor_N3[..., None, None] * same_CC + grey_N3[..., None, None] * _LUMA_C.to(
-        device
-    )
+    luma_C = _constant(LUMA, device)
+    blend_N3CC = factor_N3[..., None, None] * same_CC + grey_N3[..., None, None] * luma_C
     return blend_N3CC, torch.where(operation_N3 == 1, base_N3, 0.0)
 
 
@@ -135,7 +128,7 @@ def _jitter(image_BCHW: Tensor, blend_B3CC: Tensor, mean_B3: Tensor) -> Tensor:
     # Every operation is affine in a pixel's three channels: one small matrix product each, which
     # reads and writes the batch once (P pixels).  Two buffers serve in turn: new memory costs as
     # much as a product.
-    luma_C = _LUMA_C.to(image_BCHW)
+    luma_C = _constant(LUMA, image_BCHW.device)
     image_BCP = image_BCHW.flatten(2)
     buffers = torch.empty((2, *image_BCP.shape), dtype=image_BCP.dtype, device=image_BCP.device)
     for step in range(3):
@@ -241,6 +234,13 @@ def foreground_mask(template_box_B4: Tensor, variant: Variant) -> Tensor:
     cell_g = torch.arange(grid, device=template_box_B4.device)
     inside_B2g = (cell_g >= first_B2.unsqueeze(-1)) & (cell_g < last_B2.unsqueeze(-1))
     return (inside_B2g[:, 1].unsqueeze(-1) & inside_B2g[:, 0].unsqueeze(-2)).long()
+
+
+@functools.cache
+def _constant(values: tuple, device: torch.device) -> Tensor:
+    """Return numbers as a tensor, made once per device: a copy to a GPU would wait for its work."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
 
 
 def _weighted_sum(image_BCHW: Tensor, weights: tuple[float, float, float]) -> Tensor:

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -109,7 +110,12 @@ def export(model: LoRAT, folder: Path, formats: tuple[str, ...] = FORMATS) -> li
     }
     reports = [writers[name](merged, folder) for name in formats]
     content = {"variant": merged.variant.name, "tolerance": TOLERANCE}
-    rows = [asdict(report) for report in reports]
+    rows = [
+        # JSON knows no NaN, which an error is where the exported network gives none.
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v
+         for k, v in asdict(report).items()}
+        for report in reports
+    ]  # fmt: skip
     part = folder / ".parity.json.part"
     part.write_text(json.dumps(content | {"formats": rows}, indent=2) + "\n")
     os.replace(part, folder / "parity.json")

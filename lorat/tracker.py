@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorat.augment import normalize
+from lorat.augment import normalize_
 from lorat.errors import UserError
 from lorat.geometry import (
     Box,
@@ -197,7 +197,7 @@ class Tracker:
         """Stack float32 crops (H, W, C), 0 to 255, to a normalised (B, C, H, W) batch."""
         image_BHWC = torch.from_numpy(np.stack(crops)).to(self.device)
         image_BCHW = image_BHWC.permute(0, 3, 1, 2).contiguous() / 255
-        return normalize(image_BCHW).to(self.dtype)
+        return normalize_(image_BCHW).to(self.dtype)
 
     @torch.inference_mode()
     def _forward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,8 @@ def object_store() -> Iterator[ObjectStore]:
     server.start()
     host, port = server.get_host_and_port()
     store = ObjectStore(server, f"http://{host}:{port}")
+    # All servers of a process share what is stored; a test begins with nothing.
+    urllib.request.urlopen(f"{store.endpoint}/moto-api/reset", data=b"", timeout=10).close()
     client = boto3.client("s3", endpoint_url=store.endpoint, region_name="us-east-1")
     client.create_bucket(Bucket="videos")
     client.close()

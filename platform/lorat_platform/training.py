@@ -39,7 +39,7 @@ START_TIMEOUT_S = 300
 VALIDATION_TIMEOUT_S = 3600.0
 """Longest validation; the end of the training waits for the last one."""
 CONTROLLER_FAILURES = 3
-"""Starts of the worker group that may time out before the run gives up."""
+"""Starts of the worker group that may fail or time out before the run gives up."""
 
 
 def train(
@@ -301,14 +301,31 @@ def _in_thread(fit: Callable[[], Any], place: Placement) -> None:
         thread.join(timeout=0.2)
     if failure:
         message = user_message(failure[0])
-        if message is None and "WorkerGroupStartupTimeoutError" in repr(failure[0]):
-            message = (
-                f"The cluster did not give the {place.wanted()} of the training workers in time; "
-                "add nodes or lower --workers, and the same command goes on."
-            )
+        message = message or _start_message(failure[0], place)
         if message is not None:
             raise UserError(message) from failure[0]
         raise failure[0]
+
+
+def _start_message(error: BaseException, place: Placement) -> str | None:
+    """Return what to tell the user where the training workers could not be started."""
+    from ray.train.v2._internal.exceptions import (
+        WorkerGroupStartupFailedError,
+        WorkerGroupStartupTimeoutError,
+    )
+
+    cause = getattr(error, "controller_failure", None)
+    if isinstance(cause, WorkerGroupStartupTimeoutError):
+        return (
+            f"The cluster did not give the {place.wanted()} of the training workers in time; "
+            "add nodes or lower --workers, and the same command goes on."
+        )
+    if isinstance(cause, WorkerGroupStartupFailedError):
+        return (
+            f"The training workers could not be started, the last time because {cause}; look at "
+            "the nodes with 'ray status' and at Ray's logs, and the same command goes on."
+        )
+    return None
 
 
 def resolved_text(config: TrainConfig) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorat.augment import normalize
+from lorat.augment import normalize_
 from lorat.geometry import crop_params, enlarge_to_minimum, foreground_mask, resample
 from tests.golden.fixture_files import golden, name_of
 
@@ -51,7 +51,7 @@ def test_crops(path: Path, role: str) -> None:
         )
         if role == "x":
             continue
-        normalized_CHW = normalize(torch.from_numpy(crop_HWC).permute(2, 0, 1)[None] / 255)[0]
+        normalized_CHW = normalize_(torch.from_numpy(crop_HWC).permute(2, 0, 1)[None] / 255)[0]
         patch = expected["z_normalized_patch"]
         np.testing.assert_allclose(
             normalized_CHW[:, : patch.shape[1], : patch.shape[2]].numpy(), patch, atol=1e-5

@@ -211,7 +211,7 @@ def test_export_writes_a_parity_report(home: Path, uri: str, tmp_path: Path) -> 
     assert run_in_process("export", *arguments) == 0
     assert "| onnx | model.onnx |" in (tmp_path / "out" / "parity.md").read_text()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "bundle", "model.onnx", "model.pt2", "parity.json", "parity.md",
+        "bundle", "model.onnx", "model.pt2", "official.safetensors", "parity.json", "parity.md",
     }  # fmt: skip
 
 

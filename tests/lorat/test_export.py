@@ -110,6 +110,15 @@ def test_a_file_that_gives_no_numbers_has_not_passed(
     assert not report.passed
     assert np.isnan(report.max_score_error) or np.isnan(report.max_box_error)
 
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    written = json.loads((tmp_path / "parity.json").read_text(), parse_constant=refuse)
+    assert None in (
+        written["formats"][0]["max_score_error"],
+        written["formats"][0]["max_box_error"],
+    )
+
 
 def test_a_model_that_gives_no_numbers_is_refused(tmp_path: Path) -> None:
     diverged = random_tracker()

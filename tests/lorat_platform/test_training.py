@@ -19,8 +19,14 @@ from typing import Any
 
 import psutil
 import pytest
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
+from ray.train.v2.api.exceptions import ControllerError
 
 from lorat.errors import UserError
+from lorat_platform import training as lorat_training
 from lorat_platform.cluster import Cluster
 from lorat_platform.run_options import Placement, RunOptions
 from tests.lorat_platform.training_jobs import (
@@ -353,6 +359,27 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_spares_the_last_checkpoint
     from lorat_platform import checkpoint_store
 
     assert checkpoint_store.newest(locate(folder)) is not None
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (WorkerGroupStartupTimeoutError(2), "did not give the 2 CPUs .* lower --workers"),
+        (
+            WorkerGroupStartupFailedError("a node died"),
+            "could not be started, .* a node died; look",
+        ),
+    ],
+)
+def test_workers_that_do_not_start_end_with_a_sentence(failure: Exception, message: str) -> None:
+    cluster = Cluster(embedded=False, address="127.0.0.1:1", cpus=8, gpus=0, nodes=2)
+    place = Placement.plan(RunOptions(workers="2", cpus_per_worker=1), cluster, batch_size=8)
+
+    def fit() -> None:
+        raise ControllerError(failure)
+
+    with pytest.raises(UserError, match=message):
+        lorat_training._in_thread(fit, place)
 
 
 def test_more_than_the_machine_has_is_refused_at_once() -> None:

@@ -173,9 +173,9 @@ def test_only_the_last_states_between_rungs_are_kept(tune: Tune, setup: TrialSet
     assert kept == ["step-00000010", "step-00000011"]
 
 
-def test_a_group_that_dies_at_the_end_of_a_rung_goes_on(
-    setup: TrialSetup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def lone_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Let this process be the only worker of a group."""
     import ray.train
     import torch.distributed
 
@@ -184,15 +184,22 @@ def test_a_group_that_dies_at_the_end_of_a_rung_goes_on(
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     monkeypatch.setenv("LORAT_CROP_CACHE", str(tmp_path / "crops"))
 
-    def work(name: str) -> trial_group.RungWork:
-        folder = locate(str(tmp_path / name))
-        folder.make()
-        return trial_group.RungWork(
-            config=setup.space.configure(VALUES), setup=setup, rung=0, folder=folder,
-            progress=trial.read_progress(None),
-        )  # fmt: skip
 
-    whole = work("whole")
+def rung_work(setup: TrialSetup, folder: Path, rung: int = 0) -> trial_group.RungWork:
+    """Return the work of a new trial's group."""
+    location = locate(str(folder))
+    location.make()
+    return trial_group.RungWork(
+        config=setup.space.configure(VALUES), setup=setup, rung=rung, folder=location,
+        progress=trial.read_progress(None),
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("lone_worker")
+def test_a_group_that_dies_at_the_end_of_a_rung_goes_on(
+    setup: TrialSetup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = rung_work(setup, tmp_path / "whole")
     trial_group._worker(whole)
     expected = json.loads(whole.folder.read_bytes(whole.result_file))["measured"]
 
@@ -202,8 +209,8 @@ def test_a_group_that_dies_at_the_end_of_a_rung_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(trial_group, "measure", dies)
         with pytest.raises(Stopped):
-            trial_group._worker(work("killed"))
-    again = work("killed")
+            trial_group._worker(rung_work(setup, tmp_path / "killed"))
+    again = rung_work(setup, tmp_path / "killed")
     assert not again.folder.exists(again.result_file)
     trial_group._worker(again)
     got = json.loads(again.folder.read_bytes(again.result_file))["measured"]
@@ -211,16 +218,10 @@ def test_a_group_that_dies_at_the_end_of_a_rung_goes_on(
     assert got["ao"] == expected["ao"]
 
 
+@pytest.mark.usefixtures("lone_worker")
 def test_a_group_that_dies_within_a_rung_reports_the_loss_of_the_whole_rung(
     setup: TrialSetup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import ray.train
-    import torch.distributed
-
-    place = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
-    monkeypatch.setattr(ray.train, "get_context", lambda: place)
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-    monkeypatch.setenv("LORAT_CROP_CACHE", str(tmp_path / "crops"))
     monkeypatch.setattr(trial_group, "measure", lambda *a: {"loss": a[3].loss})
     losses: dict[str, list[float]] = {}
     whole_run = trial_group.run
@@ -231,13 +232,8 @@ def test_a_group_that_dies_within_a_rung_reports_the_loss_of_the_whole_rung(
         raise Stopped
 
     for name in ("whole", "killed"):
-        folder = locate(str(tmp_path / name))
-        folder.make()
         for rung in range(2):
-            work = trial_group.RungWork(
-                config=setup.space.configure(VALUES), setup=setup, rung=rung, folder=folder,
-                progress=trial.read_progress(None),
-            )  # fmt: skip
+            work = rung_work(setup, tmp_path / name, rung)
             if rung == 1 and name == "killed":
                 with monkeypatch.context() as patch:
                     patch.setattr(trial_group, "run", dying_run)
@@ -245,7 +241,7 @@ def test_a_group_that_dies_within_a_rung_reports_the_loss_of_the_whole_rung(
                         trial_group._worker(work)
                 work = dataclasses.replace(work, progress=trial.read_progress(None))
             trial_group._worker(work)
-            measured = json.loads(folder.read_bytes(work.result_file))["measured"]
+            measured = json.loads(work.folder.read_bytes(work.result_file))["measured"]
             losses.setdefault(name, []).append(measured["loss"])
     assert losses["killed"] == pytest.approx(losses["whole"], rel=1e-6)
 
