@@ -13,7 +13,6 @@ cutting or merging blocks, and lets a single read task name all blocks of a run 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import queue
@@ -263,9 +262,6 @@ class RayStream:
         """End the stream, and let its thread go before the connection to Ray does."""
         self._stop.set()
         self._thread.join(CLOSE_S)
-        # Its arrays lie in the object store; freeing one after Ray has gone ends the process.
-        with contextlib.suppress(queue.Empty):
-            self._blocks.get_nowait()
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Yield this worker's batches; the stream was made for one starting step."""
