@@ -56,7 +56,7 @@ def augment(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Both crops' parameters at once, (2 B, ...): on small batches the calls cost, not the numbers.
     jitter_BR4 = parameters_BK[:, _JITTER : _JITTER + 8].view(num, 2, 4)
     jitter_N4 = jitter_BR4.transpose(0, 1).reshape(-1, 4)
-    blend_N3CC, mean_N3 = _jitter_terms(jitter_N4[:, 0].long(), jitter_N4[:, 1:])
+    blend_N3CC, mean_N3 = jitter_terms(jitter_N4[:, 0].long(), jitter_N4[:, 1:])
     outputs, boxes = [], []
     for number, role in enumerate(("template", "search")):
         rows = slice(number * num, (number + 1) * num)
@@ -65,7 +65,7 @@ def augment(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         image_BHWC = flip_images(batch[role], flip_B).float().div_(255)
         boxes.append(flip_boxes(batch[f"{role}_box"].float(), flip_B, size).clamp_(0, size))
         image_BCHW = image_BHWC.permute(0, 3, 1, 2)  # a view: the first product transposes it
-        image_BCHW = _jitter(image_BCHW, blend_N3CC[rows], mean_N3[rows])
+        image_BCHW = color_jitter(image_BCHW, blend_N3CC[rows], mean_N3[rows])
         outputs.append(normalize_(three_augment(image_BCHW, choice_B, radius_B)))
     return outputs[0], outputs[1], boxes[0], boxes[1]
 
@@ -81,7 +81,7 @@ def flip_images(image_BHWC: Tensor, flip_B: Tensor) -> Tensor:
     """Mirror the chosen samples left to right; channels last, as images are decoded."""
     mirrored_BHWC = image_BHWC.flip(2)
     if image_BHWC.dtype == torch.uint8 and image_BHWC[0].numel() % 4 == 0:
-        # Choosing words of four bytes takes a tenth of the time that choosing bytes does.
+        # Choosing words of four bytes takes a seventh of the time that choosing bytes does.
         words_BN, mirrored_BN = (
             i.flatten(1).view(torch.int32) for i in (image_BHWC, mirrored_BHWC)
         )
@@ -97,22 +97,16 @@ def flip_boxes(box_B4: Tensor, flip_B: Tensor, width: int) -> Tensor:
     return torch.where(flip_B.view(-1, 1), mirrored_B4, box_B4)
 
 
-def color_jitter(image_BCHW: Tensor, order_B: Tensor, factors_B3: Tensor) -> Tensor:
-    """Apply brightness, contrast and saturation, in each sample's own order.
-
-    All three are one blend, ``clamp(f * image + (1 - f) * base)``: the base is black, the mean of
-    the grey image, or the grey image.
+def jitter_terms(order_N: Tensor, factors_N3: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what :func:`color_jitter` does in its three steps, in each sample's own order.
 
     Args:
-        image_BCHW: 0 to 1.
-        order_B: index into :data:`lorat.augment_spec.JITTER_ORDERS`.
-        factors_B3: brightness, contrast, saturation; 1 changes nothing.
+        order_N: index into :data:`lorat.augment_spec.JITTER_ORDERS`.
+        factors_N3: brightness, contrast, saturation; 1 changes nothing.
+
+    Returns:
+        Each step's matrix (N, 3, C, C), and the share of the grey mean that it adds (N, 3).
     """
-    return _jitter(image_BCHW, *_jitter_terms(order_B, factors_B3))
-
-
-def _jitter_terms(order_N: Tensor, factors_N3: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each step's matrix (N, 3, C, C), and what it adds of the grey mean (N, 3)."""
     device = factors_N3.device
     operation_N3 = _constant(JITTER_ORDERS, device)[order_N]
     factor_N3 = factors_N3.gather(1, operation_N3)
@@ -124,7 +118,16 @@ def _jitter_terms(order_N: Tensor, factors_N3: Tensor) -> tuple[Tensor, Tensor]:
     return blend_N3CC, torch.where(operation_N3 == 1, base_N3, 0.0)
 
 
-def _jitter(image_BCHW: Tensor, blend_B3CC: Tensor, mean_B3: Tensor) -> Tensor:
+def color_jitter(image_BCHW: Tensor, blend_B3CC: Tensor, mean_B3: Tensor) -> Tensor:
+    """Apply brightness, contrast and saturation.
+
+    All three are one blend, ``clamp(f * image + (1 - f) * base)``: the base is black, the mean of
+    the grey image, or the grey image.
+
+    Args:
+        image_BCHW: 0 to 1.
+        blend_B3CC, mean_B3: what :func:`jitter_terms` gives.
+    """
     # Every operation is affine in a pixel's three channels: one small matrix product each, which
     # reads and writes the batch once (P pixels).  Two buffers serve in turn: new memory costs as
     # much as a product.

@@ -117,8 +117,8 @@ class BlockDecoder:
     def __call__(self, row: Batch) -> Batch:
         """Decode the one block that ``row`` names; every array gets a leading axis of 1.
 
-        The arrays are those of the call before: Ray Data has copied them into the object store,
-        and new memory for every block costs a tenth of the decoding.
+        The arrays are those of the call before, filled anew: Ray Data has copied them into the
+        object store by then.
         """
         (block,) = row["block"].tolist()
         self._batch = self._decoder.load(self._layout.indices(block), self._batch)

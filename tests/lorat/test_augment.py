@@ -16,6 +16,7 @@ from lorat.augment import (
     flip_boxes,
     foreground_mask,
     gaussian_blur,
+    jitter_terms,
     three_augment,
 )
 from lorat.augment_spec import AUGMENT_FIELDS, JITTER_ORDERS, draw_augmentation
@@ -55,7 +56,7 @@ def test_jitter_equals_torchvision_in_every_order() -> None:
     rng = np.random.default_rng(3)
     factors_B3 = torch.from_numpy(rng.uniform(0.6, 1.4, (12, 3)).astype(np.float32))
     order_B = torch.arange(12) % 6
-    result_BCHW = color_jitter(image_BCHW, order_B, factors_B3)
+    result_BCHW = color_jitter(image_BCHW, *jitter_terms(order_B, factors_B3))
     for sample in range(12):
         expected = image_BCHW[sample]
         for operation in JITTER_ORDERS[int(order_B[sample])]:
