@@ -148,21 +148,25 @@ def three_augment(image_BCHW: Tensor, choice_B: Tensor, radius_B: Tensor) -> Ten
         image_BCHW: 0 to 1.
         choice_B: -1 nothing, 0 grayscale, 1 solarize, 2 blur.
         radius_B: radius of the blur, in pixels.
+
+    Returns:
+        The result; on a CPU it is the given tensor, overwritten.
     """
-    if not image_BCHW.is_cuda and not (choice_B >= 0).any():
-        return image_BCHW
-    level_BCHW = torch.floor(image_BCHW * 255)
-    result_BCHW = image_BCHW.clone()
-    for choice, operation in enumerate((_grayscale, _solarize, gaussian_blur)):
-        if image_BCHW.is_cuda:  # computing it for all costs less than asking which are chosen
+    operations = (_grayscale, _solarize, gaussian_blur)
+    if image_BCHW.is_cuda:  # computing it for all costs less than asking which are chosen
+        level_BCHW = torch.floor(image_BCHW * 255)
+        for choice, operation in enumerate(operations):
             everywhere_BCHW = operation(level_BCHW, radius_B) / 255
             chosen_B111 = (choice_B == choice).view(-1, 1, 1, 1)
-            result_BCHW = torch.where(chosen_B111, everywhere_BCHW, result_BCHW)
-        else:
-            chosen = torch.nonzero(choice_B == choice).flatten()
-            if len(chosen):
-                result_BCHW[chosen] = operation(level_BCHW[chosen], radius_B[chosen]).div_(255)
-    return result_BCHW
+            image_BCHW = torch.where(chosen_B111, everywhere_BCHW, image_BCHW)
+        return image_BCHW
+    for choice, operation in enumerate(operations):
+        chosen = torch.nonzero(choice_B == choice).flatten()
+        if len(chosen):
+            level_BCHW = image_BCHW.index_select(0, chosen).mul_(255).floor_()
+            result_BCHW = operation(level_BCHW, radius_B[chosen]).div_(255)
+            image_BCHW.index_copy_(0, chosen, result_BCHW)
+    return image_BCHW
 
 
 def _grayscale(level_BCHW: Tensor, radius_B: Tensor) -> Tensor:

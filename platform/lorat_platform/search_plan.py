@@ -27,9 +27,11 @@ from lorat_platform.space import SearchSpace, build_space
 
 REQUEST_FILE = "search.json"
 """Where a search's folder keeps the request."""
-SMALL_SCHEDULE = {"epochs": 16, "pairs_per_epoch": 512, "batch_size": 16}
-"""Full schedule of a trial of a small variant where none is given: 512 steps, 16 of warm-up.  After
-a sixteenth of it, the first rung, good and bad configurations already track differently."""
+SMALL_SCHEDULE = {"epochs": 32, "pairs_per_epoch": 512, "batch_size": 16}
+"""Full schedule of a trial of a small variant where none is given: 1024 steps, 16 of warm-up.
+
+After a sixteenth of it, the first rung, good and bad configurations already track differently.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from lorat import storage
 from lorat_platform import checkpoint_store
 from lorat_platform.learner import Learner, World
 from lorat_platform.scheduling import HISTORY
+from lorat_platform.tail_average import TailAverage
 from lorat_platform.train_loop import Hooks, run
 from lorat_platform.trial_work import (
     Progress,
@@ -29,6 +30,7 @@ from lorat_platform.trial_work import (
     measure,
     open_cache,
     prepare_process,
+    rung_average,
     start_weights,
 )
 
@@ -57,17 +59,18 @@ def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
         cache = stack.enter_context(open_cache(config, setup))
         for rung in range(len(progress.history), setup.rungs.num_rungs):
             step = setup.rungs.steps[rung]
+            average = rung_average(learner, setup, rung, folder)
             trained = time.perf_counter()
             run(
                 config,
                 batch_source(cache, config, setup, learner.world, step),
                 world=learner.world,
-                hooks=training_hooks(setup, trial_folder(setup), progress, learner, step),
+                hooks=training_hooks(setup, trial_folder(setup), progress, learner, average, step),
                 learner=learner,
                 end_step=step,
             )
             progress.train_seconds += time.perf_counter() - trained
-            measured = measure(learner, config, setup, progress, cache)
+            measured = measure(learner, config, setup, progress, cache, average)
             seconds = before + time.perf_counter() - began
             report = progress.report(setup, rung, measured, seconds)
             with tempfile.TemporaryDirectory() as name:
@@ -84,11 +87,14 @@ def hand_over(report: dict[str, Any], progress: Progress, folder: Path) -> None:
     )
 
 
-def save_state(learner: Learner, folder: storage.Location, progress: Progress) -> None:
+def save_state(
+    learner: Learner, folder: storage.Location, progress: Progress, average: TailAverage
+) -> None:
     """Save a trial between rungs, complete or not at all; the last two are kept."""
     folder.make()
     with tempfile.TemporaryDirectory() as name:
         learner.save(name)
+        average.save(Path(name))
         (Path(name) / STATE_FILE).write_text(json.dumps(progress.to_dict()))
         checkpoint_store.upload(Path(name), folder, checkpoint_store.name_of(learner.step))
     for old in checkpoint_store.names(folder)[:-2]:
@@ -113,18 +119,20 @@ def training_hooks(
     folder: storage.Location,
     progress: Progress,
     learner: Learner,
+    average: TailAverage,
     end_step: int,
     *,
     rank: int = 0,
     save_end: bool = False,
 ) -> Hooks:
-    """Add up the losses of a rung, and let worker 0 save every few minutes before its end.
+    """Add up losses and weights of a rung, and let worker 0 save every few minutes before its end.
 
     Args:
         setup: of the search.
         folder: where to save.
         progress: takes the losses.
         learner: that is going to train.
+        average: takes worker 0's weights, which are every worker's.
         end_step: of the rung.
         rank: of this worker.
         save_end: also save at the end of the rung, where no report does it.
@@ -132,14 +140,16 @@ def training_hooks(
     saved = time.perf_counter()
     summed = learner.step - learner.num_skipped
 
-    def due(step: int) -> bool:
+    def after_step(step: int) -> bool:
+        if rank == 0:
+            average.add(step)
         late = time.perf_counter() - saved > setup.save_every_s
         return rank == 0 and step < end_step and step % setup.sum_every == 0 and late
 
     def save(learner: Learner, _: dict[str, float]) -> None:
         nonlocal saved
         if rank == 0 and (save_end or learner.step < end_step):
-            save_state(learner, folder, progress)
+            save_state(learner, folder, progress, average)
             saved = time.perf_counter()
 
     def add(step: int, values: dict[str, float]) -> None:
@@ -148,7 +158,7 @@ def training_hooks(
         progress.add_losses(values["train/loss"], trained - summed)
         summed = trained
 
-    return Hooks(log_every=setup.sum_every, on_interval=add, on_step=due, on_checkpoint=save)
+    return Hooks(log_every=setup.sum_every, on_interval=add, on_step=after_step, on_checkpoint=save)
 
 
 @contextlib.contextmanager

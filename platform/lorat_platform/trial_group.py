@@ -31,6 +31,7 @@ from lorat_platform.trial_work import (
     measure,
     open_cache,
     prepare_process,
+    rung_average,
     start_weights,
 )
 
@@ -152,6 +153,7 @@ def _worker(work: RungWork) -> None:
             resume=resume,
             start_weights=start_weights(config) if resume is None else None,
         )
+        average = rung_average(learner, work.setup, work.rung, resume)
         began = time.perf_counter()
         run(
             config,
@@ -162,6 +164,7 @@ def _worker(work: RungWork) -> None:
                 folder,
                 progress,
                 learner,
+                average,
                 work.end_step,
                 rank=world.rank,
                 save_end=True,
@@ -173,7 +176,7 @@ def _worker(work: RungWork) -> None:
         if world.rank == 0:
             evaluated = progress.evaluation_seconds
             done = {
-                "measured": measure(learner, config, work.setup, progress, cache),
+                "measured": measure(learner, config, work.setup, progress, cache, average),
                 "latency_ms": progress.latency_ms,
                 "train_seconds": seconds,
                 "evaluation_seconds": progress.evaluation_seconds - evaluated,

@@ -37,6 +37,7 @@ from lorat_platform.learner import Learner, World
 from lorat_platform.scheduling import BUDGET, Rungs
 from lorat_platform.sources import fingerprints, open_indexes, open_pairs, resolve_sources
 from lorat_platform.space import SearchSpace
+from lorat_platform.tail_average import TailAverage
 from lorat_platform.validation import evenly
 
 if TYPE_CHECKING:
@@ -189,15 +190,38 @@ def batch_source(
     )
 
 
+def rung_average(learner: Learner, setup: TrialSetup, rung: int, saved: Path | None) -> TailAverage:
+    """Return the mean of the weights by which a rung is judged.
+
+    It is over the second half of the steps up to the rung.  It stays empty at the end of the
+    schedule, where the learning rate is down and the weights themselves are what training gives.
+
+    Args:
+        learner: that is going to train to the rung.
+        setup: of the search.
+        rung: from 0.
+        saved: folder of the state that the learner goes on from, if any.
+    """
+    start = setup.rungs.steps[rung - 1] if rung else 0
+    end = setup.rungs.steps[rung]
+    annealed = end >= learner.config.total_steps
+    average = TailAverage(learner.parameters, after=end if annealed else max(start, end // 2))
+    if saved is not None and learner.step > start:
+        average.load(saved)
+    return average
+
+
 def measure(
     learner: Learner,
     config: TrainConfig,
     setup: TrialSetup,
     progress: Progress,
     cache: CropCache,
+    average: TailAverage,
 ) -> dict[str, float]:
     """Return everything that is reported of a rung which has been trained."""
-    scores = validate(learner.model, config, setup, learner.device, progress)
+    with average.in_place():
+        scores = validate(learner.model, config, setup, learner.device, progress)
     learner.model.train()
     return scores | {
         "loss": progress.loss,

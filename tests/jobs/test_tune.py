@@ -213,5 +213,5 @@ def test_the_plan_can_be_read_before_anything_starts(
     with caplog.at_level("INFO"):
         assert run_in_process("tune", "--dry-run") == 0
     assert "32 trials of T-112 on synthetic for ao" in caplog.text
-    assert "tpe proposes, asha compares at steps 32, 128, 512" in caplog.text
+    assert "tpe proposes, asha compares at steps 64, 256, 1024" in caplog.text
     assert not (tmp_path / "home").exists()

@@ -66,10 +66,14 @@ def uninterrupted(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def assert_ends_like(home: Path, reference: Path, text: str, killed_at: int) -> None:
-    last = killed_at // CHECKPOINT_EVERY * CHECKPOINT_EVERY
+def assert_ends_like(home: Path, reference: Path, text: str, seen: int) -> None:
+    """Fail unless a training, seen at a step before it broke, lost little and ended the same.
+
+    How far it got after that step is the machine's affair, but not to the end.
+    """
+    last = seen // CHECKPOINT_EVERY * CHECKPOINT_EVERY
     (resumed,) = resumed_steps(text)
-    assert last - CHECKPOINT_EVERY <= resumed <= killed_at  # one may have been on its way
+    assert last - CHECKPOINT_EVERY <= resumed < NUM_STEPS  # one may have been on its way
     assert f"trained {NUM_STEPS} steps" in text
     assert_same_weights(home, reference)
 
@@ -90,7 +94,7 @@ def test_a_killed_worker_is_replaced(uri: str, uninterrupted: Path, tmp_path: Pa
         worker.send_signal(signal.SIGKILL)
         text = training.finish()
     assert "worker 0 failed" in text
-    assert_ends_like(tmp_path, uninterrupted, text, step + 40)
+    assert_ends_like(tmp_path, uninterrupted, text, step)
     assert count_mlflow_runs(tmp_path) == 1
 
 
@@ -104,7 +108,7 @@ def test_of_two_workers_a_killed_one_is_replaced(
         text = training.finish()
     assert re.search(r"^worker \d failed: its process was killed", text, re.MULTILINE), text
     (resumed,) = resumed_steps(text)
-    assert step - 2 * CHECKPOINT_EVERY <= resumed <= step + 40
+    assert step - 2 * CHECKPOINT_EVERY <= resumed < NUM_STEPS
     assert f"trained {NUM_STEPS} steps" in text
     assert_same_curve(tmp_path, uninterrupted)
 
@@ -158,13 +162,14 @@ def test_a_killed_driver_is_gone_on_with_by_the_same_command(
     uri: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
     with job(tmp_path, uri) as first:
-        step = first.wait_for_step(120)
+        first.wait_for_step(5)
         run_id = mlflow_run_id(tmp_path)
+        step = first.wait_for_step(120)
         first.kill()
     with job(tmp_path, uri) as second:
         text = second.finish()
     assert "going on with run" in text
-    assert_ends_like(tmp_path, uninterrupted, text, step + 40)
+    assert_ends_like(tmp_path, uninterrupted, text, step)
     assert mlflow_run_id(tmp_path) == run_id
     assert count_mlflow_runs(tmp_path) == 1
 
@@ -212,11 +217,12 @@ def test_a_whole_cluster_may_stop_and_start_again(
 ) -> None:
     short = Path("/tmp") / f"lorat-ray-{os.getpid()}"  # socket paths must be short
     with ray_head(short / "a") as address, job(tmp_path, uri, "--address", address) as first:
-        step = first.wait_for_step(120)
+        first.wait_for_step(5)
         run_id = mlflow_run_id(tmp_path)
+        step = first.wait_for_step(120)
     with ray_head(short / "b") as address, job(tmp_path, uri, "--address", address) as second:
         text = second.finish()
-    assert_ends_like(tmp_path, uninterrupted, text, step + 60)
+    assert_ends_like(tmp_path, uninterrupted, text, step)
     assert mlflow_run_id(tmp_path) == run_id
 
 
@@ -245,7 +251,7 @@ def test_a_removed_node_is_replaced_by_another(
             text = training.finish()
     finally:
         nodes.shutdown()
-    assert_ends_like(tmp_path, uninterrupted, text, step + 60)
+    assert_ends_like(tmp_path, uninterrupted, text, step)
 
 
 def test_a_node_about_to_be_taken_away_gets_a_checkpoint_first(

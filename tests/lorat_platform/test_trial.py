@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lorat.config import TrainConfig
 from lorat.errors import UserError
@@ -20,6 +21,7 @@ from lorat.storage import locate
 from lorat_platform import trial, trial_group, trial_work
 from lorat_platform.scheduling import Rungs
 from lorat_platform.space import build_space
+from lorat_platform.tail_average import TailAverage
 from lorat_platform.trial_work import TrialSetup
 from tests.small_shards import make_shards
 
@@ -126,6 +128,29 @@ def test_a_trial_reports_every_rung(tune: Tune, setup: TrialSetup) -> None:
     assert last["total_seconds"] >= last["train_seconds"] + last["evaluation_seconds"]
 
 
+def test_a_rung_is_judged_by_the_mean_of_its_last_weights_and_the_last_by_its_own(
+    tune: Tune, setup: TrialSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: dict[int, torch.Tensor] = {}
+    judged: list[torch.Tensor] = []
+    add = TailAverage.add
+
+    def noting_add(average: TailAverage, step: int) -> None:
+        weights[step] = average._parameters[-1].detach().clone()
+        add(average, step)
+
+    def validate(model: Any, *_: Any) -> dict[str, float]:
+        judged.append(model.trainable_parameters()[-1].detach().clone())
+        return {"ao": 0.5}
+
+    monkeypatch.setattr(TailAverage, "add", noting_add)
+    monkeypatch.setattr(trial_work, "validate", validate)
+    trial.run_trial(VALUES, setup)
+    torch.testing.assert_close(judged[0], (weights[3] + weights[4]) / 2)
+    assert not torch.equal(weights[3], weights[4])
+    assert torch.equal(judged[1], weights[12])
+
+
 def test_a_trial_that_dies_anywhere_ends_like_an_uninterrupted_one(
     tune: Tune, setup: TrialSetup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -137,7 +162,7 @@ def test_a_trial_that_dies_anywhere_ends_like_an_uninterrupted_one(
     monkeypatch.setattr(trial, "tune", interrupted)
     shutil.rmtree(Path(setup.folder) / trial.BETWEEN_RUNGS)
     whole_run = trial.run
-    for deadly_step in (2, 7):
+    for deadly_step in (2, 3, 7):  # 3 is among the steps whose mean the first rung is judged by
 
         def dying_run(*args: Any, deadly_step: int = deadly_step, **kwargs: Any) -> Any:
             if kwargs["learner"].step < deadly_step < kwargs["end_step"]:
