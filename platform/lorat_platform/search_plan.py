@@ -52,7 +52,8 @@ class SearchOptions:
     reduction: int = 4
     """About one trial in so many goes on from a rung; rungs grow by the same factor."""
     rungs: int = 3
-    """Comparisons in a trial's life; the last is its end."""
+    """Comparisons in a trial's life; the last is its end, the earlier ones judge the mean of the
+    weights over the second half of the steps up to them."""
     max_steps: int | None = None
     """Steps after which every trial ends; none means the full schedule, which the learning rate
     follows in any case."""
