@@ -100,6 +100,10 @@ class RemoteRun(Recorder):
             time.sleep(0.1)
         return run_id
 
+    def in_flight(self) -> list[Any]:
+        """Return the calls of this process that the actor may not have taken yet."""
+        return list(self._calls)
+
     def settle(self, timeout_s: float = CLOSE_S) -> bool:
         """Wait until the actor has taken every record of this process; False if it does not.
 

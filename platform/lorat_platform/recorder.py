@@ -22,6 +22,10 @@ class Recorder(ABC):
     @abstractmethod
     def _store(self, source: Path | bytes, name: str, folder: str) -> None: ...
 
+    def in_flight(self) -> list[Any]:
+        """Return Ray's references of the records on their way to the process that journals them."""
+        return []
+
     def log_metrics(self, values: Mapping[str, Any], step: int) -> None:
         """Record numbers at a step; NaN and infinities are kept and marked, never refused."""
         plain: dict[str, float] = {}

@@ -32,6 +32,8 @@ SCORE = "val/ao"
 UNSCORED = -1.0
 LOOK_EVERY_S = 1.0
 """Seconds between looks for nodes that are about to be taken away."""
+RECORDS_S = 60.0
+"""Longest wait of a checkpoint for the records before it, while their actor restarts."""
 PARTS_EVERY_S = 60.0
 """Seconds between lines that split the time of a step."""
 LOCAL_FOLDER = "lorat-checkpoint"
@@ -262,7 +264,9 @@ class _Reporter:
             checkpoint=checkpoint,
             checkpoint_dir_name=checkpoint_store.name_of(step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=_Upload(setup.run_folder),
+            checkpoint_upload_fn=_Upload(
+                setup.run_folder, tuple(setup.run.in_flight()) if setup.run is not None else ()
+            ),
             validation=validate and self._rank == 0,
         )
 
@@ -285,10 +289,19 @@ class _Upload:
     """How Ray Train brings a checkpoint into the storage."""
 
     folder: Location
+    records: tuple[Any, ...]
+    """References of what was recorded before it and is still on its way."""
 
     def __call__(self, checkpoint: Any, name: str) -> Any:
-        """Copy it there, complete or not at all."""
+        """Copy it there, complete or not at all, after the records of the steps before it.
+
+        A training that goes on from it does not take those steps again, so that a record lost with
+        this process would be missing for ever.
+        """
+        import ray
         from ray.train import Checkpoint
 
+        if self.records:
+            ray.wait(list(self.records), num_returns=len(self.records), timeout=RECORDS_S)
         checkpoint_store.upload(Path(checkpoint.path), self.folder, name)
         return Checkpoint(self.folder.file(name), filesystem=self.folder.filesystem)
