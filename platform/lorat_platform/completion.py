@@ -62,20 +62,25 @@ def finish(
     began: float,
 ) -> TrainingResult:
     """Evaluate beside the baselines, register, and say where everything is."""
-    from lorat import checkpoint
     from lorat_platform.mlflow_store import tracking_uri, without_password
 
+    evaluated = bool(datasets.val) and options.final_evaluation
+    model = None
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint_store.download(
             result.folder, result.checkpoint, Path(scratch) / result.checkpoint
         )
-        model = checkpoint.load(folder)
+        if evaluated or options.register:
+            from lorat import checkpoint
+
+            model = checkpoint.load(folder)
         weights = Path(scratch) / "checkpoint"
         shutil.copytree(folder, weights, ignore=shutil.ignore_patterns(*RESUME_ONLY))
         run.log_artifact(weights)
     config = from_dict(TrainConfig, record.config)
     scores: dict[str, float] = {}
-    if datasets.val and options.final_evaluation:
+    if evaluated:
+        assert model is not None
         results = evaluate_beside_baselines(model, datasets.val)
         scores = _metrics(results)
         run.log_metrics(scores, result.step)
@@ -83,7 +88,13 @@ def finish(
         _log_report(model, results[MODEL], run)
     else:
         run.set_description(describe(config, result, {}))
-    run_id, version = _register(model, result, options, datasets, run, record, scores)
+    run_id: str | None
+    version: str | None = None
+    if options.register:
+        assert model is not None
+        run_id, version = _register(model, result, datasets, run, record, scores)
+    else:
+        run_id = _id_of(run)
     log.info("trained %d steps, %s in all", result.step, duration(time.perf_counter() - began))
     log.info("checkpoint  %s", result.folder.child(result.checkpoint).uri)
     if version:
@@ -94,16 +105,24 @@ def finish(
     return dataclasses.replace(result, mlflow_run_id=run_id, model_version=version, scores=scores)
 
 
+def _id_of(run: RemoteRun) -> str | None:
+    """Return MLflow's run, or none where MLflow does not answer."""
+    try:
+        return run.wait_for_id(60.0)
+    except TimeoutError as error:
+        log.warning("%s", error)
+        return None
+
+
 def _register(
     model: LoRAT,
     result: TrainingResult,
-    options: RunOptions,
     datasets: Datasets,
     run: RemoteRun,
     record: RunRecord,
     scores: dict[str, float],
-) -> tuple[str | None, str | None]:
-    """Register the model, if that is wanted; return MLflow's run and the model's version.
+) -> tuple[str, str]:
+    """Register the model; return MLflow's run and the model's version.
 
     Raises:
         UserError: if MLflow does not take it; the same command then goes on from here.
@@ -114,8 +133,6 @@ def _register(
 
     try:
         run_id = run.wait_for_id(60.0)
-        if not options.register:
-            return run_id, None
         run.flush()
         # The last start of this run may have been killed between here and its end.
         version = registered_by(run_id) or register(
@@ -128,9 +145,6 @@ def _register(
             tags={"run": record.name},
         )
     except (TimeoutError, OSError, MlflowException) as error:
-        if not options.register:
-            log.warning("%s", error)
-            return None, None
         where = result.folder.child(result.checkpoint).uri
         raise UserError(
             f"MLflow does not take the model ({checkpoint_store.reason(error)}); it is in {where}: "

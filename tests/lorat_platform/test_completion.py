@@ -11,7 +11,6 @@ from lorat_platform import completion
 from lorat_platform.completion import TrainingResult
 from lorat_platform.metric_sink import RemoteRun
 from lorat_platform.mlflow_store import connect
-from lorat_platform.run_options import RunOptions
 from lorat_platform.run_record import RunRecord
 from lorat_platform.sources import Datasets
 from lorat_platform.tracking import open_run
@@ -47,11 +46,9 @@ def test_a_model_that_was_registered_before_a_kill_is_not_registered_again(
         seconds=0.0,
     )
 
-    def register() -> str | None:
+    def register() -> str:
         datasets = Datasets(train=(), val=(), fingerprints={})
-        return completion._register(
-            random_tracker(), result, RunOptions(), datasets, run, record, {}
-        )[1]
+        return completion._register(random_tracker(), result, datasets, run, record, {})[1]
 
     client = connect()
     assert register() == "1"
