@@ -1,4 +1,4 @@
-# Two commands: `make run` and `make test`.  Both make .venv first if it is not there.
+# `make run` and `make test`, and some more: `make help`.  They make .venv first if it is not there.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,22 +8,32 @@ LORAT_HOME ?= $(HOME)/.lorat
 export LORAT_HOME
 export RAY_AUTH_MODE ?= disabled
 export MLFLOW_DISABLE_TELEMETRY ?= true
+# The jobs of MLflow's server are for language models, and take seven processes more.
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION ?= false
+# Every process of Ray would compile anew what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test lint ui stop lock
+.PHONY: run test test-all lint ui stop lock help
 
+# pip compiles on one core; that some files of the packages cannot be compiled is no matter.
 $(READY): infra/requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r infra/requirements.lock
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
+	  -r infra/requirements.lock
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 run: $(READY)  ## Train the small tracker on this machine and register it
 	@PATH="$(CURDIR)/$(BIN):$$PATH" infra/local_run.sh $(ARGS)
 
-test: $(READY) lint  ## Run every check
+test: $(READY) lint  ## Run the checks, on 2 cores in 22 minutes (ARGS="tests/lorat -k lr" for a part)
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(READY)
+test-all: $(READY) lint  ## Run these and the exhaustive ones, in about 45 minutes
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+lint: $(READY)  ## Check format, rules and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -40,3 +50,7 @@ stop:  ## Stop the Ray that `make run` started
 
 lock:  ## Write infra/requirements.lock from pyproject.toml (ARGS=--upgrade for newer versions)
 	$(PYTHON) infra/lock.py $(ARGS)
+
+help:  ## Say what each command does
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
+	  | awk -F '|' '{printf "make %-9s %s\n", $$1, $$2}'

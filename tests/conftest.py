@@ -1,12 +1,39 @@
-"""What all tests share: a home folder of their own, and no cluster but those they start."""
+"""What all tests share: their order, a home folder of their own, and no cluster but their own."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.ray_head import ray_head
+
+pytest_plugins = ["tests.time_limit"]
+
+# The workers of pytest-xdist share the cores: threads of torch in each of them would only wait for
+# one another.  Jobs choose their threads by themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray replaces 127.0.0.1 by an address that others reach, except where it may form no cluster of
+# several machines.  It looks once, when it is imported.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with tests that start processes last, and of these the longest first.
+
+    A worker of pytest-xdist takes whole files, so that what the tests of a file share is made once;
+    a long one at the end would leave the other workers without work.
+    """
+    minutes: dict[Path, float] = {}
+    for item in items:
+        mark = item.get_closest_marker("processes")
+        takes = mark.kwargs["minutes"] if mark else 0.0
+        minutes[item.path] = max(minutes.get(item.path, 0.0), takes)
+    items.sort(key=lambda item: minutes[item.path], reverse=True)
+    items.sort(key=lambda item: minutes[item.path] > 0)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,3 +52,16 @@ def interruptible() -> None:
     """Let Ctrl-C reach what the tests start, also where a shell started the tests behind ``&``."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Run a Ray of two CPUs, for jobs that need not start one of their own."""
+    with ray_head(tmp_path_factory.mktemp("ray")) as address:
+        yield address
+
+
+@pytest.fixture
+def shared_ray(ray_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let jobs find that Ray, as RAY_ADDRESS names it."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_address)

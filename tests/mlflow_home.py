@@ -20,7 +20,8 @@ def _template() -> Path:
 
 
 def make_home(folder: Path) -> Path:
-    """Make a home folder with an empty store."""
-    folder.mkdir(parents=True)
-    shutil.copyfile(_template(), folder / "mlflow.db")
+    """Make a home folder with an empty store; one that is there stays as it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "mlflow.db").exists():
+        shutil.copyfile(_template(), folder / "mlflow.db")
     return folder

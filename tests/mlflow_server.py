@@ -14,7 +14,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from infra.processes import free_port
+from infra.processes import answers, free_port
+from tests.mlflow_home import make_home
+from tests.waiting import wait_until
 
 
 class Server:
@@ -28,14 +30,16 @@ class Server:
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_home(self.folder)
         environment = {
             k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "PYTEST"))
         }
+        # Its jobs are for language models, and take seven processes more.
+        environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
         command = [
             sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1",
             "--port", str(self.port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{self.folder}/server.db",
+            "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db",
             "--artifacts-destination", str(self.folder / "artifacts"),
         ]  # fmt: skip
         with open(self.folder / "server.log", "ab") as output:
@@ -47,16 +51,12 @@ class Server:
                 env=environment,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
-                    return
-            except OSError:
-                if time.monotonic() > deadline or self._process.poll() is not None:
-                    log = (self.folder / "server.log").read_text()
-                    raise RuntimeError(f"mlflow server did not start:\n{log[-3000:]}") from None
-                time.sleep(0.2)
+        wait_until(
+            "answer of the MLflow server",
+            lambda: answers(f"{self.uri}/health"),
+            process=self._process,
+            output=lambda: (self.folder / "server.log").read_text()[-3000:],
+        )
 
     def kill(self) -> None:
         """End the server and its workers at once, as a power cut would."""

@@ -21,16 +21,28 @@ import pytest
 
 from infra.processes import answers, free_port, wait_for
 from lorat import synthetic
+from tests.jobs.in_process import run_in_process
+from tests.small_shards import make_shards
+
+pytestmark = pytest.mark.processes(minutes=3)
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+MAKE = (ROOT / ".venv" / "ready").exists() and shutil.which("make")
 SMALL = "--variant N-112 --backbone none --epochs 1 --pairs-per-epoch 64 --batch-size 16"
 ADDED = {
-    "make run": f'ARGS="{SMALL} --no-final-evaluation"',
-    "python jobs/train.py --data shards/got10k --val-data shards/got10k": SMALL,
-    "python jobs/tune.py --trials 32": "--trials 2 --variant N-112 --max-steps 16 --backbone none",
-    "ray job submit -- python jobs/train.py": f"{SMALL} --no-final-evaluation",
-    "ray job submit --working-dir . -- python jobs/train.py": f"{SMALL} --no-final-evaluation",
+    # Rendering the synthetic training set takes a minute; tests/jobs/test_default_run.py does it.
+    "make run": f'ARGS="{SMALL} --no-final-evaluation --data {{train}} --val-data {{val}}"',
+    "python jobs/train.py --data shards/got10k --val-data shards/got10k": (
+        f"{SMALL} --validate-every 0 --no-final-evaluation"
+    ),
+    "python jobs/tune.py --trials 32": (
+        "--trials 2 --variant N-112 --max-steps 16 --backbone none "
+        "--data shards/got10k --val-data shards/got10k"
+    ),
+    # That a submitted job also trains is what `make run` shows.
+    "ray job submit -- python jobs/train.py": "--dry-run",
+    "ray job submit --working-dir . -- python jobs/train.py": "--dry-run",
 }
 """What is added to a command so that it takes seconds."""
 ELSEWHERE = {
@@ -57,11 +69,11 @@ class Workspace:
     environment: dict[str, str]
 
     def run(self, command: str, **variables: str) -> str:
-        """Run a command line; fail with its output unless it succeeds."""
+        """Run a command line at the root of the repository; fail with its output if it fails."""
         result = subprocess.run(
             command,
             shell=True,
-            cwd=self.folder,
+            cwd=ROOT,
             env=self.environment | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -71,11 +83,18 @@ class Workspace:
         return result.stdout
 
 
+@dataclass(frozen=True)
+class LocalRun:
+    """What `make run` printed, and the Ray that it started."""
+
+    output: str
+    dashboard: str
+    state: Path
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("jobs", "lorat", "platform", "infra", "pyproject.toml", "README.md", "Makefile"):
-        (folder / name).symlink_to(ROOT / name)
     split = folder / "GOT-10k" / "val"
     names = [f"GOT-10k_Val_{number:06d}" for number in (1, 2, 3)]
     for number, name in enumerate(names):
@@ -99,86 +118,70 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.fixture(scope="module")
-def head(workspace: Workspace) -> Iterator[str]:
-    """Run a Ray head at the root of the repository; yield its dashboard's address."""
-    port = "8497"
-    command = (
-        "ray start --head --block --disable-usage-stats --include-dashboard=true --num-cpus=2 "
-        f"--node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --dashboard-port={port} --port=0 "
-        "--ray-client-server-port=24497 --dashboard-agent-listen-port=24499"
-    )
-    process = subprocess.Popen(
-        shlex.split(command),
-        cwd=ROOT,
-        env=workspace.environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+def local_run(workspace: Workspace) -> Iterator[LocalRun]:
+    port, home = free_port(), Path(workspace.environment["LORAT_HOME"])
+    variables = {"LORAT_RAY_PORT": str(port)}
+    start = "make run" if MAKE else "infra/local_run.sh"
+    added = ADDED["make run"] if MAKE else ADDED["make run"].removeprefix("ARGS=").strip('"')
+    added = added.format(
+        train=make_shards(workspace.folder / "train", split="train"),
+        val=make_shards(workspace.folder / "val", split="val"),
     )
     try:
-        address = f"http://127.0.0.1:{port}"
-        for url in (f"{address}/api/version", "http://127.0.0.1:24499/api/local_raylet_healthz"):
-            wait_for(url, lambda url=url: answers(url), seconds=90)
-        yield address
+        output = workspace.run(f"{start} {added}", **variables)
+        yield LocalRun(output, f"http://127.0.0.1:{port}", home)
     finally:
-        process.terminate()
-        process.wait(timeout=60)
+        printed = workspace.run("make stop" if MAKE else "infra/local_run.sh --stop", **variables)
+        assert "Stopped the local Ray." in printed
+        with pytest.raises(OSError, match=r"refused|reset"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/api/version", timeout=2)
 
 
 def test_the_tables_of_this_test_name_only_commands_of_the_readme() -> None:
     assert set(ADDED) | set(ELSEWHERE) <= set(COMMANDS)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [c for c in COMMANDS if c not in ELSEWHERE and not c.startswith(("make", "pip", "ray"))],
-)
-def test_a_job_of_the_readme_runs(workspace: Workspace, command: str) -> None:
-    """The jobs build on one another, in the README's order."""
-    workspace.run(f"{command} {ADDED.get(command, '')}")
+def test_make_run_ends_with_a_registered_model(local_run: LocalRun) -> None:
+    assert "models:/lorat/1, alias candidate" in local_run.output
+    assert "http://127.0.0.1:5000" in local_run.output
+    assert (local_run.state / "mlflow.db").exists()
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_the_jobs_of_the_readme_run_in_its_order(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They build on one another, in a home folder that begins empty."""
+    monkeypatch.chdir(workspace.folder)
+    monkeypatch.setenv("LORAT_HOME", str(workspace.folder / "home-of-jobs"))
+    commands = [c for c in COMMANDS if c not in ELSEWHERE and c.startswith("python jobs/")]
+    assert len(commands) >= 10
+    for command in commands:
+        _, job, *arguments = shlex.split(f"{command} {ADDED.get(command, '')}")
+        print(f"$ {command}", flush=True)
+        assert run_in_process(Path(job).stem, *arguments) == 0, command
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("ray job submit")])
-def test_a_submitted_job_of_the_readme_runs(workspace: Workspace, head: str, command: str) -> None:
-    # A link would be shipped as a link: submit from the repository itself.
-    with_root = Workspace(ROOT, workspace.environment)
-    output = with_root.run(f"{command} {ADDED[command]}", RAY_API_SERVER_ADDRESS=head)
-    assert "models:/lorat/" in output
+def test_a_submitted_job_of_the_readme_runs(
+    workspace: Workspace, local_run: LocalRun, command: str
+) -> None:
+    added = ADDED[command]
+    output = workspace.run(f"{command} {added}", RAY_API_SERVER_ADDRESS=local_run.dashboard)
+    assert '"variant": "T-112"' in output
 
 
 def test_the_install_command_of_the_readme_resolves(workspace: Workspace) -> None:
     (command,) = (c for c in COMMANDS if c.startswith("pip install"))
     assert command == "pip install -e .[dev]"
-    Workspace(ROOT, workspace.environment).run(
-        f"{sys.executable} -m pip install --dry-run --quiet -e .[dev]"
-    )
+    workspace.run(f"{sys.executable} -m pip install --dry-run --quiet -e .[dev]")
 
 
-def test_make_run_ends_with_a_registered_model_and_make_stop_with_no_ray(
-    workspace: Workspace,
+@pytest.mark.skipif(not MAKE, reason="make would install a whole environment first")
+def test_make_ui_opens_the_local_store_on_this_machine_only(
+    workspace: Workspace, local_run: LocalRun
 ) -> None:
-    home = workspace.folder / "run-home"
-    variables = {"LORAT_HOME": str(home), "LORAT_RAY_PORT": "8498"}
-    if (ROOT / ".venv" / "ready").exists() and shutil.which("make"):
-        start = f"make run {ADDED['make run']}"
-    else:
-        start = f"infra/local_run.sh {SMALL} --no-final-evaluation"
-    root = Workspace(ROOT, workspace.environment)
-    try:
-        output = root.run(start, **variables)
-        assert "models:/lorat/1, alias candidate" in output
-        assert "http://127.0.0.1:5000" in output
-        assert (home / "mlflow.db").exists()
-    finally:
-        root.run("infra/local_run.sh --stop", **variables)
-    with pytest.raises(OSError, match=r"refused|reset"):
-        urllib.request.urlopen("http://127.0.0.1:8498/api/version", timeout=2)
-
-
-@pytest.mark.skipif(
-    not ((ROOT / ".venv" / "ready").exists() and shutil.which("make")),
-    reason="make would install a whole environment first",
-)
-def test_make_ui_opens_the_local_store_on_this_machine_only(workspace: Workspace) -> None:
+    assert (local_run.state / "mlflow.db").exists()
     port = free_port()
     server = subprocess.Popen(
         ["make", "ui", f"PORT={port}"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import shutil
@@ -29,6 +30,7 @@ from lorat_platform.tracking import open_run
 from tests.constant_trackers import shrinking_tracker, staying_tracker
 from tests.mlflow_server import running_server
 from tests.small_shards import make_shards
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -38,10 +40,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
 WAIT_S = 60.0
 
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER),
-    reason="chromium and chromedriver are not installed (apt-get install chromium chromium-driver)",
-)
+pytestmark = [
+    pytest.mark.processes(minutes=2),
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER),
+        reason="Debian's chromium and chromium-driver are not installed",
+    ),
+]
 
 
 PICTURE = (
@@ -133,18 +138,19 @@ class Page:
         """Return the first displayed element, waiting for it."""
         from selenium.common.exceptions import StaleElementReferenceException
 
-        deadline = time.monotonic() + WAIT_S
-        while True:
+        def displayed() -> Any:
             for element in self.driver.find_elements("xpath", xpath):
-                try:
+                with contextlib.suppress(StaleElementReferenceException):
                     if element.is_displayed():
                         return element
-                except StaleElementReferenceException:
-                    continue
-            if time.monotonic() > deadline:
-                self.picture("missing")
-                raise AssertionError(f"{xpath} is not on the page {self.driver.current_url}")
-            time.sleep(0.1)
+            return None
+
+        return wait_until(
+            f"{xpath} on {self.driver.current_url}",
+            displayed,
+            output=lambda: self.picture("missing"),
+            seconds=WAIT_S,
+        )
 
     def text(self, words: str) -> Any:
         """Return the innermost element that shows these words."""
@@ -152,18 +158,19 @@ class Page:
 
     def until(self, script: str) -> Any:
         """Run JavaScript until it returns something true."""
-        deadline = time.monotonic() + WAIT_S
-        while not (value := self.driver.execute_script(script)):
-            if time.monotonic() > deadline:
-                self.picture("missing")
-                raise AssertionError(f"never true: {script}")
-            time.sleep(0.1)
-        return value
+        return wait_until(
+            script,
+            lambda: self.driver.execute_script(script),
+            output=lambda: self.picture("missing"),
+            seconds=WAIT_S,
+        )
 
-    def picture(self, name: str) -> None:
-        """Keep a screenshot."""
+    def picture(self, name: str) -> str:
+        """Keep a screenshot and return its file."""
         time.sleep(1.0)  # fades and charts
-        self.driver.save_screenshot(str(self._pictures / f"{name}.png"))
+        file = str(self._pictures / f"{name}.png")
+        self.driver.save_screenshot(file)
+        return file
 
 
 @pytest.fixture(scope="module")
@@ -292,10 +299,11 @@ def set_alias(page: Page, version: str, alias: str) -> None:
     page.picture(f"aliases-{version}")
     page.find("//div[@role='dialog']//button[contains(., 'Save')]").click()
     client = registry.connect(page._base)
-    deadline = time.monotonic() + WAIT_S
-    while str(client.get_registered_model("lorat").aliases.get(alias)) != version:
-        assert time.monotonic() < deadline, f"the page did not set {alias}"
-        time.sleep(0.1)
+    wait_until(
+        f"alias {alias} set by the page",
+        lambda: str(client.get_registered_model("lorat").aliases.get(alias)) == version,
+        seconds=WAIT_S,
+    )
 
 
 EDIT_ALIASES = "//button[contains(@data-component-id, 'modelversionviewaliaseditor')]"

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import types
 from pathlib import Path
@@ -170,22 +169,3 @@ def test_servers_that_we_start_listen_on_loopback() -> None:
     ]
     assert len(hosts) >= 5
     assert all("".join(host).startswith("127.0.0.") for _, host in hosts), hosts
-
-
-def test_an_embedded_ray_listens_on_loopback() -> None:
-    program = f"""
-import os, sys, types
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "platform")!r}, {str(ROOT / "infra")!r}]
-from lorat_platform import cluster
-cluster.connect("local", num_cpus=1)
-import ray, processes
-ray.get(ray.remote(lambda: 1).remote())
-started = processes.Processes(processes.Path("."), {{}})
-started.running["this"] = types.SimpleNamespace(pid=os.getpid())
-print(sorted({{address for address, _ in started.listening()["this"]}}))
-cluster.disconnect()
-"""
-    printed = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
-    )
-    assert printed.stdout.strip().endswith("['127.0.0.1', '::ffff:127.0.0.1']"), printed.stderr

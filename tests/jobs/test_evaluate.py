@@ -7,7 +7,6 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,9 @@ from tests.constant_trackers import shrinking_tracker, staying_tracker
 from tests.jobs.in_process import run_in_process
 from tests.mlflow_home import make_home
 from tests.small_shards import make_shards
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.processes(minutes=2)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,7 +43,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start(name: str, *arguments: object) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.Popen(
         [sys.executable, ROOT / "jobs" / f"{name}.py", *map(str, arguments)],
         env=environment | {"RAY_AUTH_MODE": "disabled"},
@@ -87,17 +89,18 @@ def test_evaluation_is_complete_in_mlflow(home: Path, uri: str, tmp_path: Path) 
     assert sum(name.endswith(".mp4") for name in kept) == 4
 
 
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("shared_ray")
 def test_killed_evaluation_goes_on(home: Path, uri: str, tmp_path: Path) -> None:
     register(staying_tracker(), uri)
     arguments = ("evaluate", "--model", "models:/lorat@candidate", "--data", uri, "--no-clips",
                  "--output", tmp_path / "report", "--batch-size", 1)  # fmt: skip
     first = start(*arguments)
-    deadline = time.monotonic() + 120
-    while not list((home / "evaluations").rglob("*.npz")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(
+        "tracked sequence", lambda: list((home / "evaluations").rglob("*.npz")), process=first
+    )
     first.kill()
     first.communicate()
-    assert list((home / "evaluations").rglob("*.npz"))
     second = run_job(*arguments)
     assert second.returncode == 0, second.stderr
     assert "of 8 sequences are there already" in second.stdout
@@ -108,10 +111,11 @@ def promote(version: str, **options: Any) -> bool:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "jobs"))
         job = runpy.run_path(str(ROOT / "jobs" / "promote.py"), run_name="promote")
-    with cluster.connected("local", num_cpus=2), open_run("promotion", version) as run:
+    with cluster.connected(), open_run("promotion", version) as run:
         return job["promote"](job["Options"](**options), "lorat", version, run)
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_better_candidate_is_promoted_and_worse_is_not(home: Path, uri: str) -> None:
     worse = register(shrinking_tracker(), uri)
     client = connect()
@@ -151,6 +155,7 @@ def test_better_candidate_is_promoted_and_worse_is_not(home: Path, uri: str) -> 
     assert f"Version {better} is champion again. lost the ball" in version.description
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_benchmarks_are_remembered_by_whole_addresses(
     home: Path, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +176,8 @@ def test_a_server_that_is_down_is_one_sentence(
     assert "start the server" in line
 
 
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("shared_ray")
 def test_equal_candidate_needs_to_be_allowed(home: Path, uri: str) -> None:
     assert promote(register(staying_tracker(), uri))
     twin = register(staying_tracker(), uri)
@@ -186,14 +193,19 @@ def test_equal_candidate_needs_to_be_allowed(home: Path, uri: str) -> None:
     assert connect().get_model_version("lorat", worse).tags["gate.decision"] == "forced"
 
 
-def test_checkpoint_folder_is_registered_and_promoted(home: Path, uri: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("shared_ray")
+def test_checkpoint_folder_is_registered_and_promoted(
+    home: Path, uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_merged(staying_tracker(), tmp_path / "bundle")
-    result = run_job("promote", "--candidate", tmp_path / "bundle", "--data", uri)
-    assert result.returncode == 0, result.stderr
-    assert "as version 1 of lorat" in result.stdout
+    with caplog.at_level("INFO"):
+        assert run_in_process("promote", "--candidate", tmp_path / "bundle", "--data", uri) == 0
+    assert "as version 1 of lorat" in caplog.text
     assert promotion.champion_of(connect()) == "1"
 
 
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("shared_ray")
 def test_two_promotions_at_once_end_with_the_better_one(home: Path, uri: str) -> None:
     assert promote(register(shrinking_tracker(), uri))
     a, b = register(staying_tracker(), uri), register(staying_tracker(), uri)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cv2
@@ -17,6 +16,9 @@ from tests.jobs.in_process import run_in_process
 from tests.lorat import layouts
 from tests.real_data import REAL_DATA
 from tests.small_shards import make_shards
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.processes(minutes=1)
 
 ROOT = Path(__file__).parents[2]
 JOB = [sys.executable, str(ROOT / "jobs" / "ingest.py")]
@@ -34,7 +36,12 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(not (REAL_DATA / "sequences").is_dir(), reason="no real sequences")
-def test_real_sequences_are_ingested_verified_reindexed_and_shown(tmp_path: Path) -> None:
+def test_real_sequences_are_ingested_verified_reindexed_and_shown(
+    tmp_path: Path,
+    ray_address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     root = tmp_path / "got"
     root.mkdir()
     for split in ("train", "val"):
@@ -49,28 +56,30 @@ def test_real_sequences_are_ingested_verified_reindexed_and_shown(tmp_path: Path
     index = FrameIndex.open(uri)
     assert index.storage == "window"
 
-    checked = run("verify", uri)
-    assert checked.returncode == 0, checked.stderr
-    assert "365 images" in checked.stdout
+    monkeypatch.setenv("RAY_ADDRESS", ray_address)
+    caplog.set_level("INFO")
+    assert run_in_process("ingest", "verify", uri) == 0
+    assert "365 images" in caplog.text
 
     for file in uri.glob("index-*/*"):
         file.unlink()
-    assert run("reindex", uri).returncode == 0
+    assert run_in_process("ingest", "reindex", uri) == 0
     assert FrameIndex.open(uri).fingerprint == index.fingerprint
 
-    shown = run("preview", uri, "--output", tmp_path / "grid.png", "--num-pairs", 3)
-    assert shown.returncode == 0, shown.stderr
-    assert cv2.imread(str(tmp_path / "grid.png")).shape[0] > 3 * 224
+    picture = tmp_path / "grid.png"
+    assert run_in_process("ingest", "preview", uri, "--output", picture, "--num-pairs", 3) == 0
+    assert cv2.imread(str(picture)).shape[0] > 3 * 224
 
     shard = next(uri.glob("shard-*.parquet"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 0xFF
     shard.write_bytes(data)
-    damaged = run("verify", uri)
-    assert damaged.returncode == 1
-    assert shard.name in damaged.stdout
+    caplog.clear()
+    assert run_in_process("ingest", "verify", uri) == 1
+    assert shard.name in caplog.text
 
 
+@pytest.mark.exhaustive
 def test_an_interrupt_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> None:
     root = tmp_path / "source"
     names = [f"GOT-10k_Train_{n:06d}" for n in range(1, 161)]
@@ -88,10 +97,7 @@ def test_an_interrupt_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path)
         [*JOB, *command], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(uri.glob("_ingest/receipt-*.arrow")) and time.monotonic() < deadline:
-        assert job.poll() is None
-        time.sleep(0.05)
+    wait_until("shard", lambda: list(uri.glob("_ingest/receipt-*.arrow")), process=job)
     job.send_signal(signal.SIGINT)
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 130, errors
@@ -117,11 +123,12 @@ def test_an_interrupt_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path)
         (["got11k", "--source", ".", "--output", "x"], "got11k"),
     ],
 )
-def test_a_users_error_is_one_sentence(arguments: list[str], message: str) -> None:
-    result = run(*arguments)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+def test_a_users_error_is_one_sentence(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_in_process("ingest", *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_a_picture_that_cannot_be_written_is_one_sentence(
@@ -137,8 +144,10 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(
     assert all("give a file in a folder with room" in line for line in errors)
 
 
-def test_help_names_every_dataset() -> None:
-    printed = run("--help").stdout
+def test_help_names_every_dataset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_in_process("ingest", "--help") == 0
+    printed = capsys.readouterr().out
     for name in ("got10k", "lasot_ext", "trackingnet", "video", "verify", "reindex", "preview"):
         assert name in printed
-    assert "Folder of the dataset as published" in run("coco", "--help").stdout
+    assert run_in_process("ingest", "coco", "--help") == 0
+    assert "Folder of the dataset as published" in capsys.readouterr().out

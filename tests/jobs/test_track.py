@@ -23,6 +23,9 @@ from lorat.clips import ClipWriter
 from tests.constant_trackers import staying_tracker
 from tests.jobs.in_process import run_in_process
 from tests.mlflow_home import make_home
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.processes(minutes=0.5)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -147,10 +150,11 @@ def test_object_selected_with_the_mouse_is_tracked_and_shown(
             ["xdotool", *map(str, words)], env=environment, capture_output=True, text=True
         ).stdout
 
-    deadline = time.monotonic() + 120
-    while not (window := xdotool("search", "--onlyvisible", "--name", "draw the object")):
-        assert time.monotonic() < deadline and job.poll() is None, "no window opened"
-        time.sleep(0.5)
+    window = wait_until(
+        "window",
+        lambda: xdotool("search", "--onlyvisible", "--name", "draw the object"),
+        process=job,
+    )
     time.sleep(1)
     at = ["mousemove", "--window", window.split()[0]]
     xdotool(*at, 90, 110)

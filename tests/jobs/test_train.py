@@ -3,113 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from lorat.frame_index import FrameIndex
-from tests.jobs.in_process import ROOT, run_in_process
-from tests.small_shards import make_shards
+from tests.jobs.in_process import run_in_process
 
 SMALL = (
     "--variant", "N-112", "--backbone", "none", "--batch-size", "8", "--pairs-per-epoch", "40",
     "--epochs", "2", "--lora.rank", "2", "--val-sequences", "2", "--val-pairs", "16",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    folder = tmp_path_factory.mktemp("data")
-    return (
-        make_shards(folder / "train", split="train"),
-        make_shards(folder / "val", split="val"),
-    )
-
-
-def train(home: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / "train.py"), *options],
-        capture_output=True,
-        text=True,
-        cwd=home,
-        env=environment | {"LORAT_HOME": str(home)},
-        timeout=400,
-    )
-
-
-def test_a_training_ends_with_a_registered_tracker_and_says_where(
-    tmp_path: Path, shards: tuple[str, str]
-) -> None:
-    data, val = shards
-    done = train(
-        tmp_path, *SMALL, "--data", data, "--val-data", val, "--name", "small",
-        "--checkpoint-every", "1", "--keep", "2",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    out = done.stdout
-    assert re.search(r"^step +10/10  loss \d+\.\d+ .* samples/s .* left 0 s$", out, re.MULTILINE)
-    assert re.search(r"^validation of step 10: loss \d", out, re.MULTILINE)
-    for tracker in ("LoRAT", "static", "mil"):
-        assert re.search(rf"^val +{tracker} +[01]\.\d+", out, re.MULTILINE), out
-    assert "model       models:/lorat/1, alias candidate" in out
-    assert "mlflow server --backend-store-uri" in out
-    # The best are kept; only those that were validated, one an epoch, have a score.
-    kept = sorted(path.name for path in (tmp_path / "runs" / "small").glob("step-*"))
-    assert kept == ["step-00000005", "step-00000010"]
-    assert re.search(r"^ +step \d+\.\d ms \(data \d", out, re.MULTILINE)
-    record = json.loads((tmp_path / "runs" / "small" / "run.json").read_text())
-    assert record["finished"]
-    assert record["config"]["batch_size"] == 8
-    assert record["data"] == {"train": FrameIndex.open(data).fingerprint}
-
-    from mlflow import MlflowClient
-
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    client = MlflowClient(store, registry_uri=store)
-    version = client.get_model_version_by_alias("lorat", "candidate")
-    assert version.run_id == record["mlflow_run_id"]
-    run = client.get_run(record["mlflow_run_id"])
-    assert run.info.status == "FINISHED"
-    assert run.data.params["config.lora.rank"] == "2"
-    assert run.data.tags["dataset.train"] == record["data"]["train"]
-    assert {"train/loss", "system/samples_per_s", "val/ao", "eval/val/ao"} <= set(run.data.metrics)
-    names = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert {"config.json", "checkpoint", "evaluation"} <= names
-    about = run.data.tags["mlflow.note.content"]
-    for tracker in ("LoRAT", "static", "mil"):
-        assert re.search(rf"^\| val \| {tracker} \| [01]\.\d+", about, re.MULTILINE), about
-    assert "N-112, lora rank 2, head depth" in about
-    report = {
-        Path(file.path).name: file.path
-        for folder in ("evaluation", "evaluation/val", "evaluation/val/clips")
-        for file in client.list_artifacts(run.info.run_id, folder)
-    }
-    assert {"success.png", "precision.png", "sequences.csv", "report.md"} <= set(report)
-    assert {name.split("-")[0] for name in report if name.endswith(".mp4")} == {"best", "worst"}
-    assert json.loads(version.tags["benchmark"]) == [val]
-
-    again = train(tmp_path, *SMALL, "--data", data, "--val-data", val, "--name", "small")
-    assert again.returncode == 2
-    assert again.stderr == (
-        f"error: The run small in {tmp_path}/runs/small is finished; give another --name.\n"
-    )
-
-    warm = train(
-        tmp_path, *SMALL, "--data", data, "--val-data", val, "--name", "warm", "--no-register",
-        "--init-from", "models:/lorat@candidate", "--validate-every", "0", "--lr", "1e-6",
-    )  # fmt: skip
-    assert warm.returncode == 0, warm.stdout + warm.stderr
-    record = json.loads((tmp_path / "runs" / "warm" / "run.json").read_text())
-    assert record["start_weights"] == "models:/lorat/1"
-    cold_end, warm_end = (
-        float(re.findall(r"loss (\d+\.\d+)  lr", o)[-1]) for o in (out, warm.stdout)
-    )
-    assert warm_end < cold_end
 
 
 def wrong(capsys: pytest.CaptureFixture[str], *options: object) -> str:

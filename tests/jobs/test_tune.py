@@ -9,14 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from mlflow.entities import Run
 
 from lorat.config import TrainConfig, from_dict
 from lorat_platform.mlflow_store import connect
 from tests.jobs.in_process import run_in_process
+from tests.mlflow_home import make_home
 from tests.small_shards import make_shards
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.processes(minutes=2)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +34,8 @@ class Job:
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         environment |= {"LORAT_HOME": str(home), "RAY_AUTH_MODE": "disabled"}
         environment.pop("MLFLOW_TRACKING_URI", None)
+        make_home(home)
+        self.home = home
         self._log = home.parent / f"log-{time.time_ns()}"
         with open(self._log, "w") as log:
             self.process = subprocess.Popen(
@@ -41,12 +49,13 @@ class Job:
     def output(self) -> str:
         return self._log.read_text()
 
-    def wait_for(self, pattern: str, timeout_s: float = 120) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not re.search(pattern, self.output):
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.05)
+    def wait_for(self, pattern: str) -> None:
+        wait_until(
+            f"line {pattern!r}",
+            lambda: re.search(pattern, self.output),
+            process=self.process,
+            output=lambda: self.output,
+        )
 
     def end(self, timeout_s: float = 180) -> int:
         return self.process.wait(timeout_s)
@@ -64,48 +73,90 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]  # fmt: skip
 
 
-def test_an_interrupted_and_a_killed_search_go_on(tmp_path: Path, arguments: list[str]) -> None:
-    home = tmp_path / "home"
-    job = Job(home, *arguments, "--trials", 7, "--name", "stopped", "--concurrent", 1)
-    job.wait_for(r"trial 1: .* after \d+ steps")
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """A search whose driver was stopped, which was resumed, and whose winner was trained."""
+
+    home: Path
+    before: dict[str, dict[str, object]]
+    """Its table of trials when it was stopped, where that had been written."""
+    output: str
+    """What the last job printed."""
+
+
+def interrupt(job: Job) -> None:
+    """Stop a search as Ctrl-C does."""
     job.process.send_signal(signal.SIGINT)
     assert job.end() == 130, job.output
     assert "--resume stopped" in job.output
     assert "Traceback" not in job.output
-    before = _rows(home)
-    assert len(before) < 7
-    ended = {k: v for k, v in before.items() if v["status"] in ("completed", "stopped")}
-    assert len(ended) >= 2
 
-    job = Job(home, "--resume", "stopped")
-    job.wait_for(r"trial 3: rung 1")
+
+def kill(job: Job) -> None:
+    """Kill the driver of a search, once a snapshot has what was printed."""
+    snapshot = job.home / "runs" / "stopped"
+    printed = time.time()
+    wait_until(
+        "snapshot of the search",
+        lambda: any(f.stat().st_mtime > printed for f in snapshot.glob("experiment_state-*")),
+        process=job.process,
+        output=lambda: job.output,
+    )
     job.process.kill()
     job.end()
 
-    job = Job(home, "--resume", "stopped")
-    assert job.end() == 0, job.output
-    rows = _rows(home)
-    assert len(rows) == 7
-    assert all(row["status"] in ("completed", "stopped") for row in rows.values())
-    for trial_id, row in ended.items():
-        assert rows[trial_id] == row, "a finished trial stays as it was"
-    numbers = sorted(row["trial"] for row in rows.values())
-    assert numbers == list(range(7))
 
-    best = json.loads((home / "runs" / "stopped" / "results" / "best_config.json").read_text())
-    assert from_dict(TrainConfig, best).total_steps == 32
+@pytest.fixture(
+    scope="module", params=[interrupt, pytest.param(kill, marks=pytest.mark.exhaustive)]
+)
+def resumed(
+    request: pytest.FixtureRequest,
+    arguments: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Resumed:
+    home = tmp_path_factory.mktemp("resumed") / "home"
+    job = Job(home, *arguments, "--trials", 5, "--name", "stopped", "--concurrent", 1)
+    job.wait_for(r"trial 1: .* after \d+ steps")
+    request.param(job)
+    before = _rows(home)
+    job = Job(home, "--resume", "stopped", "--final")
+    assert job.end(300) == 0, job.output
+    return Resumed(home=home, before=before, output=job.output)
+
+
+def search_runs(home: Path) -> tuple[Run, dict[str, Run], list[Run]]:
+    """Return the MLflow run of the search, those of its trials by id, and all others."""
     client = connect(f"sqlite:///{home}/mlflow.db")
     experiment = client.get_experiment_by_name("lorat-search")
     runs = client.search_runs([experiment.experiment_id])
     (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    trials = {r.data.tags["lorat.trial_id"]: r for r in runs if "lorat.trial_id" in r.data.tags}
+    return parent, trials, [r for r in runs if r is not parent and r not in trials.values()]
+
+
+def test_a_stopped_search_goes_on(resumed: Resumed) -> None:
+    before, rows = resumed.before, _rows(resumed.home)
+    assert len(before) < 5
+    ended = {k: v for k, v in before.items() if v["status"] in ("completed", "stopped")}
+    assert len(ended) >= 2
+    assert len(rows) == 5
+    assert all(row["status"] in ("completed", "stopped") for row in rows.values())
+    for trial_id, row in ended.items():
+        assert rows[trial_id] == row, "a finished trial stays as it was"
+    numbers = sorted(row["trial"] for row in rows.values())
+    assert numbers == list(range(5))
+
+    best = resumed.home / "runs" / "stopped" / "results" / "best_config.json"
+    assert from_dict(TrainConfig, json.loads(best.read_text())).total_steps == 32
+    parent, trials, _ = search_runs(resumed.home)
     assert parent.info.status == "FINISHED"
-    children = {r.data.tags["lorat.trial_id"]: r for r in runs if r is not parent}
-    assert children.keys() >= rows.keys()
+    assert trials.keys() >= rows.keys()
     for trial_id in rows:
-        assert children[trial_id].info.status == "FINISHED"
-    assert all(r.info.status in ("FINISHED", "KILLED") for r in children.values())
+        assert trials[trial_id].info.status == "FINISHED"
+    assert all(r.info.status in ("FINISHED", "KILLED") for r in trials.values())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("scheduler", ["median", "hyperband"])
 def test_a_killed_search_goes_on_with_other_schedulers(
     tmp_path: Path, arguments: list[str], scheduler: str
@@ -116,9 +167,7 @@ def test_a_killed_search_goes_on_with_other_schedulers(
         "--scheduler", scheduler, "--space", "lora.rank=4", "--space", "head.depth=1",
     )  # fmt: skip
     job.wait_for(r"trial 3: .* after \d+ steps" if scheduler == "median" else r"trial 1: rung 1")
-    time.sleep(1.5)  # until a snapshot has it
-    job.process.kill()
-    job.end()
+    kill(job)
     job = Job(home, "--resume", "stopped")
     assert job.end() == 0, job.output
     rows = _rows(home)
@@ -130,44 +179,47 @@ def test_a_killed_search_goes_on_with_other_schedulers(
 
 
 def test_the_winner_is_trained_in_full_and_registered(
-    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+    resumed: Resumed, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    home = tmp_path / "home"
-    job = Job(home, *arguments, "--trials", 1, "--scheduler", "none", "--name", "won", "--final")
-    assert job.end() == 0, job.output
+    home = resumed.home
     client = connect(f"sqlite:///{home}/mlflow.db")
     version = client.get_model_version_by_alias("lorat", "candidate")
-    experiment = client.get_experiment_by_name("lorat-search")
-    runs = client.search_runs([experiment.experiment_id])
-    (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    parent, trials, (final,) = search_runs(home)
     assert version.tags["search_run_id"] == parent.info.run_id
     assert parent.data.tags["lorat.final_version"] == str(version.version)
-    (final,) = [r for r in runs if r.info.run_id == parent.data.tags["lorat.final_run"]]
+    assert parent.data.tags["lorat.final_run"] == final.info.run_id
     assert final.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    (trial,) = [r for r in runs if "lorat.trial_id" in r.data.tags]
     assert "eval/val/ao" in final.data.metrics
-    said = re.search(r"([\d.]+) trained in full, the search said ([\d.]+)", job.output)
+    said = re.search(r"([\d.]+) trained in full, the search said ([\d.]+)", resumed.output)
     assert said is not None
-    assert float(said[2]) == pytest.approx(trial.data.metrics["ao"], abs=1e-4)
+    best_ao = max(
+        trials[trial_id].data.metrics["ao"]
+        for trial_id, row in _rows(home).items()
+        if row["status"] == "completed"
+    )
+    assert float(said[2]) == pytest.approx(best_ao, abs=1e-4)
 
-    best = home / "runs" / "won" / "results" / "best_config.json"
-    assert f"python jobs/train.py --config {best}" in job.output
+    best = home / "runs" / "stopped" / "results" / "best_config.json"
+    assert f"python jobs/train.py --config {best}" in resumed.output
     capsys.readouterr()
     assert run_in_process("train", "--config", str(best), "--dry-run") == 0
     printed, _ = json.JSONDecoder().raw_decode(capsys.readouterr().out)
     assert printed == json.loads(best.read_text())
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_a_search_without_a_finished_trial_is_no_success(
-    tmp_path: Path, arguments: list[str]
+    tmp_path: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    job = Job(
-        tmp_path / "home", *arguments, "--trials", 1, "--name", "lost", "--final",
-        "--space", "lr=choice(1e30,1e31)",
-    )  # fmt: skip
-    assert job.end() == 1, job.output
-    assert "No trial finished" in job.output
-    assert "not finite" in job.output.rpartition("No trial finished")[2]
+    monkeypatch.setenv("LORAT_HOME", str(make_home(tmp_path / "home")))
+    caplog.set_level("INFO")
+    lost = ("--trials", 1, "--name", "lost", "--final", "--space", "lr=choice(1e30,1e31)")
+    assert run_in_process("tune", *arguments, *lost) == 1
+    assert "No trial finished" in caplog.text
+    assert "not finite" in caplog.text.rpartition("No trial finished")[2]
 
 
 def _rows(home: Path) -> dict[str, dict[str, object]]:

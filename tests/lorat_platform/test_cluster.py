@@ -14,6 +14,8 @@ import ray
 from lorat.errors import UserError
 from lorat_platform import cluster
 
+pytestmark = pytest.mark.processes(minutes=0.5)
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -86,3 +88,23 @@ def test_a_job_finds_the_packages_beside_it_from_any_folder(job: str, tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     assert "--" in done.stdout
+
+
+def test_an_embedded_ray_listens_on_loopback() -> None:
+    program = f"""
+import os, sys, types
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "platform")!r}, {str(ROOT / "infra")!r}]
+from lorat_platform import cluster
+cluster.connect("local", num_cpus=1)
+import ray, processes
+ray.get(ray.remote(lambda: 1).remote())
+started = processes.Processes(processes.Path("."), {{}})
+started.running["this"] = types.SimpleNamespace(pid=os.getpid())
+print(sorted({{address for address, _ in started.listening()["this"]}}))
+cluster.disconnect()
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    printed = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    assert printed.stdout.strip().endswith("['127.0.0.1', '::ffff:127.0.0.1']"), printed.stderr

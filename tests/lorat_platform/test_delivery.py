@@ -15,7 +15,7 @@ from lorat_platform.mlflow_store import connect
 from tests.mlflow_runs import find_runs, history, log_fast
 from tests.mlflow_server import Proxy, Server
 
-pytestmark = pytest.mark.usefixtures("own_store")
+pytestmark = [pytest.mark.processes(minutes=0.5), pytest.mark.usefixtures("own_store")]
 
 
 def test_run_is_created_once_although_the_answer_was_lost(tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ from lorat_platform.subject import Subject, load_subject, subject_of, tracking_m
 from tests.constant_trackers import random_tracker, staying_tracker
 from tests.real_data import REAL_DATA
 from tests.small_shards import make_shards
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.processes(minutes=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -136,6 +139,7 @@ def test_a_sequence_whose_first_frame_is_damaged_is_left_out_by_name(
     assert list(result.results) == [index.sequence(track) for track in (0, 2, 3)]
 
 
+@pytest.mark.exhaustive
 def test_speed_is_reported_as_it_was_measured(subject: Subject, uri: str, tmp_path: Path) -> None:
     host = socket.gethostname()
     evaluate(subject, uri, config(tmp_path, limit=2, batch_size=1, workers=1), progress=False)
@@ -155,6 +159,7 @@ def test_a_worker_that_fits_nowhere_is_refused_at_once(
         evaluate(subject, uri, config(tmp_path, cpus_per_worker=64))
 
 
+@pytest.mark.exhaustive
 def test_more_workers_than_fit_wait_for_nobody(subject: Subject, uri: str, tmp_path: Path) -> None:
     options = config(tmp_path, limit=4, workers=4, batch_size=1)
     assert len(evaluate(subject, uri, options, progress=False).results) == 4
@@ -234,10 +239,7 @@ def test_missing_model_or_data_is_one_sentence(tmp_path: Path, uri: str) -> None
 
 def test_workers_are_gone_afterwards(subject: Subject, uri: str, tmp_path: Path) -> None:
     evaluate(subject, uri, config(tmp_path, limit=2), progress=False)
-    deadline = time.monotonic() + 30
-    while ray.available_resources().get("CPU", 0) < 2 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert ray.available_resources()["CPU"] == 2
+    wait_until("free CPUs", lambda: ray.available_resources().get("CPU", 0) == 2)
 
 
 def test_report_has_what_people_look_at(

@@ -28,6 +28,8 @@ from lorat_platform.ingestion import IngestConfig, ingest, map_tasks
 from tests.lorat import layouts
 from tests.object_store import KEYS, object_store
 
+pytestmark = pytest.mark.processes(minutes=1)
+
 
 @contextlib.contextmanager
 def _making_no_shards() -> Iterator[None]:

@@ -104,7 +104,9 @@ def _worker(rank: int, size: int, config: TrainConfig, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("size", "micro_batch"), [(2, None), (3, 2)])
+@pytest.mark.parametrize(
+    ("size", "micro_batch"), [(2, None), pytest.param(3, 2, marks=pytest.mark.exhaustive)]
+)
 def test_several_workers_have_the_loss_and_gradients_of_one(
     tmp_path: Path, size: int, micro_batch: int | None
 ) -> None:

@@ -16,6 +16,8 @@ from lorat_platform.mlflow_store import connect
 from lorat_platform.tracking import CLOSE_S
 from tests.mlflow_home import make_home
 
+pytestmark = pytest.mark.processes(minutes=0.5)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_cluster() -> Iterator[None]:

@@ -19,6 +19,8 @@ from lorat_platform.registry import add_to_description, ensure_registered_model
 from tests.mlflow_home import make_home
 from tests.mlflow_server import running_server
 
+pytestmark = pytest.mark.processes(minutes=0.5)
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

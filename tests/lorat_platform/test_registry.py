@@ -27,6 +27,8 @@ from tests.constant_trackers import random_tracker
 from tests.mlflow_home import make_home
 from tests.object_store import KEYS, object_store
 
+pytestmark = pytest.mark.processes(minutes=0.5)
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

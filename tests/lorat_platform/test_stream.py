@@ -24,6 +24,8 @@ from lorat_platform.stream import DecodePool, RayStream, split_stream
 from tests.lorat_platform.local_source import LocalSource
 from tests.small_shards import make_shards
 
+pytestmark = pytest.mark.processes(minutes=1)
+
 ONE_ACTOR = DecodePool(actors=1, threads=1)
 TWO_ACTORS = DecodePool(actors=2, threads=1)
 

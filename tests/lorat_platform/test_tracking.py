@@ -111,12 +111,12 @@ def test_deleted_experiment_comes_back_instead_of_losing_metrics(tmp_path: Path)
 WRITER = """
 import sys
 from lorat_platform import tracking
-number, folder, barrier = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+number, count, folder, barrier = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 open(f"{barrier}/{number}", "w").close()
 import os, time
-while len(os.listdir(barrier)) < 8:
+while len(os.listdir(barrier)) < count:
     time.sleep(0.01)
-run = tracking.open_run("crowd", f"trial {number}", folder=folder)
+run = tracking.open_run(f"crowd of {count}", f"trial {number}", folder=folder)
 for step in range(200):
     run.log_metrics({"loss": number + step, "ao": step}, step)
     if step % 20 == 0:
@@ -126,30 +126,44 @@ sys.exit(0 if run.close(timeout_s=120) else 3)
 """
 
 
-@pytest.mark.parametrize("store", ["sqlite", "server"])
-def test_eight_processes_lose_nothing(
-    store: str, server: Server, own_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("store", "count"),
+    [
+        ("sqlite", 3),
+        ("server", 3),
+        pytest.param("sqlite", 8, marks=pytest.mark.exhaustive),
+        pytest.param("server", 8, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_processes_that_write_at_once_lose_nothing(
+    store: str,
+    count: int,
+    server: Server,
+    own_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (own_store / "mlflow.db").unlink()  # they also race to make it
     if store == "server":
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     (tmp_path / "barrier").mkdir()
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
+    start = [sys.executable, "-c", WRITER]
     writers = [
         subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(i), str(tmp_path / str(i)), tmp_path / "barrier"],
+            [*start, str(i), str(count), str(tmp_path / str(i)), str(tmp_path / "barrier")],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for i in range(8)
+        for i in range(count)
     ]
     for writer in writers:
         _, errors = writer.communicate(timeout=300)
         assert writer.returncode == 0, errors
         assert "locked" not in errors
-    runs = find_runs("crowd")
-    assert sorted(run.data.params["number"] for run in runs) == [str(i) for i in range(8)]
+    runs = find_runs(f"crowd of {count}")
+    assert sorted(run.data.params["number"] for run in runs) == [str(i) for i in range(count)]
     for run in runs:
         number = int(run.data.params["number"])
         assert history(run.info.run_id, "loss") == {s: float(number + s) for s in range(200)}

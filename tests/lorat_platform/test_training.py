@@ -12,34 +12,45 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from ray.train.v2._internal.exceptions import (
-    WorkerGroupStartupFailedError,
-    WorkerGroupStartupTimeoutError,
-)
-from ray.train.v2.api.exceptions import ControllerError
+import torch
+from ray.cluster_utils import Cluster as LocalCluster
 
-from lorat.errors import UserError
-from lorat_platform import training as lorat_training
-from lorat_platform.cluster import Cluster
-from lorat_platform.run_options import Placement, RunOptions
+from lorat.config import resolve
+from lorat_platform.batches import Decoder
+from lorat_platform.sources import open_datasets, open_pairs
+from lorat_platform.train_loop import Hooks, run
+from tests.lorat_platform.local_source import LocalSource
 from tests.lorat_platform.training_jobs import (
     CHECKPOINT_EVERY,
+    LOG_EVERY,
     NUM_STEPS,
     TrainJob,
     assert_same_weights,
+    job,
+    mlflow_run,
     mlflow_run_id,
+    processes_of,
     resumed_steps,
     run_folder,
     train_losses,
+    training_config,
 )
+from tests.object_store import KEYS, object_store
 from tests.small_shards import make_shards
+from tests.waiting import wait_until
+
+pytestmark = [pytest.mark.processes(minutes=4), pytest.mark.timeout(900)]
+
+WORKER = "RayTrainWorker"
+GAP = 40
+"""Steps between going on and the next blow: more than one checkpoint."""
 
 
 @pytest.fixture(scope="module")
@@ -47,252 +58,344 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_shards(tmp_path_factory.mktemp("data") / "train", split="train")
 
 
-@contextlib.contextmanager
-def job(home: Path, uri: str, *options: str, **environment: str) -> Iterator[TrainJob]:
-    started = TrainJob(home, uri, *options, **environment)
-    try:
-        yield started
-    finally:
-        started.clean_up()
+@pytest.fixture(scope="module")
+def val_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_shards(tmp_path_factory.mktemp("data") / "val", split="val")
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """The same training without Ray, to which nothing happens."""
+
+    checkpoint: Path
+    losses: dict[int, float]
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Home folder of a training that nothing happened to."""
-    home = tmp_path_factory.mktemp("uninterrupted")
-    with job(home, uri) as training:
-        text = training.finish()
-    assert resumed_steps(text) == []
-    return home
+def undisturbed(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    config = resolve(training_config(uri))
+    decoder = Decoder(*open_pairs(config, open_datasets(config).train))
+    source = LocalSource(decoder.load, batch_size=4, end_step=NUM_STEPS)
+    losses: dict[int, float] = {}
+
+    def keep(step: int, metrics: dict[str, float]) -> None:
+        losses[step] = metrics["train/loss"]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as --cpus-per-worker says
+    try:
+        learner = run(config, source, hooks=Hooks(log_every=LOG_EVERY, on_interval=keep))
+    finally:
+        torch.set_num_threads(threads)
+    folder = tmp_path_factory.mktemp("undisturbed")
+    learner.save(folder)
+    return Undisturbed(folder, losses)
 
 
-def assert_ends_like(home: Path, reference: Path, text: str, seen: int) -> None:
-    """Fail unless a training, seen at a step before it broke, lost little and ended the same.
-
-    How far it got after that step is the machine's affair, but not to the end.
-    """
-    last = seen // CHECKPOINT_EVERY * CHECKPOINT_EVERY
-    (resumed,) = resumed_steps(text)
-    assert last - CHECKPOINT_EVERY <= resumed < NUM_STEPS  # one may have been on its way
-    assert f"trained {NUM_STEPS} steps" in text
-    assert_same_weights(home, reference)
+@contextlib.contextmanager
+def local_nodes(count: int) -> Iterator[tuple[LocalCluster, list[Any]]]:
+    """Run a head without CPUs and some nodes of one CPU each, as far as Ray can tell."""
+    nodes = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        yield nodes, [nodes.add_node(num_cpus=1) for _ in range(count)]
+    finally:
+        nodes.shutdown()
 
 
-def count_mlflow_runs(home: Path) -> int:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
-    experiment = client.get_experiment_by_name("train")
-    assert experiment is not None
-    return len(client.search_runs([experiment.experiment_id]))
-
-
-def test_a_killed_worker_is_replaced(uri: str, uninterrupted: Path, tmp_path: Path) -> None:
-    with job(tmp_path, uri) as training:
-        step = training.wait_for_step(120)
-        (worker,) = training.training_workers()
-        worker.send_signal(signal.SIGKILL)
-        text = training.finish()
-    assert "worker 0 failed" in text
-    assert_ends_like(tmp_path, uninterrupted, text, step)
-    assert count_mlflow_runs(tmp_path) == 1
+def node_of(process: psutil.Process, nodes: LocalCluster) -> Any:
+    """Return the node on which a process runs."""
+    parents = {parent.pid for parent in process.parents()}
+    for node in nodes.worker_nodes:
+        if {started.process.pid for started in node.all_processes["raylet"]} & parents:
+            return node
+    raise AssertionError(f"{process} is on no node")
 
 
-def test_of_two_workers_a_killed_one_is_replaced(
-    uri: str, uninterrupted: Path, tmp_path: Path
-) -> None:
-    with job(tmp_path, uri, "--workers", "2") as training:
-        step = training.wait_for_step(120)
-        _, worker = training.training_workers()
-        worker.send_signal(signal.SIGKILL)
-        text = training.finish()
-    assert re.search(r"^worker \d failed: its process was killed", text, re.MULTILINE), text
-    (resumed,) = resumed_steps(text)
-    assert step - 2 * CHECKPOINT_EVERY <= resumed < NUM_STEPS
-    assert f"trained {NUM_STEPS} steps" in text
-    assert_same_curve(tmp_path, uninterrupted)
+@dataclass(frozen=True, kw_only=True)
+class Blow:
+    """Something done to a training."""
+
+    seen: int
+    """The step that was shown last before it."""
+    resumed: int
+    """The step that the training went on from after it."""
+    text: str
+    """What the job that was hit had printed when it, or the one after it, went on."""
+
+    def cost_little(self) -> bool:
+        """Tell whether no more was lost than the steps since the checkpoint before.
+
+        One checkpoint may have been on its way.  How far the training got after the step that was
+        seen is the machine's affair, but not to the end.
+        """
+        last = self.seen // CHECKPOINT_EVERY * CHECKPOINT_EVERY
+        return last - CHECKPOINT_EVERY <= self.resumed < NUM_STEPS
 
 
-def test_failures_beyond_the_limit_end_with_a_sentence(uri: str, tmp_path: Path) -> None:
-    with job(tmp_path, uri, "--max-failures", "0") as training:
-        training.wait_for_step(60)
-        (worker,) = training.training_workers()
-        worker.send_signal(signal.SIGKILL)
-        code = training.process.wait(timeout=120)
-    assert code == 2, training.text
-    assert "error: Training workers failed once without a new checkpoint" in training.text
-    assert "the same command goes on from the last checkpoint." in training.text
-    assert "Traceback" not in training.text
+@dataclass(frozen=True, kw_only=True)
+class Battered:
+    """A training to which several things happened, one after the other."""
+
+    home: Path
+    run_ids: set[str]
+    """MLflow runs that its jobs had."""
+    blows: dict[str, Blow]
+    codes: dict[str, int]
+    """Exit codes of the jobs that ended by themselves."""
+    last_text: str
+
+
+class Story:
+    """Deals the blows and notes what came of each."""
+
+    def __init__(self) -> None:
+        self.blows: dict[str, Blow] = {}
+        self._seen, self._resumed_at, self._hit = 0, 0, ""
+
+    def wait(self, training: TrainJob) -> None:
+        """Wait until the training is past a checkpoint since it went on."""
+        resumed = resumed_steps(training.text)
+        least = (resumed[-1] if resumed else 0) + GAP
+        self._seen = training.wait_for_step(least, self._resumed_at)
+
+    def strike(self, what: str, training: TrainJob, act: Callable[[], None]) -> None:
+        """Do something after which the same job goes on."""
+        self.wait(training)
+        lines = len(training.lines)
+        act()
+        self.went_on(what, training, lines)
+
+    def interrupted(self, training: TrainJob) -> None:
+        """Note that a job ended, so that another has to go on."""
+        self._hit, self._resumed_at = training.text, 0
+
+    def went_on(self, what: str, training: TrainJob, after: int = 0) -> None:
+        """Note where the training goes on: the same job, or the one after it."""
+        resumed = int(training.wait_for(r"going on from step-(\d+)", after)[1])
+        self._resumed_at = len(training.lines)
+        text = self._hit or training.text
+        self.blows[what] = Blow(seen=self._seen, resumed=resumed, text=text)
+        self._hit = ""
 
 
 def validation_process(training: TrainJob, other_than: int = 0) -> psutil.Process:
     """Wait for the process of a validation and return it."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        for child in psutil.Process(training.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if "run_validation_fn" in " ".join(child.cmdline()) and child.pid != other_than:
-                    return child
-        assert training.process.poll() is None, training.text
-        time.sleep(0.05)
-    raise AssertionError(f"no validation in time:\n{training.text}")
+
+    def found() -> psutil.Process | None:
+        others = (p for p in processes_of("run_validation_fn") if p.pid != other_than)
+        return next(others, None)
+
+    process = wait_until(
+        "validation", found, process=training.process, output=lambda: training.text
+    )
+    assert process is not None
+    return process
 
 
-def test_a_validation_neither_holds_the_steps_up_nor_ends_the_training_by_its_death(
-    uri: str, tmp_path: Path
-) -> None:
-    val = make_shards(tmp_path / "val", split="val")
-    endless = ("--val-pairs", "100000000", "--val-sequences", "0", "--no-final-evaluation")
-    options = ("--val-data", f"tiny={val}", "--validate-every", "7", *endless)
-    with job(tmp_path, uri, *options) as training:
+def kill_worker() -> None:
+    """Kill the training's only worker."""
+    (worker,) = processes_of(WORKER)
+    worker.kill()
+
+
+@pytest.fixture(scope="module")
+def battered(uri: str, val_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Battered:
+    """Deal a training what happens on clusters and machines.
+
+    Two jobs, the same command each time: on a cluster of several nodes, then on this machine.
+    """
+    home = tmp_path_factory.mktemp("battered")
+    story, run_ids = Story(), set()
+    val = ("--val-data", f"tiny={val_uri}", "--no-final-evaluation")
+    calm = (*val, "--validate-every", "0")
+    with local_nodes(3) as (nodes, _):
+
+        def remove_node() -> None:
+            (worker,) = processes_of(WORKER)
+            nodes.remove_node(node_of(worker, nodes), allow_graceful=False)
+
+        def announce_end() -> None:
+            (worker,) = processes_of(WORKER)
+            drain_node(nodes, node_of(worker, nodes), seconds=3)
+
+        fast = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2"}
+        with job(home, uri, *calm, "--address", nodes.address, **fast) as training:
+            training.wait_for_step(LOG_EVERY)
+            run_ids.add(mlflow_run_id(home))
+            story.strike("worker killed", training, kill_worker)
+            story.strike("node removed", training, remove_node)
+            story.strike("node announced to end", training, announce_end)
+            story.wait(training)
+            training.kill()
+        story.interrupted(training)
+    # A validation that has no end, begun late: it is killed once all steps are taken.
+    endless = ("--val-pairs", "100000000", "--val-sequences", "0", "--validate-every", "12")
+    with job(home, uri, *val, *endless) as training:
+        story.went_on("driver killed", training)
         first = validation_process(training)
         training.wait_for_step(NUM_STEPS)
-        assert first.is_running()
-        first.send_signal(signal.SIGKILL)
-        training.wait_for("process that validated step-00000350 died, .*; it is tried once more")
-        validation_process(training, first.pid).send_signal(signal.SIGKILL)
-        training.wait_for("process that validated step-00000350 died, .*; the training goes on")
-        text = training.finish()
-    assert f"trained {NUM_STEPS} steps" in text
-    assert resumed_steps(text) == []
-    assert "Traceback" not in text
-
-
-def test_a_killed_driver_is_gone_on_with_by_the_same_command(
-    uri: str, uninterrupted: Path, tmp_path: Path
-) -> None:
-    with job(tmp_path, uri) as first:
-        first.wait_for_step(5)
-        run_id = mlflow_run_id(tmp_path)
-        step = first.wait_for_step(120)
+        assert first.is_running(), "the steps did not wait for it"
         first.kill()
-    with job(tmp_path, uri) as second:
-        text = second.finish()
-    assert "going on with run" in text
-    assert_ends_like(tmp_path, uninterrupted, text, step)
-    assert mlflow_run_id(tmp_path) == run_id
-    assert count_mlflow_runs(tmp_path) == 1
+        training.wait_for("process that validated step-00000600 died, .*; it is tried once more")
+        validation_process(training, first.pid).kill()
+        training.wait_for("process that validated step-00000600 died, .*; the training goes on")
+        last_text = training.finish()
+    run_ids.add(mlflow_run_id(home))
+    return Battered(home=home, run_ids=run_ids, blows=story.blows, codes={}, last_text=last_text)
+
+
+@pytest.fixture(scope="module")
+def cornered(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Battered:
+    """Deal a training what no job survives but the next one goes on from."""
+    home = tmp_path_factory.mktemp("cornered")
+    story, run_ids, codes = Story(), set(), {}
+    with local_nodes(1) as (nodes, (node,)):
+        # By default Ray gives a cluster that does not answer a minute.
+        soon = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
+        with job(home, uri, "--address", nodes.address, **soon) as training:
+            story.wait(training)
+            run_ids.add(mlflow_run_id(home))
+            for part in (nodes.head_node, node):
+                nodes.remove_node(part, allow_graceful=False)
+            codes["cluster gone"] = training.wait_for_end()
+        story.interrupted(training)
+    with job(home, uri) as training:
+        story.went_on("cluster gone", training)
+        story.wait(training)
+        with no_room_for_checkpoints(run_folder(home)):
+            codes["disk full"] = training.wait_for_end()
+    story.interrupted(training)
+    with job(home, uri, "--max-failures", "0") as training:
+        story.went_on("disk full", training)
+        story.wait(training)
+        kill_worker()
+        codes["one failure too many"] = training.wait_for_end()
+    story.interrupted(training)
+    with job(home, uri) as training:
+        story.went_on("one failure too many", training)
+        story.wait(training)
+        training.process.send_signal(signal.SIGINT)
+        codes["ctrl-c"] = training.wait_for_end()
+    story.interrupted(training)
+    with job(home, uri) as training:
+        story.went_on("ctrl-c", training)
+        last_text = training.finish()
+    run_ids.add(mlflow_run_id(home))
+    return Battered(home=home, run_ids=run_ids, blows=story.blows, codes=codes, last_text=last_text)
 
 
 @contextlib.contextmanager
-def ray_head(temp: Path) -> Iterator[str]:
-    """Run a Ray of one node in a session of its own, which is killed as a whole."""
-    port = 6400 + os.getpid() % 500
+def no_room_for_checkpoints(folder: Path) -> Iterator[None]:
+    """Let no further checkpoint be written to a folder."""
+    folder.chmod(0o500)
+    in_the_way: list[Path] = []
+    if os.access(folder, os.W_OK):  # root writes anywhere; take the places away instead
+        folder.chmod(0o700)
+        for step in range(0, NUM_STEPS + 1, CHECKPOINT_EVERY):
+            part = folder / f".part-step-{step:08d}"
+            if not part.exists() and not (folder / f"step-{step:08d}").exists():
+                part.write_text("in the way")
+                in_the_way.append(part)
+    try:
+        yield
+    finally:
+        folder.chmod(0o700)
+        for part in in_the_way:
+            part.unlink()
+
+
+def drain_node(nodes: LocalCluster, node: Any, *, seconds: int) -> None:
+    """Announce that a node is taken away, as a cloud does with a spot machine."""
     command = [
-        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block",
-        f"--port={port}", "--num-cpus=2", "--include-dashboard=false",
-        "--node-ip-address=127.0.0.1", "--disable-usage-stats", f"--temp-dir={temp}",
+        str(Path(sys.executable).parent / "ray"), "drain-node",
+        "--address", nodes.address, "--node-id", node.node_id,
+        "--reason", "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message", "the test takes it away",
+        "--deadline-remaining-seconds", str(seconds),
     ]  # fmt: skip
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    head = subprocess.Popen(
-        command, start_new_session=True, env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        _wait_for_port(port, head)
-        yield f"127.0.0.1:{port}"
-    finally:
-        family = [head.pid, *(c.pid for c in psutil.Process(head.pid).children(recursive=True))]
-        for pid in family:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        head.wait()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def _wait_for_port(port: int, head: subprocess.Popen[bytes]) -> None:
-    import socket
-
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        assert head.poll() is None, "ray start failed"
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            time.sleep(3)  # the other parts of the node
-            return
-        time.sleep(0.5)
-    raise AssertionError("Ray did not start")
+def assert_cost_little(battered: Battered, expected: set[str]) -> None:
+    """Fail unless every blow was dealt and cost the steps since the last checkpoint at most."""
+    assert battered.blows.keys() == expected
+    dear = {what: blow for what, blow in battered.blows.items() if not blow.cost_little()}
+    assert not dear, [f"{what}: {b.seen} -> {b.resumed}\n{b.text}" for what, b in dear.items()]
 
 
-def test_a_whole_cluster_may_stop_and_start_again(
-    uri: str, uninterrupted: Path, tmp_path: Path
+def assert_like_undisturbed(battered: Battered, undisturbed: Undisturbed) -> None:
+    """Fail unless the training ended in one run, with the same weights, and missed no step."""
+    assert f"trained {NUM_STEPS} steps" in battered.last_text
+    assert_same_weights(battered.home, undisturbed.checkpoint)
+    assert "going on with run" in battered.last_text
+    assert battered.run_ids == {mlflow_run(battered.home).info.run_id}
+    losses = train_losses(battered.home)
+    assert sorted(losses) == list(range(LOG_EVERY, NUM_STEPS + 1, LOG_EVERY)), "none is missing"
+
+
+def test_what_happens_costs_no_more_than_the_steps_since_the_last_checkpoint(
+    battered: Battered,
 ) -> None:
-    short = Path("/tmp") / f"lorat-ray-{os.getpid()}"  # socket paths must be short
-    with ray_head(short / "a") as address, job(tmp_path, uri, "--address", address) as first:
-        first.wait_for_step(5)
-        run_id = mlflow_run_id(tmp_path)
-        step = first.wait_for_step(120)
-    with ray_head(short / "b") as address, job(tmp_path, uri, "--address", address) as second:
-        text = second.finish()
-    assert_ends_like(tmp_path, uninterrupted, text, step)
-    assert mlflow_run_id(tmp_path) == run_id
+    blows = {"worker killed", "node removed", "node announced to end", "driver killed"}
+    assert_cost_little(battered, blows)
+    dealt = battered.blows["node announced to end"]
+    announced = re.search(r"taken away: writing a checkpoint at step (\d+)", dealt.text)
+    assert announced, dealt.text
+    assert dealt.resumed >= int(announced[1]) >= dealt.seen, "nothing is lost of what was announced"
 
 
-def test_the_driver_ends_by_itself_when_the_cluster_is_gone(uri: str, tmp_path: Path) -> None:
-    short = Path("/tmp") / f"lorat-ray-{os.getpid()}"
-    with contextlib.ExitStack() as stack:
-        with ray_head(short / "c") as address:
-            training = stack.enter_context(job(tmp_path, uri, "--address", address))
-            training.wait_for_step(60)
-        assert training.process.wait(timeout=120) != 0
-
-
-def test_a_removed_node_is_replaced_by_another(
-    uri: str, uninterrupted: Path, tmp_path: Path
+def test_a_battered_training_ends_as_if_nothing_had_happened(
+    battered: Battered, undisturbed: Undisturbed
 ) -> None:
-    from ray.cluster_utils import Cluster as LocalCluster
-
-    nodes = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    try:
-        first = nodes.add_node(num_cpus=1)
-        with job(tmp_path, uri, "--address", nodes.address) as training:
-            training.wait_for_step(5)
-            nodes.add_node(num_cpus=1)
-            step = training.wait_for_step(120)
-            nodes.remove_node(first, allow_graceful=False)
-            text = training.finish()
-    finally:
-        nodes.shutdown()
-    assert_ends_like(tmp_path, uninterrupted, text, step)
+    assert_like_undisturbed(battered, undisturbed)
 
 
-def test_a_node_about_to_be_taken_away_gets_a_checkpoint_first(
-    uri: str, uninterrupted: Path, tmp_path: Path
+def test_a_validation_neither_holds_the_steps_up_nor_ends_the_training_by_its_death(
+    battered: Battered,
 ) -> None:
-    from ray.cluster_utils import Cluster as LocalCluster
-
-    nodes = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    fast = {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2"}
-    try:
-        first = nodes.add_node(num_cpus=1)
-        with job(tmp_path, uri, "--address", nodes.address, **fast) as training:
-            training.wait_for_step(5)
-            nodes.add_node(num_cpus=1)
-            step = training.wait_for_step(60)
-            drain = [
-                str(Path(sys.executable).parent / "ray"), "drain-node",
-                "--address", nodes.address, "--node-id", first.node_id,
-                "--reason", "DRAIN_NODE_REASON_PREEMPTION",
-                "--reason-message", "the test takes it away",
-                "--deadline-remaining-seconds", "3",
-            ]  # fmt: skip
-            subprocess.run(drain, check=True, capture_output=True)
-            found = training.wait_for(r"taken away: writing a checkpoint at step (\d+)")
-            training.wait_for("going on from step-")
-            text = training.finish()
-    finally:
-        nodes.shutdown()
-    (resumed, *_rest) = resumed_steps(text)
-    assert resumed >= int(found[1]) >= step
-    assert_same_weights(tmp_path, uninterrupted)
+    """What was waited for is in the fixture: its processes died after the last step."""
+    assert len(resumed_steps(battered.last_text)) == 1, "the steps went on"
+    assert "Traceback" not in battered.last_text
 
 
-def assert_same_curve(home: Path, reference: Path) -> None:
+def test_a_survived_failure_is_told_in_a_sentence(battered: Battered) -> None:
+    assert "worker 0 failed" in battered.blows["worker killed"].text
+
+
+@pytest.mark.exhaustive
+def test_what_no_job_survives_costs_little_and_is_told_in_a_sentence(
+    cornered: Battered, undisturbed: Undisturbed
+) -> None:
+    assert_cost_little(cornered, {"cluster gone", "disk full", "one failure too many", "ctrl-c"})
+    told = {what: blow.text for what, blow in cornered.blows.items()}
+    assert cornered.codes["cluster gone"] != 0, told["cluster gone"]
+    for what, sentences in (
+        ("disk full", ("error: The checkpoint step-", "is intact")),
+        (
+            "one failure too many",
+            (
+                "error: Training workers failed once without a new checkpoint",
+                "the same command goes on from the last checkpoint.",
+            ),
+        ),
+    ):
+        assert cornered.codes[what] == 2, told[what]
+        assert all(sentence in told[what] for sentence in sentences), told[what]
+        assert "Traceback" not in told[what], told[what]
+    assert cornered.codes["ctrl-c"] == 130, told["ctrl-c"]
+    assert "Traceback" not in told["ctrl-c"], told["ctrl-c"]
+    assert_like_undisturbed(cornered, undisturbed)
+
+
+def assert_same_curve(home: Path, reference: Undisturbed) -> None:
     """Compare the losses of trainings with different numbers of workers.
 
     Gradients are added in another order, which changes the last bit; from there the distance
     grows tenfold in about 15 steps of Adam, until it is a few thousandths.  Other samples would
     change every loss by several hundredths.
     """
-    expected, found = train_losses(reference), train_losses(home)
+    expected, found = reference.losses, train_losses(home)
     assert found.keys() == expected.keys()
     steps = sorted(expected)
     assert steps[-1] == NUM_STEPS
@@ -301,123 +404,35 @@ def assert_same_curve(home: Path, reference: Path) -> None:
     assert sum(distance.values()) / len(distance) < 0.01
 
 
-def test_two_workers_learn_what_one_does(uri: str, uninterrupted: Path, tmp_path: Path) -> None:
-    with job(tmp_path, uri, "--workers", "2") as training:
-        training.finish()
-    assert_same_curve(tmp_path, uninterrupted)
-
-
-def test_an_elastic_training_goes_on_with_fewer_workers(
-    uri: str, uninterrupted: Path, tmp_path: Path
+@pytest.mark.exhaustive
+def test_two_workers_learn_what_one_does_with_one_of_them_killed_and_then_taken_away(
+    uri: str, undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ray.cluster_utils import Cluster as LocalCluster
+    """Checkpoints are in an object store, as those of several machines are."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    story = Story()
+    with object_store() as store, local_nodes(2) as (nodes, (_, second)):
+        options = ("--address", nodes.address, "--workers", "1:2", "--storage", store.uri("runs"))
+        with job(tmp_path, uri, *options) as training:
+            training.wait_for_step(55)
 
-    nodes = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    try:
-        nodes.add_node(num_cpus=1)
-        second = nodes.add_node(num_cpus=1)
-        patience = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
-        options = ("--address", nodes.address, "--workers", "1:2")
-        with job(tmp_path, uri, *options, **patience) as training:
-            training.wait_for_step(60)
-            nodes.remove_node(second, allow_graceful=False)
+            def kill_one() -> None:
+                _, worker = processes_of(WORKER)
+                worker.kill()
+
+            story.strike("killed", training, kill_one)
+            both = [line for line in training.lines if "going on from step-" in line]
+            story.strike(
+                "taken away",
+                training,
+                lambda: nodes.remove_node(second, allow_graceful=False),
+            )
             text = training.finish()
-    finally:
-        nodes.shutdown()
-    assert "going on from step-" in text
+    assert re.search(r"^worker \d failed: its process was killed", text, re.MULTILINE), text
+    assert both[0].endswith("with 2 workers")
     assert "with 1 worker\n" in text
-    assert_same_curve(tmp_path, uninterrupted)
-
-
-def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(uri: str, tmp_path: Path) -> None:
-    with job(tmp_path, uri) as first:
-        first.wait_for_step(60)
-        first.process.send_signal(signal.SIGINT)
-        assert first.process.wait(timeout=60) == 130, first.text
-        assert "Traceback" not in first.text
-    with job(tmp_path, uri) as second:
-        second.wait_for("going on from step-")
-        second.process.send_signal(signal.SIGINT)
-        assert second.process.wait(timeout=60) == 130, second.text
-
-
-def test_a_full_disk_ends_the_run_with_a_sentence_and_spares_the_last_checkpoint(
-    uri: str, tmp_path: Path
-) -> None:
-    with job(tmp_path, uri) as training:
-        training.wait_for_step(60)
-        folder = run_folder(tmp_path)
-        while not (folder / "step-00000050").exists():
-            time.sleep(0.05)
-        folder.chmod(0o500)
-        if os.access(folder, os.W_OK):  # root writes anywhere; take the place away instead
-            folder.chmod(0o700)
-            for step in range(100, NUM_STEPS + 1, CHECKPOINT_EVERY):
-                (folder / f".part-step-{step:08d}").write_text("in the way")
-        code = training.process.wait(timeout=120)
-        text = training.text
-    folder.chmod(0o700)
-    assert code == 2, text
-    assert "error: The checkpoint step-" in text
-    assert "is intact" in text
-    assert "Traceback" not in text
-    from lorat.storage import locate
-    from lorat_platform import checkpoint_store
-
-    assert checkpoint_store.newest(locate(folder)) is not None
-
-
-@pytest.mark.parametrize(
-    ("failure", "message"),
-    [
-        (WorkerGroupStartupTimeoutError(2), "did not give the 2 CPUs .* lower --workers"),
-        (
-            WorkerGroupStartupFailedError("a node died"),
-            "could not be started, .* a node died; look",
-        ),
-    ],
-)
-def test_workers_that_do_not_start_end_with_a_sentence(failure: Exception, message: str) -> None:
-    cluster = Cluster(embedded=False, address="127.0.0.1:1", cpus=8, gpus=0, nodes=2)
-    place = Placement.plan(RunOptions(workers="2", cpus_per_worker=1), cluster, batch_size=8)
-
-    def fit() -> None:
-        raise ControllerError(failure)
-
-    with pytest.raises(UserError, match=message):
-        lorat_training._in_thread(fit, place)
-
-
-def test_more_than_the_machine_has_is_refused_at_once() -> None:
-    machine = Cluster(embedded=True, address="", cpus=2, gpus=0, nodes=1)
-    with pytest.raises(UserError, match="do not fit into the 2 CPUs"):
-        Placement.plan(RunOptions(workers="3"), machine, 64)
-    with pytest.raises(UserError, match="need a GPU each"):
-        Placement.plan(RunOptions(workers="1", device="gpu"), machine, 64)
-    with pytest.raises(UserError, match="at most one worker per pair"):
-        Placement.plan(RunOptions(workers="1:9"), machine, 8)
-    place = Placement.plan(RunOptions(workers="1:2"), machine, 64)
-    assert (place.low, place.high, place.cpus, place.threads) == (1, 2, 1, 1)
-
-
-@pytest.mark.parametrize("workers", ["0", "2:1", "a", "1:2:3", "-1"])
-def test_a_wrong_number_of_workers_is_refused(workers: str) -> None:
-    with pytest.raises(UserError, match="workers is"):
-        RunOptions(workers=workers)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"cpus_per_worker": 0}, "--cpus-per-worker is 0; give 1 or more."),
-        ({"val_pairs": -1}, "--val-pairs is -1; give 0 or more."),
-        ({"val_gpus": -0.5}, "--val-gpus is -0.5; give 0 or more."),
-        ({"val_gpus": 1.5}, "--val-gpus is 1.5; give a part of one GPU, or whole ones."),
-        ({"max_failures": -2}, "--max-failures is -2; give 0 or more, or -1."),
-        ({"name": "a b"}, "--name is 'a b'; give letters"),
-    ],
-)
-def test_a_wrong_option_is_named_as_it_is_given(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        RunOptions(**options)
-    assert str(caught.value).startswith(message)
+    assert all(blow.cost_little() for blow in story.blows.values()), text
+    assert f"trained {NUM_STEPS} steps" in text
+    assert_same_curve(tmp_path, undisturbed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,32 +10,50 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
 from safetensors.torch import load_file
 
+from lorat.config import LoraConfig, TrainConfig
+from tests.mlflow_home import make_home
+from tests.waiting import wait_until
+
 ROOT = Path(__file__).resolve().parents[2]
-NUM_STEPS = 600
-CHECKPOINT_EVERY = 50
+NUM_STEPS = 700
+CHECKPOINT_EVERY = 25
+STEPS_PER_EPOCH = 50
+LOG_EVERY = 10
+
+
+def training_config(uri: str) -> TrainConfig:
+    """Return the configuration that the command line of :class:`TrainJob` gives."""
+    return TrainConfig(
+        variant="N-112", backbone="none", data=f"tiny={uri}", batch_size=4,
+        pairs_per_epoch=4 * STEPS_PER_EPOCH, epochs=NUM_STEPS // STEPS_PER_EPOCH,
+        lora=LoraConfig(rank=4),
+    )  # fmt: skip
 
 
 class TrainJob:
-    """A training of 600 small steps in a process of its own."""
+    """A training of small steps in a process of its own."""
 
     def __init__(self, home: Path, uri: str, *options: str, **environment: str) -> None:
         command = [
             sys.executable, str(ROOT / "jobs" / "train.py"),
             "--variant", "N-112", "--backbone", "none", "--data", f"tiny={uri}",
-            "--batch-size", "4", "--pairs-per-epoch", "200", "--epochs", "12",
-            "--lora.rank", "4", "--cpus-per-worker", "1", "--log-every", "5",
+            "--batch-size", "4", "--pairs-per-epoch", str(4 * STEPS_PER_EPOCH),
+            "--epochs", str(NUM_STEPS // STEPS_PER_EPOCH),
+            "--lora.rank", "4", "--cpus-per-worker", "1", "--log-every", str(LOG_EVERY),
             "--checkpoint-every", str(CHECKPOINT_EVERY), "--no-register", "--name", "run",
             *options,
         ]  # fmt: skip
         self.home = home
-        home.mkdir(parents=True, exist_ok=True)
+        make_home(home)
         inherited = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         self.lines: list[str] = []
         self.process = subprocess.Popen(
@@ -59,49 +78,47 @@ class TrainJob:
     def text(self) -> str:
         return "\n".join(self.lines)
 
-    def wait_for(self, pattern: str, timeout_s: float = 240.0) -> re.Match[str]:
-        """Wait for a line that matches."""
-        deadline, seen = time.monotonic() + timeout_s, 0
-        while True:
-            ended = self.process.poll() is not None
-            while seen < len(self.lines):
-                match = re.search(pattern, self.lines[seen])
-                seen += 1
+    def wait_for(self, pattern: str, after: int = 0) -> re.Match[str]:
+        """Wait for a line that matches, of those after a number of lines."""
+
+        def found() -> re.Match[str] | None:
+            nonlocal after
+            if self.process.poll() is not None:
+                self._reader.join(10)
+            for line in self.lines[after:]:
+                after += 1
+                match = re.search(pattern, line)
                 if match:
                     return match
-            assert not ended, f"the job ended with {self.process.returncode}:\n{self.text}"
-            assert time.monotonic() < deadline, f"no {pattern!r} in time:\n{self.text}"
-            time.sleep(0.02)
+            return None
 
-    def wait_for_step(self, least: int) -> int:
-        """Wait until the progress line shows a step, and return it."""
-        while True:
-            steps = [int(m[1]) for m in re.finditer(r"^step +(\d+)/", self.text, re.MULTILINE)]
-            if steps and steps[-1] >= least:
-                return steps[-1]
-            assert self.process.poll() is None, f"the job ended:\n{self.text}"
-            time.sleep(0.02)
+        match = wait_until(
+            f"line {pattern!r}", found, process=self.process, output=lambda: self.text, seconds=240
+        )
+        assert match is not None
+        return match
 
-    def finish(self, timeout_s: float = 300.0) -> str:
-        """Wait for the end, which must be a good one, and return what was printed."""
+    def wait_for_step(self, least: int, after: int = 0) -> int:
+        """Wait until a line, of those after a number of lines, shows a step; return the newest."""
+        while int(self.wait_for(r"^step +(\d+)/", after)[1]) < least:
+            after += 1
+        steps = [re.match(r"step +(\d+)/", line) for line in self.lines]
+        return [int(match[1]) for match in steps if match][-1]
+
+    def wait_for_end(self, timeout_s: float = 300.0) -> int:
+        """Wait for the end and return the exit code."""
         try:
             code = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"the job does not end:\n{self.text}") from None
+            raise AssertionError(f"no end within {timeout_s:.0f} s:\n{self.text}") from None
         self._reader.join(10)
+        return code
+
+    def finish(self) -> str:
+        """Wait for the end, which must be a good one, and return what was printed."""
+        code = self.wait_for_end()
         assert code == 0, f"exit code {code}:\n{self.text}"
         return self.text
-
-    def training_workers(self) -> list[psutil.Process]:
-        """Return the training workers of an embedded Ray."""
-        found = []
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if "RayTrainWorker" in " ".join(child.cmdline()):
-                    found.append(child)
-            except psutil.NoSuchProcess:
-                continue
-        return found
 
     def kill(self) -> None:
         """Kill the driver alone, as the kernel does when memory runs out."""
@@ -117,13 +134,31 @@ class TrainJob:
             self.process.kill()
             self.process.wait()
         for child in children:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
-            except psutil.NoSuchProcess:
-                continue
         self._reader.join(10)
         if self.process.stdout is not None:
             self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def job(home: Path, uri: str, *options: str, **environment: str) -> Iterator[TrainJob]:
+    """Run a job for the length of a ``with`` block at most."""
+    started = TrainJob(home, uri, *options, **environment)
+    try:
+        yield started
+    finally:
+        started.clean_up()
+
+
+def processes_of(name: str) -> list[psutil.Process]:
+    """Return the processes below this one whose command line holds a name."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if name in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def run_folder(home: Path) -> Path:
@@ -132,18 +167,14 @@ def run_folder(home: Path) -> Path:
 
 def mlflow_run_id(home: Path) -> str:
     """Return the MLflow run of the training, waiting until it is known."""
-    deadline = time.monotonic() + 60
-    while True:
-        found = json.loads((run_folder(home) / "run.json").read_text())["mlflow_run_id"]
-        if found:
-            return found
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    return wait_until(
+        "id of the MLflow run",
+        lambda: json.loads((run_folder(home) / "run.json").read_text())["mlflow_run_id"],
+    )
 
 
-def final_weights(home: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of the last checkpoint: weights and optimiser."""
-    folder = run_folder(home) / f"step-{NUM_STEPS:08d}"
+def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of a checkpoint: weights and optimiser."""
     tensors = {}
     for file in sorted(folder.rglob("*.safetensors")):
         part = load_file(file)
@@ -152,21 +183,29 @@ def final_weights(home: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_weights(home: Path, reference: Path) -> None:
-    """Fail unless both runs ended with the same weights and optimiser state."""
-    expected, found = final_weights(reference), final_weights(home)
-    assert expected.keys() == found.keys()
+    """Fail unless a run ended with the weights and optimiser state of a checkpoint."""
+    expected = checkpoint_tensors(reference)
+    found = checkpoint_tensors(run_folder(home) / f"step-{NUM_STEPS:08d}")
+    assert expected and expected.keys() == found.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
             found[name], value, rtol=1e-6, atol=1e-6 * float(value.float().abs().max()), msg=name
         )
 
 
+def mlflow_run(home: Path) -> Run:
+    """Return the one MLflow run of the training."""
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    experiment = client.get_experiment_by_name("train")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    return run
+
+
 def train_losses(home: Path) -> dict[int, float]:
     """Return the loss that the MLflow run shows, per logged step."""
-    from mlflow import MlflowClient
-
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
-    history = client.get_metric_history(mlflow_run_id(home), "train/loss")
+    history = client.get_metric_history(mlflow_run(home).info.run_id, "train/loss")
     return {metric.step: metric.value for metric in history}
 
 

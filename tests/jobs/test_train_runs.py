@@ -1,0 +1,177 @@
+"""Whole trainings as a user starts them: to their end, and through the death of MLflow's server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from lorat.frame_index import FrameIndex
+from lorat_platform.mlflow_store import connect
+from tests.jobs.in_process import ROOT
+from tests.jobs.test_train import SMALL, wrong
+from tests.mlflow_home import make_home
+from tests.mlflow_server import Server
+from tests.small_shards import make_shards
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.processes(minutes=2)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    return (
+        make_shards(folder / "train", split="train"),
+        make_shards(folder / "val", split="val"),
+    )
+
+
+def train(home: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    make_home(home)
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / "train.py"), *options],
+        capture_output=True,
+        text=True,
+        cwd=home,
+        env=environment | {"LORAT_HOME": str(home)},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A training that was run to its end."""
+
+    home: Path
+    output: str
+    data: tuple[str, ...]
+    """Options that name its data."""
+
+
+@pytest.fixture(scope="module")
+def trained(shards: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    home = tmp_path_factory.mktemp("trained")
+    data = ("--data", shards[0], "--val-data", shards[1])
+    done = train(
+        home, *SMALL, *data, "--name", "small", "--checkpoint-every", "1", "--keep", "2",
+        "--workers", "2", "--cpus-per-worker", "1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Trained(home=home, output=done.stdout, data=data)
+
+
+def test_a_training_ends_with_a_registered_tracker_and_says_where(
+    trained: Trained, shards: tuple[str, str]
+) -> None:
+    (data, val), out, home = shards, trained.output, trained.home
+    assert re.search(r"^step +10/10  loss \d+\.\d+ .* samples/s .* left 0 s$", out, re.MULTILINE)
+    assert re.search(r"^validation of step 10: loss \d", out, re.MULTILINE)
+    for tracker in ("LoRAT", "static", "mil"):
+        assert re.search(rf"^val +{tracker} +[01]\.\d+", out, re.MULTILINE), out
+    assert "model       models:/lorat/1, alias candidate" in out
+    assert "mlflow server --backend-store-uri" in out
+    # The best are kept; only those that were validated, one an epoch, have a score.
+    kept = sorted(path.name for path in (home / "runs" / "small").glob("step-*"))
+    assert kept == ["step-00000005", "step-00000010"]
+    assert re.search(r"^ +step \d+\.\d ms \(data \d", out, re.MULTILINE)
+    record = json.loads((home / "runs" / "small" / "run.json").read_text())
+    assert record["finished"]
+    assert record["config"]["batch_size"] == 8
+    assert record["data"] == {"train": FrameIndex.open(data).fingerprint}
+
+    store = f"sqlite:///{home}/mlflow.db"
+    client = MlflowClient(store, registry_uri=store)
+    version = client.get_model_version_by_alias("lorat", "candidate")
+    assert version.run_id == record["mlflow_run_id"]
+    run = client.get_run(record["mlflow_run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["config.lora.rank"] == "2"
+    assert run.data.tags["dataset.train"] == record["data"]["train"]
+    assert {"train/loss", "system/samples_per_s", "val/ao", "eval/val/ao"} <= set(run.data.metrics)
+    names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"config.json", "checkpoint", "evaluation"} <= names
+    about = run.data.tags["mlflow.note.content"]
+    for tracker in ("LoRAT", "static", "mil"):
+        assert re.search(rf"^\| val \| {tracker} \| [01]\.\d+", about, re.MULTILINE), about
+    assert "N-112, lora rank 2, head depth" in about
+    report = {
+        Path(file.path).name: file.path
+        for folder in ("evaluation", "evaluation/val", "evaluation/val/clips")
+        for file in client.list_artifacts(run.info.run_id, folder)
+    }
+    assert {"success.png", "precision.png", "sequences.csv", "report.md"} <= set(report)
+    assert {name.split("-")[0] for name in report if name.endswith(".mp4")} == {"best", "worst"}
+    assert json.loads(version.tags["benchmark"]) == [val]
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_a_finished_training_is_not_begun_again(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORAT_HOME", str(trained.home))
+    assert wrong(capsys, *SMALL, *trained.data, "--name", "small") == (
+        f"error: The run small in {trained.home}/runs/small is finished; give another --name.\n"
+    )
+
+
+@pytest.mark.exhaustive
+def test_a_training_starts_from_a_registered_tracker(trained: Trained) -> None:
+    warm = train(
+        trained.home, *SMALL, *trained.data, "--name", "warm", "--no-register",
+        "--init-from", "models:/lorat@candidate", "--validate-every", "0", "--lr", "1e-6",
+    )  # fmt: skip
+    assert warm.returncode == 0, warm.stdout + warm.stderr
+    record = json.loads((trained.home / "runs" / "warm" / "run.json").read_text())
+    assert record["start_weights"] == "models:/lorat/1"
+    cold_end, warm_end = (
+        float(re.findall(r"loss (\d+\.\d+)  lr", o)[-1]) for o in (trained.output, warm.stdout)
+    )
+    assert warm_end < cold_end
+
+
+def wait_for(pattern: str, log: Path, job: subprocess.Popen[bytes]) -> None:
+    def found() -> bool:
+        return bool(re.search(pattern, log.read_text(), re.MULTILINE))
+
+    wait_until(f"line {pattern!r}", found, process=job, output=log.read_text)
+
+
+@pytest.mark.exhaustive
+def test_a_server_killed_in_mid_run_has_everything_at_the_end(
+    tmp_path: Path, shards: tuple[str, str]
+) -> None:
+    train, val = shards
+    server, log = Server(tmp_path / "server"), tmp_path / "log"
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment |= {"LORAT_HOME": str(tmp_path / "home"), "MLFLOW_TRACKING_URI": server.uri}
+    command = [
+        sys.executable, str(ROOT / "jobs" / "train.py"), "--variant", "N-112",
+        "--backbone", "none", "--batch-size", "8", "--pairs-per-epoch", "80", "--epochs", "2",
+        "--log-every", "1", "--validate-every", "0", "--data", train, "--val-data", val,
+    ]  # fmt: skip
+    server.start()
+    try:
+        with open(log, "wb") as output:
+            job = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        wait_for(r"^step +3/20 ", log, job)
+        server.kill()
+        wait_for(r"^step +20/20 ", log, job)
+        server.start()
+        assert job.wait(300) == 0, log.read_text()
+        client = connect(server.uri)
+        version = client.get_model_version_by_alias("lorat", "candidate")
+        run = client.get_run(version.run_id)
+        assert run.info.status == "FINISHED"
+        points = client.get_metric_history(run.info.run_id, "train/loss")
+        assert sorted(point.step for point in points) == list(range(1, 21))
+        assert "eval/val/ao" in run.data.metrics
+    finally:
+        server.kill()
