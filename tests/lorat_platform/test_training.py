@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +140,10 @@ class Battered:
     run_ids: set[str]
     """MLflow runs that its jobs had."""
     blows: dict[str, Blow]
-    codes: dict[str, int]
+    codes: dict[str, int] = field(default_factory=dict)
     """Exit codes of the jobs that ended by themselves."""
     last_text: str
+    """What the last job printed."""
 
 
 class Story:
@@ -241,7 +242,7 @@ def battered(uri: str, val_uri: str, tmp_path_factory: pytest.TempPathFactory) -
         training.wait_for("process that validated step-00000600 died, .*; the training goes on")
         last_text = training.finish()
     run_ids.add(mlflow_run_id(home))
-    return Battered(home=home, run_ids=run_ids, blows=story.blows, codes={}, last_text=last_text)
+    return Battered(home=home, run_ids=run_ids, blows=story.blows, last_text=last_text)
 
 
 @pytest.fixture(scope="module")
