@@ -181,10 +181,10 @@ def test_a_slow_consumer_does_not_fill_the_object_store_nor_a_cpu(
     settings = config(batch_size=64)
     layout = Layout.plan(settings, 1, 0, 4000)
     earlier = set(coordinators())
+    free = ray.available_resources()["object_store_memory"]
     (iterator,) = split_stream(settings, sources, layout, TWO_ACTORS)
     stream = RayStream(iterator, layout, 0)
     batches = stream.batches(0)
-    total = ray.cluster_resources()["object_store_memory"]
     next(batches)
     (coordinator,) = set(coordinators()) - earlier
     busy = coordinator.cpu_times()
@@ -192,13 +192,12 @@ def test_a_slow_consumer_does_not_fill_the_object_store_nor_a_cpu(
     for _ in range(12):
         time.sleep(1)
         next(batches)
-        used.append(total - ray.available_resources()["object_store_memory"])
+        used.append(free - ray.available_resources()["object_store_memory"])
     busy_s = sum(coordinator.cpu_times()[:2]) - sum(busy[:2])
     assert busy_s < 0.35 * 12, "the control loop turns without a rest"
     stream.close()
     block = layout.pairs_per_block * pair_bytes(settings.model_variant)
-    assert max(used) < 40 * block
-    assert max(used) < 0.05 * total
+    assert max(used) < 20 * block  # of 500 in all
 
 
 def test_a_damaged_image_is_counted_replaced_and_named(
