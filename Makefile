@@ -6,7 +6,6 @@ READY := $(VENV)/ready
 PORT ?= 5000
 LORAT_HOME ?= $(HOME)/.lorat
 export LORAT_HOME
-export RAY_AUTH_MODE ?= disabled
 export MLFLOW_DISABLE_TELEMETRY ?= true
 # The jobs of MLflow's server are for language models, and take seven processes more.
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION ?= false

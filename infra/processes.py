@@ -74,6 +74,18 @@ def answers(url: str) -> bool:
     return True
 
 
+def listeners() -> dict[str, tuple[str, int]]:
+    """Return address and port of every listening socket of this machine, by name in /proc."""
+    found = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                address, _, port = fields[1].partition(":")
+                found[f"socket:[{fields[9]}]"] = _readable(address), int(port, 16)
+    return found
+
+
 class Processes:
     """Started processes by name, each with its own log file and process group."""
 
@@ -122,13 +134,7 @@ class Processes:
 
     def listening(self) -> dict[str, set[tuple[str, int]]]:
         """Return the addresses and ports on which each process and its descendants listen."""
-        by_inode: dict[str, tuple[str, int]] = {}
-        for table in ("tcp", "tcp6"):
-            for line in Path("/proc/net", table).read_text().splitlines()[1:]:
-                fields = line.split()
-                if fields[3] == "0A":
-                    address, _, port = fields[1].partition(":")
-                    by_inode[f"socket:[{fields[9]}]"] = _readable(address), int(port, 16)
+        by_inode = listeners()
         found: dict[str, set[tuple[str, int]]] = {}
         for name, process in self.running.items():
             for pid in family(process.pid):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,11 @@ import pytest
 
 from tests.ray_head import ray_head
 
-pytest_plugins = ["tests.time_limit"]
+pytest_plugins = ["tests.time_limit", "tests.open_doors"]
 
 # The workers of pytest-xdist share the cores: threads of torch in each of them would only wait for
 # one another.  Jobs choose their threads by themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Ray replaces 127.0.0.1 by an address that others reach, except where it may form no cluster of
-# several machines.  It looks once, when it is imported.
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,7 +39,9 @@ def own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     """Keep runs, journals and the MLflow store of the tests out of the user's home folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAT_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
+        # One token for what the tests start and for the jobs that use it, and none of the user's.
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
             patch.delenv(name, raising=False)
         yield

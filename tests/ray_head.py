@@ -29,8 +29,12 @@ def ray_head(folder: Path) -> Iterator[str]:
         "--include-dashboard=false", "--disable-usage-stats",
         f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
     ]  # fmt: skip
-    # There is no other node that could take over at its end.
-    own = {"RAY_AUTH_MODE": "disabled", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+    own = {
+        # Else Ray would replace 127.0.0.1 by an address that others reach.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # There is no other node that could take over at its end.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
     log = folder / "ray-head.log"
     with open(log, "wb") as output:
         head = subprocess.Popen(command, env=os.environ | own, stdout=output, stderr=output)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def _commands() -> list[str]:
 
 
 COMMANDS = _commands()
+EXPORTED = dict(c.split(" ")[1].split("=") for c in COMMANDS if c.startswith("export "))
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         (split / name / "groundtruth.txt").write_text("\n".join(rows) + "\n")
     (split / "list.txt").write_text("\n".join(names) + "\n")
     dropped = {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI", "PYTHONPATH"}
+    dropped |= {name for name in os.environ if name.startswith("RAY_AUTH_")}
     environment = {k: v for k, v in os.environ.items() if k not in dropped}
     environment |= {
         "LORAT_HOME": str(folder / "home"),
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "disabled",
+        "HOME": str(folder),
     }
     return Workspace(folder, environment)
 
@@ -147,6 +150,18 @@ def test_make_run_ends_with_a_registered_model(local_run: LocalRun) -> None:
     assert (local_run.state / "mlflow.db").exists()
 
 
+@pytest.mark.parametrize("path", ["/api/jobs/", "/api/version", "/nodes?view=summary"])
+def test_the_ray_of_make_run_tells_nothing_without_its_token(
+    local_run: LocalRun, path: str
+) -> None:
+    """Neither to another user of this machine nor to a page in a browser."""
+    pages = [{}, {"Host": "page.example"}, {"Origin": "http://page.example"}]
+    for headers in [*pages, {"Authorization": "Bearer guessed"}]:
+        request = urllib.request.Request(local_run.dashboard + path, headers=headers)
+        with pytest.raises(urllib.error.HTTPError, match=r"40[13]"):
+            urllib.request.urlopen(request, timeout=10)
+
+
 @pytest.mark.usefixtures("shared_ray")
 def test_the_jobs_of_the_readme_run_in_its_order(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
@@ -167,7 +182,9 @@ def test_a_submitted_job_of_the_readme_runs(
     workspace: Workspace, local_run: LocalRun, command: str
 ) -> None:
     added = ADDED[command]
-    output = workspace.run(f"{command} {added}", RAY_API_SERVER_ADDRESS=local_run.dashboard)
+    output = workspace.run(
+        f"{command} {added}", RAY_API_SERVER_ADDRESS=local_run.dashboard, **EXPORTED
+    )
     assert '"variant": "T-112"' in output
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import tenacity
 import lorat
 import lorat_platform
 from lorat.errors import UserError
+from lorat_platform import sockets
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,11 @@ have those from where they were started; an embedded Ray inherits them.
 """
 
 
+LOOPBACK = "127.0.0.1"
+
+MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """What :func:`connect` reached."""
@@ -57,6 +64,11 @@ class Cluster:
     cpus: float
     gpus: float
     nodes: int
+
+    @property
+    def host(self) -> str:
+        """Host of the GCS."""
+        return self.address.rpartition(":")[0].strip("[]")
 
     def __str__(self) -> str:
         where = "an embedded Ray" if self.embedded else f"Ray at {self.address}"
@@ -116,29 +128,34 @@ def connect(
         num_gpus: GPUs of an embedded Ray; none means those that are there.
         env: More environment variables for the workers.
 
+    An embedded Ray listens on the loopback address only and answers only who has its token, which
+    is random.  A Ray at a loopback address gets no socket from here that others reach.
+
     Raises:
-        UserError: if no cluster answers at the address.
+        UserError: if no cluster answers at the address, or if this process or what it started
+            would listen for other machines though its Ray is on the loopback address.
     """
     os.environ |= {k: v for k, v in ENVIRONMENT.items() if k not in os.environ}
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    embedded = address == "local"
-    options: dict[str, Any] = {}
-    if embedded:
-        # It listens on the loopback address only, which Ray would replace by one that others
-        # reach, except where it may form no cluster; without a mode it would write a token file.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        options = {
-            "num_cpus": num_cpus or len(os.sched_getaffinity(0)),
-            "num_gpus": num_gpus,
-            "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
-        }
 
     import ray
 
     if ray.is_initialized():
         return _describe(embedded=False)
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    embedded = address == "local"
+    options: dict[str, Any] = {}
+    if embedded:
+        _listen_on_loopback()
+        _ask_for_a_token()
+        options = {
+            "num_cpus": num_cpus or len(os.sched_getaffinity(0)),
+            "num_gpus": num_gpus,
+            "include_dashboard": False,
+            "_node_ip_address": LOOPBACK,
+        }
+    elif address == "auto" or sockets.is_loopback(address.rpartition(":")[0]):
+        _listen_on_loopback()
+        _bring_the_token()
     options |= {
         "address": address,
         "runtime_env": runtime_env(embedded=embedded, extra=env),
@@ -155,7 +172,66 @@ def connect(
             "start --head', correct --address or RAY_ADDRESS, or unset it for an embedded Ray."
         ) from error
     logging.getLogger("ray").setLevel(logging.WARNING)
-    return _describe(embedded=embedded)
+    cluster = _describe(embedded=embedded)
+    private = embedded or sockets.is_loopback(cluster.host)
+    open_doors = sockets.reachable() if private else []
+    if open_doors:
+        disconnect()
+        raise UserError(
+            f"Other machines could reach this job ({'; '.join(open_doors)}), where Ray shall "
+            "listen on the loopback address only; end what else this process started, or start "
+            "a Ray for other machines with 'ray start --head' and name it with --address."
+        )
+    return cluster
+
+
+def _listen_on_loopback() -> None:
+    """Keep Ray from replacing the loopback address by one that others reach.
+
+    It does so except where it may form no cluster of several machines.  What it starts reads that
+    from the environment, and this process has read it when Ray was imported, maybe before.
+    """
+    from ray._private import ray_constants
+
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def _ask_for_a_token() -> None:
+    """Let the Ray that starts next answer only who has its token, a random one.
+
+    Other users of this machine reach its loopback address, too.  A mode or a token that the user
+    has set stay.
+    """
+    if os.environ.get(MODE, "token") != "token":
+        return
+    chosen = {MODE: "token"}
+    if not os.environ.get(TOKEN) and not os.environ.get(TOKEN_PATH):
+        chosen[TOKEN] = secrets.token_hex(32)
+    _before.update({name: os.environ.get(name) for name in chosen})
+    os.environ |= chosen
+    _read_token_again()
+
+
+def _bring_the_token() -> None:
+    """Bring Ray's token to a Ray of this machine, where this user has one and chose no mode."""
+    from ray._private.authentication import authentication_token_setup
+
+    _read_token_again()
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+_before: dict[str, str | None] = {}
+"""What the variables that were set for an embedded Ray were before."""
+
+
+def _read_token_again() -> None:
+    """Let Ray see what changed in the environment since it was imported."""
+    from ray import _raylet
+
+    parts: Any = _raylet  # its stub leaves the configuration out
+    parts.Config.initialize("")
+    parts.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _start_ray(options: dict[str, Any]) -> None:
@@ -199,6 +275,13 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
+    for name, value in _before.items():
+        os.environ.pop(name)
+        if value is not None:
+            os.environ[name] = value
+    if _before:
+        _before.clear()
+        _read_token_again()
 
 
 @contextlib.contextmanager

@@ -173,6 +173,8 @@ def _fit(
     )
     from ray.train.v2.api.validation_config import ValidationConfig, ValidationTaskConfig
 
+    from lorat_platform.process_group import PrivateTorchConfig
+
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     if not cluster.embedded:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
@@ -237,6 +239,7 @@ def _fit(
     trainer = make_trainer(
         train_worker,
         train_loop_config=setup,
+        torch_config=PrivateTorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=place.low if place.low == place.high else (place.low, place.high),
             use_gpu=place.use_gpu,

@@ -22,6 +22,7 @@ from lorat.storage import Location
 from lorat_platform import checkpoint_store
 from lorat_platform.command import user_message
 from lorat_platform.learner import Learner, World
+from lorat_platform.process_group import PrivateTorchConfig
 from lorat_platform.train_loop import run
 from lorat_platform.trial import hand_over, read_progress, training_hooks, trial_folder
 from lorat_platform.trial_work import (
@@ -105,6 +106,7 @@ def _fit(work: RungWork) -> None:
         trainer = TorchTrainer(
             _worker,  # type: ignore[arg-type]  # is told its work, no dictionary
             train_loop_config=work,  # type: ignore[arg-type]
+            torch_config=PrivateTorchConfig(),
             scaling_config=ScalingConfig(
                 num_workers=setup.workers,
                 use_gpu=resources.get("GPU", 0) > 0,

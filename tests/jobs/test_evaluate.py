@@ -46,7 +46,7 @@ def start(name: str, *arguments: object) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.Popen(
         [sys.executable, ROOT / "jobs" / f"{name}.py", *map(str, arguments)],
-        env=environment | {"RAY_AUTH_MODE": "disabled"},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -32,7 +32,7 @@ class Job:
 
     def __init__(self, home: Path, *arguments: object) -> None:
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        environment |= {"LORAT_HOME": str(home), "RAY_AUTH_MODE": "disabled"}
+        environment |= {"LORAT_HOME": str(home)}
         environment.pop("MLFLOW_TRACKING_URI", None)
         make_home(home)
         self.home = home

@@ -45,7 +45,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Data]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAT_HOME", str(folder / "home"))
         patch.setenv("LORAT_CROP_CACHE", str(folder / "crops"))
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         train = make_shards(folder / "train", split="train")
