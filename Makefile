@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PORT ?= 5000
 LORAT_HOME ?= $(HOME)/.lorat
 export LORAT_HOME
@@ -12,29 +13,33 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION ?= false
 # Every process of Ray would compile anew what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-all lint ui stop lock help
+.PHONY: run test test-all style lint ui stop lock help
 
-# pip compiles on one core; that some files of the packages cannot be compiled is no matter.
+# uv unpacks on all cores; where it cannot have the packages, since it reads nothing of pip's
+# settings, pip gets them.  That some files of the packages cannot be compiled is no matter.
 $(READY): infra/requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
-	  -r infra/requirements.lock
+	$(PIP) 'uv>=0.9'
+	$(BIN)/uv pip install --quiet --native-tls --python $(BIN)/python -r infra/requirements.lock \
+	  || $(PIP) --no-compile -r infra/requirements.lock
 	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(PIP) --no-deps --editable .
 	touch $@
 
 run: $(READY)  ## Train the small tracker on this machine and register it
 	@PATH="$(CURDIR)/$(BIN):$$PATH" infra/local_run.sh $(ARGS)
 
-test: $(READY) lint  ## Run the checks, on 2 cores in 22 minutes (ARGS="tests/lorat -k lr" for a part)
+test: $(READY) style  ## Run the checks, on 2 cores in 22 minutes (ARGS="tests/lorat -k lr" for a part)
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: $(READY) lint  ## Run these and the exhaustive ones, in about 45 minutes
+test-all: $(READY) style  ## Run these and the exhaustive ones, in about 45 minutes
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
-lint: $(READY)  ## Check format, rules and types
+style: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+lint: style  ## Check format, rules and types
 	$(BIN)/mypy
 
 ui: $(READY)  ## Open the MLflow UI on the local store

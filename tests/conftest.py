@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with tests that start processes last, and of these the longest first.
+    """Put types first, files with tests that start processes last, of these the longest first.
 
     A worker of pytest-xdist takes whole files, so that what the tests of a file share is made once;
     a long one at the end would leave the other workers without work.
@@ -32,6 +32,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         minutes[item.path] = max(minutes.get(item.path, 0.0), takes)
     items.sort(key=lambda item: minutes[item.path], reverse=True)
     items.sort(key=lambda item: minutes[item.path] > 0)
+    items.sort(key=lambda item: item.path.name != "test_types.py")
+
+
+class FirstErrors:
+    """Shows what failed when it fails, and not only after the last test."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Print a failure's end; the whole of it stands in the summary."""
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.write("\n")
+            terminal.write_line(f"{report.outcome.upper()} {report.nodeid}")
+            terminal.write_line(report.longreprtext[-2000:])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Show failures early, where the results of all test processes arrive."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FirstErrors(config))
 
 
 @pytest.fixture(scope="session", autouse=True)
