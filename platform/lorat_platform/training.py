@@ -26,6 +26,7 @@ from lorat_platform.run_options import Placement, RunOptions
 from lorat_platform.run_record import RunRecord
 from lorat_platform.sources import Datasets, open_datasets
 from lorat_platform.train_worker import SCORE, WorkerSetup, train_worker
+from lorat_platform.validation import CheckpointValidation, ValidationPlan
 from lorat_platform.worker_failures import watch_workers
 
 if TYPE_CHECKING:
@@ -208,9 +209,6 @@ def _fit(
     )
     validation = None
     if validated:
-        # timm takes two seconds to import, here and in Ray Train's controller.
-        from lorat_platform.validation import CheckpointValidation, ValidationPlan
-
         val_gpus = options.val_gpus if options.val_gpus is not None else min(1, place.spare_gpus)
         plan = ValidationPlan(
             config=config,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lorat import checkpoint
 from lorat.augment import augment, foreground_mask
 from lorat.config import TrainConfig
 from lorat.criterion import Criterion
@@ -21,7 +20,6 @@ from lorat.frame_index import FrameIndex
 from lorat.metrics import evaluate as score
 from lorat.one_pass import track_sequences
 from lorat.shards import ImageReader
-from lorat.tracker import Tracker
 from lorat_platform.batches import Decoder
 from lorat_platform.console import Console
 from lorat_platform.sources import Source
@@ -93,6 +91,7 @@ def pair_loss(model: LoRAT, plan: ValidationPlan) -> dict[str, float]:
 
 def tracking_scores(model: LoRAT, plan: ValidationPlan) -> dict[str, float]:
     """Track validation sequences from their first boxes and return the mean scores."""
+    from lorat.tracker import Tracker
     from lorat_platform.evaluation import ground_truth, usable_tracks
 
     predictions, truths = {}, {}
@@ -174,6 +173,9 @@ class CheckpointValidation:
 
     def of_folder(self, folder: Path) -> dict[str, float]:
         """Validate the checkpoint in a local folder, and tell MLflow and the console."""
+        # The driver and Ray Train's controller hold this object too, and need no network for it.
+        from lorat import checkpoint
+
         torch.set_num_threads(self.plan.threads)
         began = time.perf_counter()
         step = json.loads((folder / "training_state.json").read_text())["step"]
