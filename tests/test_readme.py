@@ -210,7 +210,7 @@ def test_make_ui_opens_the_local_store_on_this_machine_only(
         start_new_session=True,
     )
     try:
-        wait_for("MLflow", lambda: answers(f"http://127.0.0.1:{port}/health"), seconds=90)
+        wait_for("MLflow", lambda: answers(f"http://127.0.0.1:{port}/health"), seconds=300)
         url = f"http://127.0.0.1:{port}/api/2.0/mlflow/registered-models/get?name=lorat"
         with urllib.request.urlopen(url) as answer:
             assert json.load(answer)["registered_model"]["name"] == "lorat"

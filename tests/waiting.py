@@ -16,7 +16,7 @@ def wait_until(
     *,
     process: subprocess.Popen[Any] | None = None,
     output: Callable[[], str] = str,
-    seconds: float = 120.0,
+    seconds: float = 300.0,
 ) -> T:
     """Ask until the answer is true, and return it.
 

@@ -53,7 +53,7 @@ def local_run(folder: Path, port: int, *arguments: str) -> subprocess.CompletedP
         env=own | {"LORAT_RAY_PORT": str(port)} | ADDRESSES | SECRETS,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
 
 
@@ -105,7 +105,7 @@ def test_nothing_is_sent_to_a_server_of_another_user(tmp_path: Path) -> None:
         env={"PATH": "/usr/local/bin:/usr/bin:/bin"},
     )  # fmt: skip
     try:
-        wait_for("server", lambda: answers(f"http://127.0.0.1:{port}"), seconds=30)
+        wait_for("server", lambda: answers(f"http://127.0.0.1:{port}"), seconds=100)
         result = local_run(tmp_path, port)
     finally:
         server.terminate()

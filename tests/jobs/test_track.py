@@ -167,7 +167,7 @@ def test_object_selected_with_the_mouse_is_tracked_and_shown(
     xdotool("windowfocus", window.split()[0])
     xdotool("key", "Return")
     try:
-        output, _ = job.communicate(timeout=120)
+        output, _ = job.communicate(timeout=300)
     finally:
         job.kill()
     assert job.returncode == 0, output

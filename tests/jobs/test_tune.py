@@ -45,6 +45,14 @@ class Job:
                 stderr=subprocess.STDOUT,
             )
 
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it where a test gave up on it."""
+        self.process.kill()
+        self.process.wait()
+
     @property
     def output(self) -> str:
         return self._log.read_text()
@@ -57,7 +65,7 @@ class Job:
             output=lambda: self.output,
         )
 
-    def end(self, timeout_s: float = 180) -> int:
+    def end(self, timeout_s: float = 300) -> int:
         return self.process.wait(timeout_s)
 
 
@@ -115,12 +123,12 @@ def resumed(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Resumed:
     home = tmp_path_factory.mktemp("resumed") / "home"
-    job = Job(home, *arguments, "--trials", 5, "--name", "stopped", "--concurrent", 1)
-    job.wait_for(r"trial 1: .* after \d+ steps")
-    request.param(job)
+    with Job(home, *arguments, "--trials", 5, "--name", "stopped", "--concurrent", 1) as job:
+        job.wait_for(r"trial 1: .* after \d+ steps")
+        request.param(job)
     before = _rows(home)
-    job = Job(home, "--resume", "stopped", "--final")
-    assert job.end(300) == 0, job.output
+    with Job(home, "--resume", "stopped", "--final") as job:
+        assert job.end() == 0, job.output
     return Resumed(home=home, before=before, output=job.output)
 
 
@@ -162,14 +170,15 @@ def test_a_killed_search_goes_on_with_other_schedulers(
     tmp_path: Path, arguments: list[str], scheduler: str
 ) -> None:
     home = tmp_path / "home"
-    job = Job(
+    with Job(
         home, *arguments, "--epochs", 1, "--trials", 6, "--name", "stopped",
         "--scheduler", scheduler, "--space", "lora.rank=4", "--space", "head.depth=1",
-    )  # fmt: skip
-    job.wait_for(r"trial 3: .* after \d+ steps" if scheduler == "median" else r"trial 1: rung 1")
-    kill(job)
-    job = Job(home, "--resume", "stopped")
-    assert job.end() == 0, job.output
+    ) as job:  # fmt: skip
+        shown = r"trial 3: .* after \d+ steps" if scheduler == "median" else r"trial 1: rung 1"
+        job.wait_for(shown)
+        kill(job)
+    with Job(home, "--resume", "stopped") as job:
+        assert job.end() == 0, job.output
     rows = _rows(home)
     assert sorted(row["trial"] for row in rows.values()) == list(range(6))
     assert all(row["status"] in ("completed", "stopped") for row in rows.values())

@@ -153,7 +153,7 @@ def test_workers_that_ask_for_all_cpus_do_not_starve_the_stream(
         time.sleep(2)  # both hold their CPU before the first batch
         return sum(len(batch["index"]) for batch in stream.batches(0))
 
-    assert ray.get([work.remote(0), work.remote(1)], timeout=90) == [80, 80]
+    assert ray.get([work.remote(0), work.remote(1)], timeout=300) == [80, 80]
 
 
 def test_the_decode_pool_leaves_the_workers_cpus_alone() -> None:

@@ -93,7 +93,7 @@ class TrainJob:
             return None
 
         match = wait_until(
-            f"line {pattern!r}", found, process=self.process, output=lambda: self.text, seconds=240
+            f"line {pattern!r}", found, process=self.process, output=lambda: self.text
         )
         assert match is not None
         return match
