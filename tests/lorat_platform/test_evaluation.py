@@ -59,11 +59,14 @@ def config(tmp_path: Path, **options: object) -> EvaluationConfig:
 
 
 @pytest.fixture(scope="module")
-def evaluated(
-    subject: Subject, uri: str, tmp_path_factory: pytest.TempPathFactory
-) -> DatasetResult:
-    folder = tmp_path_factory.mktemp("evaluated")
-    return evaluate(subject, uri, config(folder, batch_size=3), progress=False)
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the results of `evaluated` are kept."""
+    return tmp_path_factory.mktemp("evaluated")
+
+
+@pytest.fixture(scope="module")
+def evaluated(subject: Subject, uri: str, kept: Path) -> DatasetResult:
+    return evaluate(subject, uri, config(kept, batch_size=3), progress=False)
 
 
 def test_every_sequence_is_tracked_as_it_is_alone(
@@ -92,25 +95,33 @@ def test_decoding_makes_the_speed_lower(evaluated: DatasetResult) -> None:
 
 
 def test_a_second_evaluation_tracks_nothing(
-    subject: Subject, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluated: DatasetResult,
+    subject: Subject,
+    uri: str,
+    kept: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    first = evaluate(subject, uri, config(tmp_path, limit=3), progress=False)
     asked: list[int] = []
     monkeypatch.setattr(
         sequence_workers.Workers,
         "track",
         lambda self, index, tracks: iter(asked.extend(tracks) or ()),
     )
-    again = evaluate(subject, uri, config(tmp_path, limit=3), progress=False)
+    again = evaluate(subject, uri, config(kept, batch_size=3), progress=False)
     assert asked == []
-    assert again.scores == first.scores
-    assert again.fps == first.fps
+    assert again.scores == evaluated.scores
+    assert again.fps == evaluated.fps
+
+
+@pytest.mark.usefixtures("evaluated")
+def test_workers_are_gone_afterwards() -> None:
+    wait_until("free CPUs", lambda: ray.available_resources().get("CPU", 0) == 2)
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_rest(
     subject: Subject, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate(subject, uri, config(tmp_path, limit=3), progress=False)
+    evaluate(subject, uri, config(tmp_path, limit=3, workers=1), progress=False)
     asked: list[int] = []
     tracked = sequence_workers.Workers.track
 
@@ -119,7 +130,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_rest(
         yield from tracked(self, index, tracks)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sequence_workers.Workers, "track", watch)
-    result = evaluate(subject, uri, config(tmp_path), progress=False)
+    result = evaluate(subject, uri, config(tmp_path, workers=1), progress=False)
     assert asked == [3, 4, 5, 6, 7]
     assert len(result.results) == 8
 
@@ -186,12 +197,13 @@ def test_every_module_that_tracks_counts_for_the_fingerprint() -> None:
     }  # fmt: skip
 
 
-def test_other_weights_are_not_taken_for_the_same(uri: str, tmp_path: Path) -> None:
-    one = evaluate(subject_of(random_tracker(1), "m"), uri, config(tmp_path, limit=1))
-    two = evaluate(subject_of(random_tracker(2), "m"), uri, config(tmp_path, limit=1))
-    assert not np.array_equal(
-        next(iter(one.results.values())).boxes, next(iter(two.results.values())).boxes
-    )
+def test_other_weights_are_not_taken_for_the_same(
+    evaluated: DatasetResult, uri: str, kept: Path
+) -> None:
+    other = subject_of(random_tracker(1), "stays")
+    result = evaluate(other, uri, config(kept, limit=1), progress=False)
+    ((name, found),) = result.results.items()
+    assert not np.array_equal(found.boxes, evaluated.results[name].boxes)
 
 
 class _Dying(SequenceWorker):
@@ -235,11 +247,6 @@ def test_missing_model_or_data_is_one_sentence(tmp_path: Path, uri: str) -> None
         evaluate(load_subject("static"), str(tmp_path / "nowhere"), config(tmp_path))
     with pytest.raises(UserError, match="There is no model"):
         load_subject("nothing")
-
-
-def test_workers_are_gone_afterwards(subject: Subject, uri: str, tmp_path: Path) -> None:
-    evaluate(subject, uri, config(tmp_path, limit=2), progress=False)
-    wait_until("free CPUs", lambda: ray.available_resources().get("CPU", 0) == 2)
 
 
 def test_report_has_what_people_look_at(
@@ -325,7 +332,7 @@ def test_lost_target_is_found_in_the_overlaps() -> None:
 
 
 def test_baselines_need_no_model(uri: str, tmp_path: Path) -> None:
-    result = evaluate(load_subject("static"), uri, config(tmp_path, limit=2), progress=False)
+    result = evaluate(load_subject("static"), uri, config(tmp_path, limit=1), progress=False)
     first = result.results[next(iter(result.results))]
     assert np.array_equal(first.boxes, np.repeat(first.boxes[:1], 60, axis=0))
     assert type(baseline("mil")) is type(load_subject("mil").tracker())
