@@ -19,9 +19,7 @@ import torch
 from lorat.config import TrainConfig
 from lorat.errors import UserError
 from lorat.images import DamagedImage
-from lorat.metrics import evaluate
 from lorat.model import LoRAT
-from lorat.one_pass import track_sequences
 from lorat.pairs import load_pairs
 from lorat.shards import ImageReader
 from lorat.tracker import Tracker
@@ -32,13 +30,13 @@ from lorat_platform.crop_cache import (
     content_key,
     remove_stale_caches,
 )
-from lorat_platform.evaluation import ground_truth, usable_tracks
+from lorat_platform.evaluation import usable_tracks
 from lorat_platform.learner import Learner, World
 from lorat_platform.scheduling import BUDGET, Rungs
 from lorat_platform.sources import fingerprints, open_indexes, open_pairs, resolve_sources
 from lorat_platform.space import SearchSpace
 from lorat_platform.tail_average import TailAverage
-from lorat_platform.validation import evenly
+from lorat_platform.validation_set import tracking_scores
 
 if TYPE_CHECKING:
     from lorat.frame_index import FrameIndex
@@ -57,7 +55,7 @@ class TrialSetup:
     folder: str
     """Address of the search's folder."""
     val_sequences: int | None
-    """Sequences of each validation set; none means all."""
+    """Sequences of all validation sets together; none means all there are."""
     workers: int
     worker_resources: dict[str, float]
     crop_cache: str
@@ -237,30 +235,13 @@ def validate(
     """Track the validation sequences and return their mean scores; measure latency once."""
     began = time.perf_counter()
     tracker = Tracker(model, device=device)
-    sums: dict[str, float] = {}
     indexes = open_indexes(resolve_sources(config.val_data or "", "val"))
     threads = max(1, int(setup.worker_resources.get("CPU", 1.0)))
-    for index in indexes:
-        tracks = usable_tracks(index)
-        results = track_sequences(
-            tracker,
-            index,
-            ImageReader(index),
-            evenly(tracks, setup.val_sequences or len(tracks)),
-            batch_size=16,
-            decode_threads=threads,
-        )
-        scores = evaluate(
-            {r.name: r.boxes for r in results},
-            {r.name: ground_truth(index, r.track) for r in results},
-            dataset=index.name,
-        ).scores
-        for ours, theirs in (("ao", "AO"), ("auc", "SUC"), ("sr50", "SR0.5"), ("sr75", "SR0.75")):
-            sums[ours] = sums.get(ours, 0.0) + float(scores[theirs]) / len(indexes)
+    scores = tracking_scores(tracker, indexes, num_sequences=setup.val_sequences, threads=threads)
     if progress.latency_ms is None:
         progress.latency_ms = measure_latency(tracker, indexes[0])
     progress.evaluation_seconds += time.perf_counter() - began
-    return sums
+    return scores
 
 
 def _readable_frames(index: FrameIndex, track: int) -> list[np.ndarray]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +15,10 @@ import torch
 from lorat.augment import augment, foreground_mask
 from lorat.config import TrainConfig
 from lorat.criterion import Criterion
-from lorat.frame_index import FrameIndex
-from lorat.metrics import evaluate as score
-from lorat.one_pass import track_sequences
-from lorat.shards import ImageReader
 from lorat_platform.batches import Decoder
 from lorat_platform.console import Console
-from lorat_platform.sources import Source
+from lorat_platform.sources import Source, open_indexes
+from lorat_platform.validation_set import tracking_scores
 
 if TYPE_CHECKING:
     from lorat.model import LoRAT
@@ -46,17 +42,25 @@ class ValidationPlan:
     num_pairs: int
     """Held-out pairs whose loss is taken; 0 for none."""
     num_sequences: int
-    """Sequences tracked, spread evenly over the set; 0 for none."""
+    """Sequences tracked, of all sets together; 0 for none."""
     threads: int = 1
 
 
 def validate(model: LoRAT, plan: ValidationPlan) -> dict[str, float]:
-    """Return ``val/loss``, and ``val/ao``, ``val/sr50``, ``val/sr75`` of tracking."""
+    """Return ``val/loss``, and ``val/ao`` and the other scores of tracking."""
+    from lorat.tracker import Tracker
+
     metrics: dict[str, float] = {}
     if plan.num_pairs:
         metrics |= pair_loss(model, plan)
     if plan.num_sequences:
-        metrics |= tracking_scores(model, plan)
+        scores = tracking_scores(
+            Tracker(model, device=next(model.parameters()).device),
+            open_indexes(plan.sources),
+            num_sequences=plan.num_sequences,
+            threads=plan.threads,
+        )
+        metrics |= {f"val/{name}": value for name, value in scores.items()}
     return metrics
 
 
@@ -87,35 +91,6 @@ def pair_loss(model: LoRAT, plan: ValidationPlan) -> dict[str, float]:
             positives += float(criterion.count_positives(box_norm, variant.search_grid))
     loss, loss_cls, loss_reg = sums / max(positives, 1.0)
     return {"val/loss": loss, "val/loss_cls": loss_cls, "val/loss_reg": loss_reg}
-
-
-def tracking_scores(model: LoRAT, plan: ValidationPlan) -> dict[str, float]:
-    """Track validation sequences from their first boxes and return the mean scores."""
-    from lorat.tracker import Tracker
-    from lorat_platform.evaluation import ground_truth, usable_tracks
-
-    predictions, truths = {}, {}
-    tracker = Tracker(model, device=next(model.parameters()).device)
-    share = -(-plan.num_sequences // len(plan.sources))
-    for source in plan.sources:
-        index = FrameIndex.open(source.uri)
-        tracks = evenly(usable_tracks(index), share)
-        results = track_sequences(
-            tracker, index, ImageReader(index), tracks, decode_threads=plan.threads
-        )
-        for result in results:
-            name = f"{source.name}/{result.name}"
-            predictions[name] = result.boxes
-            truths[name] = ground_truth(index, result.track)
-    scores = score(predictions, truths).scores
-    return {"val/ao": scores["AO"], "val/sr50": scores["SR0.5"], "val/sr75": scores["SR0.75"]}
-
-
-def evenly(items: Sequence[int], count: int) -> list[int]:
-    """Return at most ``count`` items, spread over all."""
-    if count >= len(items):
-        return list(items)
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _has_gpu() -> bool:
