@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from lorat.backbone import fingerprint, plain_weights, read_backbone, write_backbone
-from lorat.config import TrainConfig, from_dict, to_dict
+from lorat.config import HeadConfig, TrainConfig, from_dict, to_dict
 from lorat.errors import UserError
+from lorat.field_types import shown
+from lorat.json_files import check_shape, read_json, write_json
 from lorat.model import LoRAT, assemble, differences, load_weights
-from lorat.tensor_files import read_json, read_safetensors, write_json, write_tensors
+from lorat.tensor_files import read_safetensors, write_tensors
 from lorat.training_state import (
     TrainingState,
     load_training_state,
@@ -48,6 +50,15 @@ __all__ = [
 
 FORMAT, MERGED_FORMAT, VERSION = "lorat", "lorat-merged", 1
 CONFIG_FILE = "config.json"
+_HEADERS: dict[str, Any] = {
+    FORMAT: {
+        "variant": dict,
+        "config": dict,
+        "backbone": {"source": str, "fingerprint": str, "included": bool},
+    },
+    MERGED_FORMAT: {"variant": dict, "head_depth": int, "backbone": {"source": str}},
+}
+"""What a header says, by format."""
 
 
 def save(
@@ -106,17 +117,19 @@ def read_config(folder: Path | str) -> TrainConfig:
 
 
 def _read_header(folder: Path, *formats: str) -> dict[str, Any]:
-    content = read_json(folder / CONFIG_FILE)
-    found = content.get("format") if isinstance(content, dict) else None
+    file, remedy = folder / CONFIG_FILE, "give an undamaged checkpoint"
+    content = read_json(file, remedy, shape={"format": str, "version?": int})
+    found = content["format"]
     if found not in formats:
         raise UserError(
-            f"{folder} has the format {found}; give a folder with {' or '.join(formats)}."
+            f"{folder} has the format {shown(found)}; give a folder with {' or '.join(formats)}."
         )
-    if content["version"] != VERSION:
+    if content.get("version") != VERSION:
         raise UserError(
-            f"{folder} was written in version {content['version']} of the format, this program "
+            f"{folder} was written in version {content.get('version')} of the format, this program "
             f"reads version {VERSION}; use the program that wrote it."
         )
+    check_shape(content, str(file), remedy, _HEADERS[found])
     return content
 
 
@@ -262,7 +275,8 @@ def load_merged(folder: Path | str) -> LoRAT:
     folder = Path(folder)
     header = _read_header(folder, MERGED_FORMAT)
     variant: Variant = from_dict(Variant, header["variant"])
-    model = LoRAT(variant, head_depth=header["head_depth"], initialise=False, device="meta")
+    head = HeadConfig(depth=header["head_depth"])
+    model = LoRAT(variant, head_depth=head.depth, initialise=False, device="meta")
     state = read_safetensors(folder / "model.safetensors")
     problems = differences(
         {n: tuple(v.shape) for n, v in model.state_dict().items()},

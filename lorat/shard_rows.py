@@ -9,7 +9,6 @@ little-endian) and its bytes, so searching for both finds the value, and compari
 from __future__ import annotations
 
 import itertools
-import json
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorat.errors import UserError
-from lorat.frame_index import FRAME_COLUMNS, check_schema_version
+from lorat.frame_index import FRAME_COLUMNS, Storage, check_schema_version
+from lorat.json_files import check_shape, parse_json
 
 METADATA_PREFIX = "lorat."
 """Prefix of our keys in the metadata of a Parquet file."""
@@ -32,6 +32,8 @@ SPREAD: dict[str, tuple[str, ...]] = {
     "stored_wh": ("stored_width", "stored_height"),
 }
 """Index columns that are several plain columns in a shard."""
+_REMEDY = "ingest the dataset again"
+_INFO_SHAPE = {"name": str, "split": str, "storage": Storage, "window": dict | str}
 INDEX_ONLY = ("shard", "offset", "length")
 """Columns of the index that no shard has."""
 
@@ -103,14 +105,17 @@ def shard_info(handle: pa.NativeFile, where: str) -> dict[str, Any]:
     """
     try:
         metadata = pq.ParquetFile(handle).schema_arrow.metadata or {}
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{where} is no Parquet file: {error}.") from error
     info = {
-        k.decode().removeprefix(METADATA_PREFIX): json.loads(v)
+        k.decode(errors="replace").removeprefix(METADATA_PREFIX): parse_json(
+            v, f"{where}, metadata {k!r},", _REMEDY, shape=Any
+        )
         for k, v in metadata.items()
         if k.startswith(METADATA_PREFIX.encode())
     }
     check_schema_version(info.pop("schema_version", "none"), where)
+    check_shape(info, where, _REMEDY, _INFO_SHAPE)
     return info
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from lorat.bounds import Bounds
 from lorat.errors import UserError
+from lorat.json_files import read_json, write_json
 from lorat.model import differences
-from lorat.tensor_files import read_json, read_safetensors, write_json, write_tensors
+from lorat.tensor_files import read_safetensors, write_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,23 @@ class TrainingState:
     """Optimiser steps taken."""
     extra: dict[str, Any]
     """What the caller gave to :func:`save_training_state`."""
+
+
+STATE_FILE = "training_state.json"
+_SHAPE = {"step": Annotated[int, Bounds(0, 10**15)], "scaler": dict | None, "extra": dict}
+
+
+def read_step(folder: Path | str) -> int:
+    """Return the optimiser steps that a checkpoint was written after.
+
+    Raises:
+        UserError: if its state is missing or damaged.
+    """
+    return _read(Path(folder))["step"]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return read_json(folder / STATE_FILE, "give another checkpoint of the run", shape=_SHAPE)
 
 
 def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -63,7 +82,7 @@ def save_training_state(
         "scaler": None if scaler is None else scaler.state_dict(),
         "extra": extra or {},
     }
-    write_json(content, folder / "training_state.json")
+    write_json(content, folder / STATE_FILE)
 
 
 def load_training_state(
@@ -76,10 +95,11 @@ def load_training_state(
     """Put optimiser and loss scaler back as they were; learning rates follow from the step.
 
     Raises:
-        UserError: if the moments belong to other parameters, all names at once.
+        UserError: if something is missing or damaged, or the moments belong to other parameters,
+            all names at once.
     """
     folder = Path(folder)
-    content = read_json(folder / "training_state.json")
+    content = _read(folder)
     tensors = read_safetensors(folder / "optimizer.safetensors")
     parameters = _named_parameters(model)
     shapes = {n: tuple(p.shape) for n, p in parameters.items()}

@@ -77,6 +77,11 @@ def _flags(kind: Any) -> list[str]:
     return sorted(set(re.findall(r"(?<![\w-])--[A-Za-z][\w.-]*", printed.getvalue())))
 
 
+def flag(field: str) -> str:
+    """Return the option of a field on the command line."""
+    return f"--{field.replace('_', '-')}"
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a job and leave the process with its exit code.
 

@@ -18,6 +18,7 @@ from typing import Any
 from ray import tune
 
 from lorat import storage
+from lorat.json_files import read_json
 from lorat_platform import checkpoint_store
 from lorat_platform.learner import Learner, World
 from lorat_platform.scheduling import HISTORY
@@ -105,7 +106,8 @@ def read_progress(folder: Path | None) -> Progress:
     """Read what :func:`hand_over` wrote, or begin."""
     if folder is None:
         return Progress(history=[])
-    return Progress(**json.loads((folder / STATE_FILE).read_text()))
+    remedy = "delete that checkpoint and resume the search"
+    return Progress(**read_json(folder / STATE_FILE, remedy, shape=Progress, finite=False))
 
 
 def trial_folder(setup: TrialSetup) -> storage.Location:

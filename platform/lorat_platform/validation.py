@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from lorat.metrics import evaluate as score
 from lorat.one_pass import track_sequences
 from lorat.shards import ImageReader
 from lorat.tracker import Tracker
+from lorat.training_state import read_step
 from lorat_platform.batches import Decoder
 from lorat_platform.console import Console
 from lorat_platform.sources import Source
@@ -176,7 +176,7 @@ class CheckpointValidation:
         """Validate the checkpoint in a local folder, and tell MLflow and the console."""
         torch.set_num_threads(self.plan.threads)
         began = time.perf_counter()
-        step = json.loads((folder / "training_state.json").read_text())["step"]
+        step = read_step(folder)
         device = "cuda" if _has_gpu() else "cpu"
         metrics = validate(checkpoint.load(folder).to(device), self.plan)
         metrics["val/seconds"] = time.perf_counter() - began

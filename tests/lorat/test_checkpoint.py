@@ -128,7 +128,7 @@ def test_damaged_and_foreign_folders_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"format": "other"}')
-    with pytest.raises(UserError, match="format other"):
+    with pytest.raises(UserError, match='format "other"'):
         load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
