@@ -129,6 +129,7 @@ def run_verify(uri: str, address: str | None) -> int:
         log.info("%d problems in %s.", len(problems), uri)
         return command.EXIT_FAILURE
     log.info("All %d images, ranges and boxes are right.\n%s", index.num_frames, describe(index))
+    say_what_is_unchecked(index)
     return 0
 
 
@@ -139,7 +140,18 @@ def run_reindex(uri: str, address: str | None) -> int:
     with cluster.connected(address):
         index = rebuild_index(uri, functools.partial(map_tasks, what="reindex"))
     log.info("%s", describe(index))
+    say_what_is_unchecked(index)
     return 0
+
+
+def say_what_is_unchecked(index: FrameIndex) -> None:
+    """Say how many shards an earlier version wrote, of which only the images can be checked."""
+    if index.unchecked_shards:
+        log.info(
+            "%d of %d shards carry no checksums (%s, ...): damage of their boxes cannot be told; "
+            "ingest the dataset again for shards that carry them.",
+            len(index.unchecked_shards), len(index.shard_files), index.unchecked_shards[0],
+        )  # fmt: skip
 
 
 def run_preview(options: Preview) -> int:

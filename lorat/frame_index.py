@@ -64,7 +64,7 @@ _MANIFEST_SHAPE: dict[str, Any] = {
     "window": dict | str,
     "num_tracks": Count,
     "num_frames": Count,
-    "shards": [{"file": str, "bytes": int, "rows": int}],
+    "shards": [{"file": str, "bytes": int, "rows": int, "checksums?": bool}],
     "index": {"folder": str, "bytes": dict[str, int]},
     "plan?": dict,
     "attributes?": dict[str, list[str]],
@@ -82,6 +82,7 @@ class FrameIndex:
         storage: ``window`` (part of the frame around the target, maybe reduced) or ``full``.
         fingerprint: hash of the content: names, boxes, flags, geometry and image check sums.
         num_tracks, num_frames: counts.
+        unchecked_shards: files that carry no checksums, since an earlier version wrote them.
         track_start: int64 (num_tracks + 1); rows of track t are [track_start[t], track_start[t+1]).
         valid_start: int64 (num_tracks + 1); positions of track t in ``valid_rows``.
         valid_rows: int64; rows with a usable box, ascending, grouped by track.
@@ -123,6 +124,9 @@ class FrameIndex:
         self.num_tracks: int = manifest["num_tracks"]
         self.num_frames: int = manifest["num_frames"]
         self.shard_files: list[str] = [s["file"] for s in manifest["shards"]]
+        self.unchecked_shards: list[str] = [
+            s["file"] for s in manifest["shards"] if not s.get("checksums")
+        ]
         frames, tracks, valid = (_map_batch(folder / name) for name in _FILES)
         for name in FRAME_COLUMNS:
             setattr(self, name, _view(frames, name))
@@ -275,7 +279,7 @@ def write_index(
         columns: one array per name in :data:`FRAME_COLUMNS`, (n) or (n, width).
         track_start: int64 (num_tracks + 1), ascending from 0 to n.
         sequences, categories: one text per track.
-        shards: ``file``, ``bytes`` and ``rows`` of each shard, in the order of column ``shard``.
+        shards: entry of each shard in the manifest, in the order of column ``shard``.
         info: ``name``, ``split``, ``storage`` and whatever else the manifest shall say.
 
     Raises:

@@ -28,6 +28,7 @@ from lorat.datasets import DATASETS, Entry, Finding, Findings, Source
 from lorat.errors import UserError
 from lorat.frame_index import MANIFEST, WORK_FOLDER, FrameIndex
 from lorat.json_files import parse_json, read_json_at
+from lorat.shard_rows import manifest_entry
 from lorat.variants import get_variant
 from lorat.verification import index_shards
 from lorat.windows import WindowLaw
@@ -194,7 +195,7 @@ def _write_shard(
         rows = writer.close() if writer.num_rows else None
     if rows is not None:
         size = location.filesystem.get_file_info(location.file(file)).size
-        entry_text = json.dumps({"file": file, "bytes": size, "rows": rows.num_rows})
+        entry_text = json.dumps(manifest_entry(file, size, rows.num_rows, checked=True))
     else:
         rows, entry_text = pa.table({}), "null"
     notes = json.dumps([f.describe() for f in findings])
