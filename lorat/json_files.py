@@ -13,14 +13,14 @@ import os
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from lorat.bounds import Bounds
 from lorat.errors import UserError
 from lorat.field_types import describe, fits, shown
-from lorat.storage import Location
+
+if TYPE_CHECKING:
+    from lorat.storage import Location
 
 MAX_BYTES = 256 << 20
 """Of a text; the largest that is written, the manifest of a dataset of 10,000 shards, has 2 MB."""
@@ -103,7 +103,7 @@ def read_json_at(
         data = location.read_bytes(name)
     except FileNotFoundError:
         raise
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{where} cannot be read: {_reason(error)}; {remedy}.") from error
     return parse_json(data, where, remedy, shape=shape, finite=finite)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from lorat import checksums
 from lorat.bounds import Bounds
 from lorat.errors import UserError
 from lorat.json_files import read_json, write_json
@@ -26,7 +27,7 @@ class TrainingState:
     """What the caller gave to :func:`save_training_state`."""
 
 
-STATE_FILE = "training_state.json"
+STATE_FILE, OPTIMIZER_FILE = "training_state.json", "optimizer.safetensors"
 _SHAPE = {"step": Annotated[int, Bounds(0, 10**15)], "scaler": dict | None, "extra": dict}
 
 
@@ -40,6 +41,7 @@ def read_step(folder: Path | str) -> int:
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    checksums.check(folder, STATE_FILE)
     return read_json(folder / STATE_FILE, "give another checkpoint of the run", shape=_SHAPE)
 
 
@@ -76,13 +78,14 @@ def save_training_state(
     for name, parameter in _named_parameters(model).items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}/{key}"] = torch.as_tensor(value)
-    write_tensors(tensors, folder / "optimizer.safetensors")
+    write_tensors(tensors, folder / OPTIMIZER_FILE)
     content = {
         "step": step,
         "scaler": None if scaler is None else scaler.state_dict(),
         "extra": extra or {},
     }
     write_json(content, folder / STATE_FILE)
+    checksums.seal(folder, OPTIMIZER_FILE, STATE_FILE)
 
 
 def load_training_state(
@@ -100,7 +103,8 @@ def load_training_state(
     """
     folder = Path(folder)
     content = _read(folder)
-    tensors = read_safetensors(folder / "optimizer.safetensors")
+    checksums.check(folder, OPTIMIZER_FILE)
+    tensors = read_safetensors(folder / OPTIMIZER_FILE)
     parameters = _named_parameters(model)
     shapes = {n: tuple(p.shape) for n, p in parameters.items()}
     found = {n.rpartition("/")[0]: tuple(v.shape) for n, v in tensors.items() if v.ndim}
