@@ -11,6 +11,8 @@ from lorat.errors import UserError
 
 Side = Annotated[int, Bounds(1, 2048)]
 AreaFactor = Annotated[float, Bounds(1, 100)]
+MAX_GRID = 128
+"""Patches along the side of the search crop; L-378 has 27."""
 MAX_PARAMETERS = 5_000_000_000
 """Weights of the transformer's blocks; the largest published one has 1.1 billion."""
 
@@ -62,6 +64,8 @@ class Variant:
                 problem = (
                     f"{name} {getattr(self, name)} is no multiple of patch_size {self.patch_size}"
                 )
+        if self.search_grid > MAX_GRID:
+            problem = f"search_size {self.search_size} has more than {MAX_GRID} patches in a row"
         if 12 * self.dim**2 * self.depth > MAX_PARAMETERS:
             problem = f"dim {self.dim} and depth {self.depth} make more than 5 billion weights"
         if problem:

@@ -117,6 +117,7 @@ def test_what_is_out_of_bounds_is_one_sentence() -> None:
         ({"dim": 100, "num_heads": 3}, "no multiple of num_heads 3"),
         ({"search_size": 100}, "search_size 100 is no multiple of patch_size 14"),
         ({"search_area_factor": float("nan")}, "variant.search_area_factor is NaN; give 1 to 100"),
+        ({"search_size": 2048, "template_size": 512, "patch_size": 1}, "more than 128 patches"),
         ({"search_area_factor": 0.5}, "give 1 to 100"),
         ({"dim": None}, "dim is null; give a whole number"),
     ],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -300,3 +302,32 @@ def test_a_released_file_needs_its_variant(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give variant"):
         load(tmp_path / "model.safetensors")
     assert load(tmp_path / "model.safetensors", variant="N-112").variant.name == "N-112"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 10_000_000}, "depth is 10000000; give 1 to 256"),
+        ({"dim": 4096, "depth": 24}, "do not fit the backbone"),
+        ({"depth": 200}, "do not fit the backbone"),
+        ({"name": "evil", "timm_name": "hf-hub:somebody/anything"}, "no backbone of a known"),
+        ({"name": "Z-1"}, "No backbone is shipped for"),
+    ],
+)
+def test_sizes_that_a_header_claims_cost_no_memory(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = tiny_config()
+    save(build_model(config), config, tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
+    header = json.loads((tmp_path / "config.json").read_text())
+    header["variant"] |= changes
+    if "name" in changes:
+        header["backbone"] |= {"included": False, "source": "shipped"}
+    if "timm_name" in changes:
+        header["backbone"]["source"] = "hub"
+    (tmp_path / "config.json").write_text(json.dumps(header))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
