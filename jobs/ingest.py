@@ -18,6 +18,7 @@ from typing import Annotated, Any, Union
 import bootstrap  # noqa: F401
 import tyro
 
+from lorat.bounds import Bounds, Seed, check_bounds
 from lorat.datasets import DATASETS, Source
 from lorat.errors import UserError
 from lorat.frame_index import FrameIndex
@@ -58,15 +59,14 @@ class Preview:
     """Picture to write."""
     variant: str = "B-224"
     """Variant whose crops are drawn."""
-    num_pairs: int = 8
-    """Pairs to draw, 1 or more."""
-    seed: int = 42
-    """Seed of the pairs."""
+    num_pairs: Annotated[int, Bounds(1, 1000)] = 8
+    """Pairs to draw, 1 to 1000."""
+    seed: Seed = 42
+    """Seed of the pairs, 0 to 4,294,967,295."""
 
     def __post_init__(self) -> None:
         get_variant(self.variant)
-        if self.num_pairs < 1:
-            raise UserError(f"num_pairs is {self.num_pairs}; give 1 or more.")
+        check_bounds(self, command.flag)
 
 
 def _ingest_command(name: str, source: type[Source]) -> Any:
@@ -129,6 +129,7 @@ def run_verify(uri: str, address: str | None) -> int:
         log.info("%d problems in %s.", len(problems), uri)
         return command.EXIT_FAILURE
     log.info("All %d images, ranges and boxes are right.\n%s", index.num_frames, describe(index))
+    say_what_is_unchecked(index)
     return 0
 
 
@@ -139,7 +140,18 @@ def run_reindex(uri: str, address: str | None) -> int:
     with cluster.connected(address):
         index = rebuild_index(uri, functools.partial(map_tasks, what="reindex"))
     log.info("%s", describe(index))
+    say_what_is_unchecked(index)
     return 0
+
+
+def say_what_is_unchecked(index: FrameIndex) -> None:
+    """Say how many shards an earlier version wrote, of which only the images can be checked."""
+    if index.unchecked_shards:
+        log.info(
+            "%d of %d shards carry no checksums (%s, ...): damage of their boxes cannot be told; "
+            "ingest the dataset again for shards that carry them.",
+            len(index.unchecked_shards), len(index.shard_files), index.unchecked_shards[0],
+        )  # fmt: skip
 
 
 def run_preview(options: Preview) -> int:

@@ -24,6 +24,7 @@ import tyro
 from lorat import plots
 from lorat.errors import UserError
 from lorat.home import home
+from lorat.json_files import parse_json
 from lorat.storage import locate
 from lorat_platform import cluster, command, promotion, registry
 from lorat_platform.evaluation import check_distinct, evaluate
@@ -80,7 +81,12 @@ def benchmark_of(client: Any, options: Options, name: str, versions: Sequence[st
     for version in versions:
         if not uris:
             tags = client.get_model_version(name, version).tags
-            uris = json.loads(tags.get("benchmark", "[]"))
+            uris = parse_json(
+                tags.get("benchmark", "[]"),
+                f"The tag benchmark of {name} version {version}",
+                "give --data, or correct the tag in MLflow",
+                shape=[str],
+            )
     if not uris:
         raise UserError(
             f"No benchmark is on record for {name}; give --data with shards of full frames."

@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from lorat.bounds import Count, check_bounds
 from lorat.clips import CODECS, ClipWriter, annotate
 from lorat.errors import UserError
 from lorat.geometry import xywh_from_xyxy, xyxy_from_xywh
@@ -52,18 +53,17 @@ class Options:
     """Auto means the GPU where there is one."""
     show: bool = False
     """Show the video while tracking; q ends it."""
-    max_frames: int | None = None
-    """Stop after this many frames."""
+    max_frames: Count | None = None
+    """Stop after this many frames, 1 to 1,000,000,000."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, command.flag)
         if self.output.suffix.lower() not in CODECS:
             raise UserError(f"output is {self.output}; give a name in {' or '.join(CODECS)}.")
         if self.output.resolve() == Path(self.source).expanduser().resolve():
             raise UserError(f"output is {self.output}, the video itself; give another name.")
         if (self.box is None) != self.select:
             raise UserError("The object is not given once; give either --box L,T,W,H or --select.")
-        if self.max_frames is not None and self.max_frames < 1:
-            raise UserError(f"max_frames is {self.max_frames}; give 1 or more.")
 
 
 def parse_box(text: str) -> np.ndarray:

@@ -6,7 +6,6 @@ python jobs/train.py --data URI --val-data URI --variant B-224 --workers 4
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import bootstrap
 import tyro
 
 from lorat.config import TrainConfig, from_dict, resolve
-from lorat.errors import UserError
+from lorat.json_files import read_json
 from lorat_platform import cluster, command
 from lorat_platform.run_options import RunOptions
 from lorat_platform.sources import open_datasets, with_whole_paths
@@ -48,16 +47,9 @@ def read_config(file: Path) -> TrainConfig:
     Raises:
         UserError: if the file is missing or holds something else.
     """
-    try:
-        content = json.loads(file.read_text())
-    except OSError as error:
-        raise UserError(f"The configuration {file} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"The configuration {file} is no JSON ({error}).") from error
-    if isinstance(content, dict) and isinstance(content.get("config"), dict):
+    content = read_json(file, "give a config.json as saved with every run")
+    if isinstance(content.get("config"), dict):
         content = content["config"]
-    if not isinstance(content, dict):
-        raise UserError(f"The configuration {file} is no JSON object.")
     return from_dict(TrainConfig, content)
 
 

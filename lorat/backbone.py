@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from lorat.embedding import resize_position
 from lorat.errors import UserError
+from lorat.field_types import shown
 from lorat.tensor_files import read_tensors, write_tensors
-from lorat.variants import Variant
+from lorat.variants import VARIANTS, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +218,11 @@ def read_backbone(source: str, variant: Variant) -> dict[str, Tensor]:
     """
     if source == "hub":
         return adapt_keys(_read_hub(variant))
+    if source == "shipped" and variant.name not in SHIPPED:
+        raise UserError(
+            f"No backbone is shipped for {shown(variant.name)}, only for {', '.join(SHIPPED)}; "
+            "give backbone=FILE."
+        )
     path = SHIPPED[variant.name] if source == "shipped" else Path(source)
     return adapt_keys(read_tensors(path))
 
@@ -225,6 +231,9 @@ def _read_hub(variant: Variant) -> Mapping[str, Tensor]:
     remedy = "give backbone=FILE (.safetensors or .pth, DINOv2 or timm keys) or backbone=none."
     if variant.timm_name is None:
         raise UserError(f"{variant.name} has no public backbone to fetch from the hub; {remedy}")
+    if variant.timm_name not in {known.timm_name for known in VARIANTS.values()}:
+        # A header's name could make timm load whatever its author put on the hub or the disk.
+        raise UserError(f"{shown(variant.timm_name)} is no backbone of a known variant; {remedy}")
     try:
         return timm.create_model(variant.timm_name, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # timm and the hub's client raise many unrelated classes

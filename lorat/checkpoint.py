@@ -10,6 +10,8 @@ Everything is safetensors and JSON; nothing is pickled.  A checkpoint folder hol
   had again (random, shipped with the package).
 
 A deployable folder holds ``config.json`` and ``model.safetensors`` and loads without peft.
+
+Both carry ``SHA256SUMS``, with which every file is compared before it is used.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorat import checksums
 from lorat.backbone import fingerprint, plain_weights, read_backbone, write_backbone
-from lorat.config import TrainConfig, from_dict, to_dict
+from lorat.config import HeadConfig, TrainConfig, from_dict, to_dict
 from lorat.errors import UserError
+from lorat.field_types import shown
+from lorat.json_files import check_shape, read_json, write_json
 from lorat.model import LoRAT, assemble, differences, load_weights
-from lorat.tensor_files import read_json, read_safetensors, write_json, write_tensors
+from lorat.tensor_files import read_safetensors, write_tensors
 from lorat.training_state import (
     TrainingState,
     load_training_state,
@@ -47,7 +52,19 @@ __all__ = [
 ]
 
 FORMAT, MERGED_FORMAT, VERSION = "lorat", "lorat-merged", 1
-CONFIG_FILE = "config.json"
+CONFIG_FILE, HEAD_FILE, BACKBONE_FILE = "config.json", "head.safetensors", "backbone.safetensors"
+ADAPTER_FILE = "adapter/adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter/adapter_config.json"
+MODEL_FILE = "model.safetensors"
+_HEADERS: dict[str, Any] = {
+    FORMAT: {
+        "variant": dict,
+        "config": dict,
+        "backbone": {"source": str, "fingerprint": str, "included": bool},
+    },
+    MERGED_FORMAT: {"variant": dict, "head_depth": int, "backbone": {"source": str}},
+}
+"""What a header says, by format."""
 
 
 def save(
@@ -74,13 +91,13 @@ def save(
     if model.lora is not None:
         from lorat.adapter import adapter_weights, peft_config
 
-        write_tensors(adapter_weights(model.backbone), folder / "adapter/adapter_model.safetensors")
+        write_tensors(adapter_weights(model.backbone), folder / ADAPTER_FILE)
         peft = peft_config(model.lora)
         peft.inference_mode = True
         peft.save_pretrained(str(folder / "adapter"))
-    write_tensors(_head_weights(model), folder / "head.safetensors")
+    write_tensors(_head_weights(model), folder / HEAD_FILE)
     if include_backbone:
-        write_tensors(plain_weights(model.backbone), folder / "backbone.safetensors")
+        write_tensors(plain_weights(model.backbone), folder / BACKBONE_FILE)
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -93,6 +110,10 @@ def save(
         },
     }
     write_json(content, folder / CONFIG_FILE)
+    written = [CONFIG_FILE, HEAD_FILE]
+    written += [ADAPTER_FILE, ADAPTER_CONFIG_FILE] if model.lora is not None else []
+    written += [BACKBONE_FILE] if include_backbone else []
+    checksums.seal(folder, *written)
 
 
 def _head_weights(model: LoRAT) -> dict[str, Tensor]:
@@ -106,17 +127,21 @@ def read_config(folder: Path | str) -> TrainConfig:
 
 
 def _read_header(folder: Path, *formats: str) -> dict[str, Any]:
-    content = read_json(folder / CONFIG_FILE)
-    found = content.get("format") if isinstance(content, dict) else None
+    file, remedy = folder / CONFIG_FILE, "give an undamaged checkpoint"
+    if file.exists():
+        checksums.check(folder, CONFIG_FILE)
+    content = read_json(file, remedy, shape={"format": str, "version?": int})
+    found = content["format"]
     if found not in formats:
         raise UserError(
-            f"{folder} has the format {found}; give a folder with {' or '.join(formats)}."
+            f"{folder} has the format {shown(found)}; give a folder with {' or '.join(formats)}."
         )
-    if content["version"] != VERSION:
+    if content.get("version") != VERSION:
         raise UserError(
-            f"{folder} was written in version {content['version']} of the format, this program "
+            f"{folder} was written in version {content.get('version')} of the format, this program "
             f"reads version {VERSION}; use the program that wrote it."
         )
+    check_shape(content, str(file), remedy, _HEADERS[found])
     return content
 
 
@@ -146,6 +171,7 @@ def load(
                 f"{path} is a file of the released layout, which does not name its variant; "
                 f"give variant, one of {', '.join(VARIANTS)}."
             )
+        checksums.check_file(path)
         sizes = get_variant(variant) if isinstance(variant, str) else variant
         return import_official(path, sizes, backbone=backbone or "auto")
     header = _read_header(path, FORMAT, MERGED_FORMAT)
@@ -159,7 +185,7 @@ def _load_own(folder: Path, header: dict[str, Any], backbone: str | None) -> LoR
     variant: Variant = from_dict(Variant, header["variant"])
     source: str = backbone or header["backbone"]["source"]
     if header["backbone"]["included"]:
-        weights = read_safetensors(folder / "backbone.safetensors")
+        weights = _read_weights(folder, BACKBONE_FILE)
         source = header["backbone"]["source"]
     else:
         weights = read_backbone(source, variant)
@@ -170,9 +196,10 @@ def _load_own(folder: Path, header: dict[str, Any], backbone: str | None) -> LoR
             f"(fingerprint {found} instead of {header['backbone']['fingerprint']}); "
             "give backbone=FILE with the right one."
         )
-    tensors = read_safetensors(folder / "head.safetensors")
+    tensors = _read_weights(folder, HEAD_FILE)
     if model.lora is not None:
-        adapter = read_safetensors(folder / "adapter/adapter_model.safetensors")
+        adapter = _read_weights(folder, ADAPTER_FILE)
+        checksums.check(folder, ADAPTER_CONFIG_FILE)  # of those who load the adapter elsewhere
         tensors |= {_own_adapter_name(name): value for name, value in adapter.items()}
     own = model.state_dict()
     learnt = {n: v for n, v in own.items() if ".lora_" in n or not n.startswith("backbone.")}
@@ -184,6 +211,12 @@ def _load_own(folder: Path, header: dict[str, Any], backbone: str | None) -> LoR
         raise UserError(f"{folder} does not fit its configuration: {problems}; give another.")
     model.load_state_dict(tensors, strict=False)
     return model
+
+
+def _read_weights(folder: Path, name: str) -> dict[str, Tensor]:
+    if (folder / name).exists():
+        checksums.check(folder, name)
+    return read_safetensors(folder / name)
 
 
 def _own_adapter_name(name: str) -> str:
@@ -241,7 +274,7 @@ def save_merged(model: LoRAT, folder: Path | str, *, dtype: torch.dtype | None =
     state = merged.state_dict()
     if dtype is not None:
         state = {n: v.to(dtype) for n, v in state.items()}
-    write_tensors(state, folder / "model.safetensors")
+    write_tensors(state, folder / MODEL_FILE)
     content = {
         "format": MERGED_FORMAT,
         "version": VERSION,
@@ -251,6 +284,7 @@ def save_merged(model: LoRAT, folder: Path | str, *, dtype: torch.dtype | None =
         "backbone": {"source": model.backbone_source},
     }
     write_json(content, folder / CONFIG_FILE)
+    checksums.seal(folder, CONFIG_FILE, MODEL_FILE)
 
 
 def load_merged(folder: Path | str) -> LoRAT:
@@ -262,8 +296,9 @@ def load_merged(folder: Path | str) -> LoRAT:
     folder = Path(folder)
     header = _read_header(folder, MERGED_FORMAT)
     variant: Variant = from_dict(Variant, header["variant"])
-    model = LoRAT(variant, head_depth=header["head_depth"], initialise=False, device="meta")
-    state = read_safetensors(folder / "model.safetensors")
+    head = HeadConfig(depth=header["head_depth"])
+    model = LoRAT(variant, head_depth=head.depth, initialise=False, device="meta")
+    state = _read_weights(folder, MODEL_FILE)
     problems = differences(
         {n: tuple(v.shape) for n, v in model.state_dict().items()},
         {n: tuple(v.shape) for n, v in state.items()},

@@ -12,14 +12,16 @@ import json
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from lorat.bounds import Bounds, Count, Seed, Share, ShareBelowOne, check_bounds
 from lorat.errors import UserError
-from lorat.field_types import describe, fits
+from lorat.field_types import describe, fits, shown
 from lorat.variants import VARIANTS, Variant, get_variant
 
 Adaptation = Literal["lora", "full", "head"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+LearningRate = Annotated[float, Bounds(0, 10)]
 LORA_TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")
 
 
@@ -32,12 +34,13 @@ def _require(condition: bool, message: str) -> None:
 class LoraConfig:
     """Low-rank adapters on the linear layers of every block."""
 
-    rank: int = 64
-    """Rank r of every adapter, 1 or more."""
-    alpha: float | None = None
-    """Scaling numerator; none means alpha = rank, that is a scaling of 1."""
-    dropout: float = 0.0
-    """Dropout before the A matrix, in [0, 1)."""
+    rank: Annotated[int, Bounds(1, 1024)] = 64
+    """Rank r of every adapter, 1 to 1024."""
+    alpha: Annotated[float, Bounds(0, 1_000_000, above=True)] | None = None
+    """Scaling numerator, more than 0, at most 1,000,000; none means alpha = rank, that is a scaling
+    of 1."""
+    dropout: ShareBelowOne = 0.0
+    """Dropout before the A matrix, 0 or more, below 1."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     targets: tuple[str, ...] = LORA_TARGETS
@@ -46,11 +49,7 @@ class LoraConfig:
     """Both matrices truncated normal 0.02 (the paper's), or A random and B zero."""
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"lora.rank is {self.rank}; give 1 or more.")
-        _require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; give 0 <= dropout < 1.")
-        _require(
-            self.alpha is None or self.alpha > 0, f"lora.alpha is {self.alpha}; give more than 0."
-        )
+        check_bounds(self, "lora.{}".format)
         unknown = sorted(set(self.targets) - set(LORA_TARGETS))
         _require(
             not unknown and len(self.targets) > 0,
@@ -67,55 +66,47 @@ class LoraConfig:
 class HeadConfig:
     """The two MLPs that read the search tokens."""
 
-    depth: int = 3
-    """Linear layers in each MLP, 1 or more."""
+    depth: Annotated[int, Bounds(1, 64)] = 3
+    """Linear layers in each MLP, 1 to 64."""
 
     def __post_init__(self) -> None:
-        _require(self.depth >= 1, f"head.depth is {self.depth}; give 1 or more.")
+        check_bounds(self, "head.{}".format)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How a pair of frames is drawn and cropped."""
 
-    max_gap: int = 100
-    """Largest distance between template and search frame, in frames."""
-    scale_jitter: float = 0.25
-    """Standard deviation of the log scale of the search crop, per axis."""
-    translation_jitter: float = 3.0
-    """Largest shift of the search crop, in mean box sides."""
-    min_object_size: float = 10.0
-    """Smallest clipped box side in the search crop, in crop pixels."""
-    max_tries: int = 12
-    """Draws of the jitter before the pair is replaced."""
+    max_gap: Annotated[int, Bounds(1, 1_000_000)] = 100
+    """Largest distance between template and search frame, 1 to 1,000,000 frames."""
+    scale_jitter: Annotated[float, Bounds(0, 2)] = 0.25
+    """Standard deviation of the log scale of the search crop, per axis, 0 to 2."""
+    translation_jitter: Annotated[float, Bounds(0, 100)] = 3.0
+    """Largest shift of the search crop, 0 to 100 mean box sides."""
+    min_object_size: Annotated[float, Bounds(0, 1000)] = 10.0
+    """Smallest clipped box side in the search crop, 0 to 1000 crop pixels."""
+    max_tries: Annotated[int, Bounds(1, 1000)] = 12
+    """Draws of the jitter before the pair is replaced, 1 to 1000."""
 
     def __post_init__(self) -> None:
-        _require(self.max_gap >= 1, f"sampling.max_gap is {self.max_gap}; give 1 or more.")
-        for name in ("scale_jitter", "translation_jitter", "min_object_size"):
-            value = getattr(self, name)
-            _require(value >= 0, f"sampling.{name} is {value}; give 0 or more.")
-        _require(self.max_tries >= 1, f"sampling.max_tries is {self.max_tries}; give 1 or more.")
+        check_bounds(self, "sampling.{}".format)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """Augmentation of the crops."""
 
-    flip: float = 0.5
-    """Probability of a horizontal flip, separately for template and search."""
-    color_jitter: float | None = None
-    """Half width of the uniform brightness, contrast and saturation factors around 1; none means
-    the recipe's, 0.4 in the paper."""
+    flip: Share = 0.5
+    """Probability of a horizontal flip, separately for template and search, 0 to 1."""
+    color_jitter: ShareBelowOne | None = None
+    """Half width of the uniform brightness, contrast and saturation factors around 1, 0 or more,
+    below 1; none means the recipe's, 0.4 in the paper."""
     three_augment: bool | None = None
     """Apply one of grayscale, solarize and Gaussian blur to both crops (DeiT III); none means the
     recipe's, yes in the paper."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.flip <= 1, f"augment.flip is {self.flip}; give 0 <= flip <= 1.")
-        _require(
-            self.color_jitter is None or 0 <= self.color_jitter < 1,
-            f"augment.color_jitter is {self.color_jitter}; give 0 <= color_jitter < 1.",
-        )
+        check_bounds(self, "augment.{}".format)
 
     @property
     def resolved_color_jitter(self) -> float:
@@ -138,8 +129,8 @@ class TrainConfig:
     """Train LoRA adapters, the full backbone, or the head alone."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
-    drop_path: float | None = None
-    """Stochastic depth, the same in all blocks; none means the variant's."""
+    drop_path: ShareBelowOne | None = None
+    """Stochastic depth, the same in all blocks, 0 or more, below 1; none means the variant's."""
     backbone: str = "auto"
     """Backbone weights: auto (shipped or hub), hub, none, or a .safetensors / .pth file."""
     init_from: str | None = None
@@ -154,26 +145,27 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
-    epochs: int | None = None
-    """Reporting intervals of the whole run."""
-    pairs_per_epoch: int | None = None
-    """Pairs in one epoch."""
-    batch_size: int | None = None
-    """Global batch: pairs in one optimiser step over all workers."""
-    micro_batch: int | None = None
-    """Most pairs in one forward pass of a worker; none means no gradient accumulation."""
-    lr: float | None = None
-    """Peak learning rate."""
-    min_lr: float | None = None
-    """Learning rate at the end of the cosine."""
-    warmup_lr: float = 1e-7
-    """Learning rate of the first step."""
-    warmup_epochs: float | None = None
-    """Length of the linear warm-up, in epochs."""
-    weight_decay: float = 0.1
-    """AdamW weight decay of matrices; biases and embeddings have none."""
-    clip_norm: float = 1.0
-    """Largest global gradient norm."""
+    epochs: Annotated[int, Bounds(1, 100_000)] | None = None
+    """Reporting intervals of the whole run, 1 to 100,000."""
+    pairs_per_epoch: Count | None = None
+    """Pairs in one epoch, 1 to 1,000,000,000."""
+    batch_size: Annotated[int, Bounds(1, 65_536)] | None = None
+    """Global batch: pairs in one optimiser step over all workers, 1 to 65,536."""
+    micro_batch: Annotated[int, Bounds(1, 65_536)] | None = None
+    """Most pairs in one forward pass of a worker, 1 to 65,536; none means no gradient
+    accumulation."""
+    lr: Annotated[float, Bounds(0, 10, above=True)] | None = None
+    """Peak learning rate, more than 0, at most 10."""
+    min_lr: LearningRate | None = None
+    """Learning rate at the end of the cosine, 0 to 10."""
+    warmup_lr: LearningRate = 1e-7
+    """Learning rate of the first step, 0 to 10."""
+    warmup_epochs: Annotated[float, Bounds(0, 100_000)] | None = None
+    """Length of the linear warm-up, 0 to 100,000 epochs."""
+    weight_decay: Annotated[float, Bounds(0, 100)] = 0.1
+    """AdamW weight decay of matrices, 0 to 100; biases and embeddings have none."""
+    clip_norm: Annotated[float, Bounds(0, 1_000_000, above=True)] = 1.0
+    """Largest global gradient norm, more than 0, at most 1,000,000."""
     precision: Precision = "auto"
     """Auto means fp16 with a loss scaler on CUDA and fp32 on CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -184,30 +176,16 @@ class TrainConfig:
     """Storage of the frozen weights."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What to do when the loss or a gradient is not finite."""
-    max_skipped: int = 100
-    """Steps skipped in a row that stop the training."""
-    max_damaged: float = 0.01
-    """Largest share of damaged images before training stops."""
-    seed: int = 42
-    """Seed of the samples and of the weights."""
+    max_skipped: Annotated[int, Bounds(1, 1_000_000)] = 100
+    """Steps skipped in a row that stop the training, 1 to 1,000,000."""
+    max_damaged: Share = 0.01
+    """Largest share of damaged images before training stops, 0 to 1."""
+    seed: Seed = 42
+    """Seed of the samples and of the weights, 0 to 4,294,967,295."""
 
     def __post_init__(self) -> None:
         get_variant(self.variant)
-        for name in ("epochs", "pairs_per_epoch", "batch_size", "micro_batch", "max_skipped"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name} is {value}; give 1 or more.")
-        for name in ("lr", "clip_norm"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, f"{name} is {value}; give more than 0.")
-        for name in ("min_lr", "warmup_lr", "warmup_epochs", "weight_decay"):
-            value = getattr(self, name)
-            _require(value is None or value >= 0, f"{name} is {value}; give 0 or more.")
-        _require(
-            self.drop_path is None or 0 <= self.drop_path < 1,
-            f"drop_path is {self.drop_path}; give 0 <= drop_path < 1.",
-        )
-        _require(0 <= self.max_damaged <= 1, f"max_damaged is {self.max_damaged}; give 0 to 1.")
-        _require(self.seed >= 0, f"seed is {self.seed}; give 0 or more.")
+        check_bounds(self)
 
     @property
     def model_variant(self) -> Variant:
@@ -293,12 +271,13 @@ def from_dict(cls: type[Any], values: dict[str, Any], *, path: str = "") -> Any:
     """Build ``cls`` from what :func:`to_dict` gave, or from a part of it.
 
     Raises:
-        UserError: if a key is no field, or a value has another type than its field.
+        UserError: if a key is no field, a field that needs a value has none, or a value has another
+            type than its field or is out of its bounds.
     """
     _require(
         isinstance(values, dict),
         f"The configuration{' ' * bool(path)}{path.rstrip('.')} is "
-        f"{json.dumps(values, default=str)}; give an "
+        f"{shown(values)}; give an "
         f"object with the fields {', '.join(f.name for f in dataclasses.fields(cls))}.",
     )
     hints = typing.get_type_hints(cls)
@@ -307,6 +286,16 @@ def from_dict(cls: type[Any], values: dict[str, Any], *, path: str = "") -> Any:
         not unknown,
         f"Unknown configuration field {path}{unknown[0] if unknown else ''}; "
         f"fields there are {', '.join(f.name for f in dataclasses.fields(cls))}.",
+    )
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    _require(
+        not missing, f"The configuration has no {path}{missing[0] if missing else ''}; add it."
     )
     arguments: dict[str, Any] = {}
     for name, value in values.items():
@@ -317,8 +306,7 @@ def from_dict(cls: type[Any], values: dict[str, Any], *, path: str = "") -> Any:
             value = tuple(value)
         _require(
             fits(value, kind),
-            f"Configuration field {path}{name} is {json.dumps(value, default=str)}; give "
-            f"{describe(kind)}.",
+            f"Configuration field {path}{name} is {shown(value)}; give {describe(kind)}.",
         )
         arguments[name] = value
     return cls(**arguments)

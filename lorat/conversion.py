@@ -297,7 +297,8 @@ def write_dataset(
                 _append(writer, track, law, quality)
             tables.append(writer.close())
         size = location.filesystem.get_file_info(location.file(file)).size
-        listed.append({"file": file, "bytes": size, "rows": tables[-1].num_rows})
+        rows = tables[-1].num_rows
+        listed.append(shard_rows.manifest_entry(file, size, rows, checked=True))
         pending.clear()
 
     for track in tracks:

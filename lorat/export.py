@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorat.checkpoint import load_merged, save_merged
+from lorat.checksums import seal
 from lorat.errors import UserError
 from lorat.model import LoRAT
 from lorat.official import export_official, import_official
@@ -83,6 +84,8 @@ def random_inputs(model: LoRAT, batch: int, seed: int = 0) -> tuple[Tensor, Tens
 def export(model: LoRAT, folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Parity]:
     """Write the formats into ``folder``, compare each with PyTorch, and write ``parity.json``.
 
+    ``SHA256SUMS`` lists the files.
+
     Args:
         model: any form; adapters are folded in.
         folder: made if needed.
@@ -119,6 +122,8 @@ def export(model: LoRAT, folder: Path, formats: tuple[str, ...] = FORMATS) -> li
     part = folder / ".parity.json.part"
     part.write_text(json.dumps(content | {"formats": rows}, indent=2) + "\n")
     os.replace(part, folder / "parity.json")
+    written = [*folder.glob("model.onnx*"), folder / "model.pt2", folder / "official.safetensors"]
+    seal(folder, "parity.json", *(file.name for file in written if file.is_file()))
     return reports
 
 

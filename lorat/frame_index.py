@@ -25,7 +25,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lorat import storage
+from lorat.bounds import Count
 from lorat.errors import UserError
+from lorat.json_files import check_shape, parse_json
 
 SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
@@ -54,6 +56,19 @@ _PLACE_COLUMNS = ("shard", "offset")
 _FILES = ("frames.arrow", "tracks.arrow", "valid.arrow")
 _FOLDER_NAME = re.compile(r"index-[0-9A-Za-z_-]+")
 _SHARD_NAME = re.compile(r"shard-\d+\.parquet")
+_MANIFEST_SHAPE: dict[str, Any] = {
+    "name": str,
+    "split": str,
+    "storage": Storage,
+    "fingerprint": str,
+    "window": dict | str,
+    "num_tracks": Count,
+    "num_frames": Count,
+    "shards": [{"file": str, "bytes": int, "rows": int, "checksums?": bool}],
+    "index": {"folder": str, "bytes": dict[str, int]},
+    "plan?": dict,
+    "attributes?": dict[str, list[str]],
+}
 _ODD_SEQUENCE = r"[/\\\x00-\x1f\x7f]|^\.{0,2}$"
 """Names of sequences become file names of results."""
 
@@ -67,6 +82,7 @@ class FrameIndex:
         storage: ``window`` (part of the frame around the target, maybe reduced) or ``full``.
         fingerprint: hash of the content: names, boxes, flags, geometry and image check sums.
         num_tracks, num_frames: counts.
+        unchecked_shards: files that carry no checksums, since an earlier version wrote them.
         track_start: int64 (num_tracks + 1); rows of track t are [track_start[t], track_start[t+1]).
         valid_start: int64 (num_tracks + 1); positions of track t in ``valid_rows``.
         valid_rows: int64; rows with a usable box, ascending, grouped by track.
@@ -108,6 +124,9 @@ class FrameIndex:
         self.num_tracks: int = manifest["num_tracks"]
         self.num_frames: int = manifest["num_frames"]
         self.shard_files: list[str] = [s["file"] for s in manifest["shards"]]
+        self.unchecked_shards: list[str] = [
+            s["file"] for s in manifest["shards"] if not s.get("checksums")
+        ]
         frames, tracks, valid = (_map_batch(folder / name) for name in _FILES)
         for name in FRAME_COLUMNS:
             setattr(self, name, _view(frames, name))
@@ -200,15 +219,11 @@ def read_manifest(location: storage.Location) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise UserError(f"Cannot read the dataset at {location.uri}: {error}.") from error
-    try:
-        manifest = json.loads(data)
-        version = manifest["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{MANIFEST} at {location.uri} cannot be read; rebuild it with: "
-            f"python jobs/ingest.py reindex {location.uri}"
-        ) from error
-    check_schema_version(version, location.uri)
+    where = f"{MANIFEST} at {location.uri}"
+    remedy = f"rebuild it with: python jobs/ingest.py reindex {location.uri}"
+    manifest = parse_json(data, where, remedy, shape={"schema_version": int})
+    check_schema_version(manifest["schema_version"], location.uri)
+    check_shape(manifest, where, remedy, _MANIFEST_SHAPE)
     if not _has_own_files(manifest):
         raise UserError(
             f"{MANIFEST} at {location.uri} names files that are not those of a dataset; rebuild it "
@@ -219,24 +234,19 @@ def read_manifest(location: storage.Location) -> dict[str, Any]:
 
 def _has_own_files(manifest: dict[str, Any]) -> bool:
     """Tell whether the manifest names an index folder and shards, all of them in its folder."""
-    try:
-        files = [s["file"] for s in manifest["shards"]]
-        return (
-            _FOLDER_NAME.fullmatch(manifest["index"]["folder"]) is not None
-            and set(manifest["index"]["bytes"]) == set(_FILES)
-            and all(_SHARD_NAME.fullmatch(file) for file in files)
-        )
-    except (KeyError, TypeError):
-        return False
+    return (
+        _FOLDER_NAME.fullmatch(manifest["index"]["folder"]) is not None
+        and set(manifest["index"]["bytes"]) == set(_FILES)
+        and all(_SHARD_NAME.fullmatch(shard["file"]) for shard in manifest["shards"])
+    )
 
 
 def previous_manifest(location: storage.Location) -> dict[str, Any]:
     """Return what is legible of the manifest that a new one will replace, else nothing."""
     try:
-        manifest = json.loads(location.read_bytes(MANIFEST))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return read_manifest(location)
+    except UserError:
         return {}
-    return manifest if isinstance(manifest, dict) and _has_own_files(manifest) else {}
 
 
 def check_schema_version(version: object, where: str) -> None:
@@ -269,7 +279,7 @@ def write_index(
         columns: one array per name in :data:`FRAME_COLUMNS`, (n) or (n, width).
         track_start: int64 (num_tracks + 1), ascending from 0 to n.
         sequences, categories: one text per track.
-        shards: ``file``, ``bytes`` and ``rows`` of each shard, in the order of column ``shard``.
+        shards: entry of each shard in the manifest, in the order of column ``shard``.
         info: ``name``, ``split``, ``storage`` and whatever else the manifest shall say.
 
     Raises:

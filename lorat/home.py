@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -13,3 +14,15 @@ def home() -> Path:
     repository finds the same datasets and runs as one started by hand.
     """
     return Path(os.environ.get("LORAT_HOME", "~/.lorat")).expanduser()
+
+
+def home_problem() -> str | None:
+    """Say why nothing can be written into the home folder, none if something can."""
+    folder = home().absolute()
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)

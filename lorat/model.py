@@ -189,6 +189,12 @@ def assemble(
         UserError: if the weights do not fit, with every key that differs.
     """
     drop_path = variant.drop_path if config.drop_path is None else config.drop_path
+    fitted = {} if weights is None else dict(fit_position(weights, variant.search_grid))
+    token_type = fitted.pop(TOKEN_TYPE_KEY, None)
+    what = f"the backbone of {variant.name}"
+    if weights is not None:  # before anything is made of a size that a file only claims to have
+        plan = build_backbone(variant, initialise=False, device="meta")
+        check_weights(plan, fitted, what=what)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = LoRAT(
@@ -202,9 +208,7 @@ def assemble(
         if weights is None:
             initialise_from_scratch(model.backbone)
         else:
-            fitted = dict(fit_position(weights, variant.search_grid))
-            token_type = fitted.pop(TOKEN_TYPE_KEY, None)
-            load_weights(model.backbone, fitted, what=f"the backbone of {variant.name}")
+            load_weights(model.backbone, fitted, what=what)
             if token_type is not None:
                 load_weights(
                     model.embedding, {"token_type": token_type}, what=f"the types of {variant.name}"
@@ -221,6 +225,16 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], *, what: str) ->
     """Copy weights into a module, which must have exactly these.
 
     Raises:
+        UserError: as :func:`check_weights`.
+    """
+    check_weights(module, weights, what=what)
+    module.load_state_dict(weights)
+
+
+def check_weights(module: nn.Module, weights: dict[str, Tensor], *, what: str) -> None:
+    """Compare weights with those that a module, which may be on ``meta``, has.
+
+    Raises:
         UserError: with all missing, unexpected and misshapen names at once.
     """
     own = module.state_dict()
@@ -230,7 +244,6 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], *, what: str) ->
     )
     if problems:
         raise UserError(f"The weights do not fit {what}: {problems}; give those of this variant.")
-    module.load_state_dict(weights)
 
 
 def differences(

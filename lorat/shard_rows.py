@@ -4,10 +4,13 @@ The column ``jpeg`` is not null, uncompressed, plain-encoded and without diction
 reader of Parquet reads it and every image lies in the file as its own bytes.  Where those bytes
 are is found by walking the raw column chunk: a plain byte array is stored as its length (4 bytes,
 little-endian) and its bytes, so searching for both finds the value, and comparing proves it.
+
+Every page carries a CRC-32, as Parquet defines it, and the metadata a SHA-256 of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import struct
@@ -19,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorat.errors import UserError
-from lorat.frame_index import FRAME_COLUMNS, check_schema_version
+from lorat.frame_index import FRAME_COLUMNS, Storage, check_schema_version
+from lorat.json_files import check_shape, parse_json
 
 METADATA_PREFIX = "lorat."
 """Prefix of our keys in the metadata of a Parquet file."""
@@ -32,6 +36,10 @@ SPREAD: dict[str, tuple[str, ...]] = {
     "stored_wh": ("stored_width", "stored_height"),
 }
 """Index columns that are several plain columns in a shard."""
+INFO_CHECKSUM = "sha256"
+"""Key of the checksum of the others in the metadata; shards without it have no checksums at all."""
+_REMEDY = "ingest the dataset again"
+_INFO_SHAPE = {"name": str, "split": str, "storage": Storage, "window": dict | str}
 INDEX_ONLY = ("shard", "offset", "length")
 """Columns of the index that no shard has."""
 
@@ -56,9 +64,10 @@ def iterate_images(handle: pa.NativeFile) -> Iterator[tuple[int, bytes]]:
     """Yield byte offset and bytes of every image of a shard, in row order.
 
     Raises:
-        ValueError: if the column is not stored plainly or a value is not where it must be.
+        ValueError: if the column is not stored plainly, a value is not where it must be, or a page
+            is not as its checksum says.
     """
-    parquet = pq.ParquetFile(handle)
+    parquet = _open(handle)
     column_number = parquet.schema_arrow.get_field_index("jpeg")
     for group in range(parquet.num_row_groups):
         chunk = parquet.metadata.row_group(group).column(column_number)
@@ -86,32 +95,68 @@ def iterate_images(handle: pa.NativeFile) -> Iterator[tuple[int, bytes]]:
 
 
 def read_rows(handle: pa.NativeFile) -> pa.Table:
-    """Read all columns of a shard but the images, and add ``offset`` and ``length``."""
+    """Read all columns of a shard but the images, and add ``offset`` and ``length``.
+
+    Raises:
+        ValueError, OSError, LookupError: if a page is not as its checksum says, the columns are not
+            those of a shard, or the images as :func:`iterate_images`.
+    """
+    schema = _open(handle).schema_arrow
+    if not schema.equals(SHARD_SCHEMA):
+        raise ValueError("its columns are not those of a shard")
     places = [(offset, len(data)) for offset, data in iterate_images(handle)]
     columns = [n for n in SHARD_SCHEMA.names if n != "jpeg"]
-    table = pq.ParquetFile(handle).read(columns=columns, use_threads=False)
+    table = _open(handle).read(columns=columns, use_threads=False)
     offsets, lengths = zip(*places, strict=True) if places else ((), ())
     table = table.append_column("offset", pa.array(offsets, pa.int64()))
     return table.append_column("length", pa.array(lengths, pa.int32()))
 
 
-def shard_info(handle: pa.NativeFile, where: str) -> dict[str, Any]:
-    """Return what a shard says of its dataset.
+def _open(handle: pa.NativeFile) -> pq.ParquetFile:
+    """Open a shard; what is read of it is compared with the checksums of its pages, if any."""
+    return pq.ParquetFile(handle, page_checksum_verification=True)
+
+
+def info_checksum(info: dict[str, Any]) -> str:
+    """Return the SHA-256 of what a shard says of its dataset."""
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
+
+
+def shard_info(handle: pa.NativeFile, where: str) -> tuple[dict[str, Any], bool]:
+    """Return what a shard says of its dataset, and whether the shard carries checksums.
 
     Raises:
-        UserError: if it is no shard of ours or of another schema version.
+        UserError: if it is no shard of ours, of another schema version or damaged.
     """
     try:
-        metadata = pq.ParquetFile(handle).schema_arrow.metadata or {}
-    except pa.ArrowInvalid as error:
+        metadata = _open(handle).schema_arrow.metadata or {}
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         raise UserError(f"{where} is no Parquet file: {error}.") from error
     info = {
-        k.decode().removeprefix(METADATA_PREFIX): json.loads(v)
+        k.decode(errors="replace").removeprefix(METADATA_PREFIX): parse_json(
+            v, f"{where}, metadata {k!r},", _REMEDY, shape=Any
+        )
         for k, v in metadata.items()
         if k.startswith(METADATA_PREFIX.encode())
     }
     check_schema_version(info.pop("schema_version", "none"), where)
-    return info
+    checksum = info.pop(INFO_CHECKSUM, None)
+    check_shape(info, where, _REMEDY, _INFO_SHAPE)
+    if set(info) != set(_INFO_SHAPE) or checksum not in (None, info_checksum(info)):
+        raise UserError(
+            f"{where} is damaged: what it says of its dataset is not what was written; {_REMEDY}."
+        )
+    return info, checksum is not None
+
+
+def manifest_entry(file: str, size: int, num_rows: int, *, checked: bool) -> dict[str, Any]:
+    """Return what the manifest says of a shard.
+
+    Args:
+        file, size, num_rows: its name, bytes and rows.
+        checked: it carries checksums.
+    """
+    return {"file": file, "bytes": size, "rows": num_rows, "checksums": checked}
 
 
 def index_columns(

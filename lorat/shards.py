@@ -26,7 +26,15 @@ from lorat.errors import UserError
 from lorat.frame_index import FRAME_COLUMNS, SCHEMA_VERSION, FrameIndex
 from lorat.images import DamagedImage, decode_rgb
 from lorat.regions import cut_region
-from lorat.shard_rows import INDEX_ONLY, METADATA_PREFIX, SHARD_SCHEMA, SPREAD, read_rows
+from lorat.shard_rows import (
+    INDEX_ONLY,
+    INFO_CHECKSUM,
+    METADATA_PREFIX,
+    SHARD_SCHEMA,
+    SPREAD,
+    info_checksum,
+    read_rows,
+)
 
 _ROW_GROUP_BYTES = 16 << 20
 
@@ -62,6 +70,7 @@ class ShardWriter:
         os.close(handle)
         self._scratch = Path(name)
         metadata = {"schema_version": SCHEMA_VERSION, **info}
+        metadata[INFO_CHECKSUM] = info_checksum(info)
         schema = SHARD_SCHEMA.with_metadata(
             {METADATA_PREFIX + k: json.dumps(v) for k, v in metadata.items()}
         )
@@ -73,6 +82,7 @@ class ShardWriter:
             use_dictionary=["sequence", "category"],
             column_encoding={n: "PLAIN" for n in schema.names if n not in ("sequence", "category")},
             write_statistics=small,
+            write_page_checksum=True,
         )
         self._rows: list[dict[str, Any]] = []
         self._pending_bytes = 0

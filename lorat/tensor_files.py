@@ -1,13 +1,11 @@
-"""Files of named tensors and of JSON: whole or not there, and never pickled."""
+"""Files of named tensors: whole or not there, and never pickled."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -71,28 +69,6 @@ def _as_os_error(error: SafetensorError, path: Path) -> OSError:
     if number:
         return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
     return OSError(f"{path} cannot be written: {error}")
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Write a JSON file; a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(part, path)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: if it is missing or no JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"There is no {path}; give a folder that this program wrote.") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); give an undamaged checkpoint.") from error
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

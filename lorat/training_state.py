@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from lorat import checksums
+from lorat.bounds import Bounds
 from lorat.errors import UserError
+from lorat.json_files import read_json, write_json
 from lorat.model import differences
-from lorat.tensor_files import read_json, read_safetensors, write_json, write_tensors
+from lorat.tensor_files import read_safetensors, write_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,24 @@ class TrainingState:
     """Optimiser steps taken."""
     extra: dict[str, Any]
     """What the caller gave to :func:`save_training_state`."""
+
+
+STATE_FILE, OPTIMIZER_FILE = "training_state.json", "optimizer.safetensors"
+_SHAPE = {"step": Annotated[int, Bounds(0, 10**15)], "scaler": dict | None, "extra": dict}
+
+
+def read_step(folder: Path | str) -> int:
+    """Return the optimiser steps that a checkpoint was written after.
+
+    Raises:
+        UserError: if its state is missing or damaged.
+    """
+    return _read(Path(folder))["step"]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    checksums.check(folder, STATE_FILE)
+    return read_json(folder / STATE_FILE, "give another checkpoint of the run", shape=_SHAPE)
 
 
 def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -57,13 +78,14 @@ def save_training_state(
     for name, parameter in _named_parameters(model).items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}/{key}"] = torch.as_tensor(value)
-    write_tensors(tensors, folder / "optimizer.safetensors")
+    write_tensors(tensors, folder / OPTIMIZER_FILE)
     content = {
         "step": step,
         "scaler": None if scaler is None else scaler.state_dict(),
         "extra": extra or {},
     }
-    write_json(content, folder / "training_state.json")
+    write_json(content, folder / STATE_FILE)
+    checksums.seal(folder, OPTIMIZER_FILE, STATE_FILE)
 
 
 def load_training_state(
@@ -76,11 +98,13 @@ def load_training_state(
     """Put optimiser and loss scaler back as they were; learning rates follow from the step.
 
     Raises:
-        UserError: if the moments belong to other parameters, all names at once.
+        UserError: if something is missing or damaged, or the moments belong to other parameters,
+            all names at once.
     """
     folder = Path(folder)
-    content = read_json(folder / "training_state.json")
-    tensors = read_safetensors(folder / "optimizer.safetensors")
+    content = _read(folder)
+    checksums.check(folder, OPTIMIZER_FILE)
+    tensors = read_safetensors(folder / OPTIMIZER_FILE)
     parameters = _named_parameters(model)
     shapes = {n: tuple(p.shape) for n, p in parameters.items()}
     found = {n.rpartition("/")[0]: tuple(v.shape) for n, v in tensors.items() if v.ndim}

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from lorat.bounds import Bounds, ShareBelowOne, check_bounds
 from lorat.errors import UserError
+
+Side = Annotated[int, Bounds(1, 2048)]
+AreaFactor = Annotated[float, Bounds(1, 100)]
+MAX_GRID = 128
+"""Patches along the side of the search crop; L-378 has 27."""
+MAX_PARAMETERS = 5_000_000_000
+"""Weights of the transformer's blocks; the largest published one has 1.1 billion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,28 +24,55 @@ class Variant:
     name: str
     timm_name: str | None
     """Name of the pretrained backbone in timm; none if it has no public weights."""
-    dim: int
-    depth: int
-    num_heads: int
+    dim: Annotated[int, Bounds(1, 8192)]
+    """Width of a token, 1 to 8192; a multiple of ``num_heads``."""
+    depth: Annotated[int, Bounds(1, 256)]
+    """Blocks, 1 to 256."""
+    num_heads: Annotated[int, Bounds(1, 256)]
+    """Attention heads, 1 to 256."""
     ffn: Literal["mlp", "swiglu"] = "mlp"
-    pretrain_grid: int = 37
-    """Side of the position grid that the backbone was pretrained with, in patches."""
-    template_size: int
-    """Side of the template crop, in pixels."""
-    search_size: int
-    """Side of the search crop, in pixels."""
-    template_area_factor: float = 2.0
-    search_area_factor: float
-    drop_path: float = 0.0
-    init_std: float = 0.02
-    """Standard deviation of the head's and the token types' first weights.
+    pretrain_grid: Annotated[int, Bounds(1, 256)] = 37
+    """Side of the position grid that the backbone was pretrained with, 1 to 256 patches."""
+    template_size: Side
+    """Side of the template crop, 1 to 2048 pixels; a multiple of ``patch_size``."""
+    search_size: Side
+    """Side of the search crop, 1 to 2048 pixels; a multiple of ``patch_size``."""
+    template_area_factor: AreaFactor = 2.0
+    """How much context the template crop shows, 1 to 100; 1 is none."""
+    search_area_factor: AreaFactor
+    """The same of the search crop, 1 to 100."""
+    drop_path: ShareBelowOne = 0.0
+    """Stochastic depth of a training, 0 or more, below 1."""
+    init_std: Annotated[float, Bounds(0, 10)] = 0.02
+    """Standard deviation of the head's and the token types' first weights, 0 to 10.
 
     0.02 as published.  At widths far below 384 it would shrink the signal tenfold per head layer
     and training would stand still for thousands of steps, so the CPU variants use 1 / sqrt(dim).
     """
     recipe: Literal["paper", "small"] = "paper"
     """Default recipe of :data:`lorat.config.RECIPES`."""
-    patch_size: int = 14
+    patch_size: Annotated[int, Bounds(1, 256)] = 14
+    """Side of a token's patch, 1 to 256 pixels."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "variant.{}".format)
+        problem = None
+        if self.dim % self.num_heads:
+            problem = f"dim {self.dim} is no multiple of num_heads {self.num_heads}"
+        for name in ("template_size", "search_size"):
+            if getattr(self, name) % self.patch_size:
+                problem = (
+                    f"{name} {getattr(self, name)} is no multiple of patch_size {self.patch_size}"
+                )
+        if self.search_grid > MAX_GRID:
+            problem = f"search_size {self.search_size} has more than {MAX_GRID} patches in a row"
+        if 12 * self.dim**2 * self.depth > MAX_PARAMETERS:
+            problem = f"dim {self.dim} and depth {self.depth} make more than 5 billion weights"
+        if problem:
+            raise UserError(
+                f"The variant cannot be: {problem}; give the sizes of one such as "
+                "S-224, dim 384, depth 12, num_heads 6."
+            )
 
     @property
     def template_grid(self) -> int:

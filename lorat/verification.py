@@ -52,17 +52,17 @@ def read_shard(uri: str, file: str) -> tuple[dict[str, Any], dict[str, Any], pa.
         The dataset's description, the shard's entry for the manifest, and its rows.
 
     Raises:
-        UserError: if the file is no whole shard.
+        UserError: if the file is no whole shard, or not what its checksums say.
     """
     location = storage.locate(uri)
     where = storage.join(location.uri, file)
     with location.filesystem.open_input_file(location.file(file)) as handle:
-        info = shard_rows.shard_info(handle, where)
+        info, checked = shard_rows.shard_info(handle, where)
         try:
             rows = shard_rows.read_rows(handle)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, LookupError) as error:
             raise UserError(f"{where} is damaged: {error}; ingest the dataset again.") from error
-        entry = {"file": file, "bytes": handle.size(), "rows": rows.num_rows}
+        entry = shard_rows.manifest_entry(file, handle.size(), rows.num_rows, checked=checked)
     return info, entry, rows
 
 
@@ -154,7 +154,7 @@ def verify_shard(uri: str, number: int) -> list[Problem]:
         try:
             shard_rows.shard_info(handle, file)
             table = shard_rows.read_rows(handle)
-        except (UserError, ValueError, OSError) as error:
+        except (UserError, ValueError, OSError, LookupError) as error:
             return [*problems, Problem(where=file, what=f"Parquet cannot read it: {error}")]
     if table.num_rows != len(rows):
         what = f"the shard has {table.num_rows} rows, the index {len(rows)}"

@@ -12,14 +12,15 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
 
+from lorat.bounds import Bounds, Share, check_bounds
 from lorat.config import SamplingConfig
 from lorat.regions import SEGMENT_WIDTH
-from lorat.variants import Variant
+from lorat.variants import AreaFactor, Side, Variant
 
 _NUM_SAMPLES = 20_000
 _RATIO_STEPS = 8
@@ -35,18 +36,25 @@ Window = tuple[int, int, int, int]
 class WindowLaw:
     """The crops that a windowed dataset serves; sizes in crop pixels."""
 
-    search_size: int = 224
-    search_area_factor: float = 4.0
-    template_size: int = 112
-    template_area_factor: float = 2.0
-    scale_jitter: float = 0.25
-    """Standard deviation of the log scale, per axis."""
-    translation_jitter: float = 3.0
-    """Largest shift, in mean box sides."""
-    min_object_size: float = 10.0
-    """Crops showing less of the target than this, per axis, are drawn again."""
-    max_outside: float = 0.01
-    """Largest share of search crops that may reach outside the window."""
+    search_size: Side = 224
+    """Side of the search crop, 1 to 2048."""
+    search_area_factor: AreaFactor = 4.0
+    """How much context the search crop shows, 1 to 100; 1 is none."""
+    template_size: Side = 112
+    """Side of the template crop, 1 to 2048."""
+    template_area_factor: AreaFactor = 2.0
+    """The same of the template crop, 1 to 100."""
+    scale_jitter: Annotated[float, Bounds(0, 2)] = 0.25
+    """Standard deviation of the log scale, per axis, 0 to 2."""
+    translation_jitter: Annotated[float, Bounds(0, 100)] = 3.0
+    """Largest shift, 0 to 100 mean box sides."""
+    min_object_size: Annotated[float, Bounds(0, 1000)] = 10.0
+    """Crops showing less of the target than this, per axis, are drawn again, 0 to 1000."""
+    max_outside: Share = 0.01
+    """Largest share of search crops that may reach outside the window, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "window.{}".format)
 
     @classmethod
     def for_variant(cls, variant: Variant) -> WindowLaw:

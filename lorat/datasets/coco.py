@@ -43,11 +43,11 @@ class Coco(Source):
         if not file.is_file() or not images.is_dir():
             raise self.wrong_layout(expected, root)
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(file.read_text())  # may have 450 MB, which read_json refuses
             categories = {c["id"]: c["name"] for c in content["categories"]}
             names = {int(i["id"]): str(i["file_name"]) for i in content["images"]}
             notes = list(content["annotations"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{file} is not COCO's instances file ({error!r}).") from error
         objects: dict[int, list[_Object]] = {}
         num_crowds = 0

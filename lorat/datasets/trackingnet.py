@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
+from lorat.bounds import Bounds, check_bounds
 from lorat.datasets.labels import (
     align_numbered,
     first_box_only,
@@ -30,11 +31,14 @@ class TrackingNet(Source):
 
     split: Literal["train", "test"] = "train"
     """Split to ingest."""
-    parts: tuple[int, ...] = ()
-    """Numbers of the TRAIN_k folders to ingest; none means all that are there."""
+    parts: tuple[Annotated[int, Bounds(0, 11)], ...] = ()
+    """Numbers of the TRAIN_k folders to ingest, 0 to 11; none means all that are there."""
 
     label: ClassVar[str] = "trackingnet"
     frames_hint: ClassVar[int] = 470
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
     def entries(self, findings: Findings) -> list[Entry]:
         """List the annotated sequences of the chosen parts."""

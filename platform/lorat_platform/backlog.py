@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import tenacity
 
 from lorat.errors import UserError
 from lorat.home import home
+from lorat.json_files import read_json
 from lorat_platform.delivery import (
     DOUBTFUL_ATTEMPTS,
     REPLAY_COMMAND,
@@ -56,8 +56,10 @@ def waiting() -> list[Path]:
     folders = []
     for entry in sorted(_folder().glob("*.json")):
         try:
-            folder = Path(json.loads(entry.read_text())["journal"])
-        except FileNotFoundError:  # its run has just delivered everything
+            folder = Path(read_json(entry, "delete it", shape={"journal": str})["journal"])
+        except UserError as error:
+            if entry.exists():  # else its run has just delivered everything
+                log.warning("%s", error)
             continue
         if (folder / "run.json").exists():
             folders.append(folder)

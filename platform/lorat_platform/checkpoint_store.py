@@ -20,7 +20,8 @@ import pyarrow.fs as pafs
 import tenacity
 
 from lorat.errors import UserError
-from lorat.storage import Location
+from lorat.json_files import parse_json
+from lorat.storage import Location, is_plain_name
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ MANIFEST = "complete.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of the checkpoints of a run."""
 ATTEMPTS = 3
+_SHAPE = {"files": dict[str, int]}
 _NAME = re.compile(r"step-(\d{8,})")
 
 T = TypeVar("T")
@@ -101,13 +103,23 @@ def _copy(local: Path, run: Location, name: str, files: dict[str, int]) -> None:
 def is_complete(run: Location, name: str, files: dict[str, int] | None = None) -> bool:
     """Tell whether a checkpoint is there with all its files (and has exactly ``files``)."""
     try:
-        listed = json.loads(run.child(name).read_bytes(MANIFEST))["files"]
-    except (FileNotFoundError, ValueError, KeyError, NotADirectoryError):
+        data = run.child(name).read_bytes(MANIFEST)
+        listed = parse_json(data, f"{MANIFEST} of {name}", "delete that folder", shape=_SHAPE)
+    except (FileNotFoundError, NotADirectoryError, UserError):
         return False
-    if files is not None and listed != files:
+    except OSError:
+        if run.filesystem.get_file_info(run.file(f"{name}/{MANIFEST}")).is_file:
+            raise  # the storage cannot be reached: nothing is known of the checkpoint
+        return False
+    listed = listed["files"]
+    if (files is not None and listed != files) or not all(map(_is_inside, listed)):
         return False
     infos = run.filesystem.get_file_info([run.file(f"{name}/{file}") for file in listed])
     return all(info.size == listed[file] for file, info in zip(listed, infos, strict=True))
+
+
+def _is_inside(file: str) -> bool:
+    return all(map(is_plain_name, file.split("/")))
 
 
 def names(run: Location) -> list[str]:
@@ -153,13 +165,8 @@ def repair(run: Location) -> None:
     if not run.exists(SNAPSHOT):
         return
     try:
-        listed = json.loads(run.read_bytes(SNAPSHOT))["checkpoint_results"]
-        missing = [
-            entry["checkpoint_dir_name"]
-            for entry in listed
-            if not run.exists(entry["checkpoint_dir_name"])
-        ]
-    except (ValueError, KeyError, TypeError):
+        missing = [name for name in registered(run) if not run.exists(name)]
+    except UserError:
         missing = ["(unreadable)"]
     if missing:
         log.warning("the list of checkpoints in %s is damaged and is made anew", run.uri)
@@ -204,8 +211,18 @@ def reason(error: BaseException) -> str:
 
 
 def registered(run: Location) -> dict[str, dict[str, Any]]:
-    """Return the metrics of every checkpoint that Ray Train keeps, by name."""
+    """Return the metrics of every checkpoint that Ray Train keeps, by name.
+
+    Raises:
+        UserError: if its list is damaged.
+    """
     if not run.exists(SNAPSHOT):
         return {}
-    entries = json.loads(run.read_bytes(SNAPSHOT))["checkpoint_results"]
+    entries = parse_json(
+        run.read_bytes(SNAPSHOT),
+        f"{SNAPSHOT} in {run.uri}",
+        "delete it, the checkpoints themselves are intact",
+        shape={"checkpoint_results": [{"checkpoint_dir_name": str, "metrics": dict}]},
+        finite=False,
+    )["checkpoint_results"]
     return {entry["checkpoint_dir_name"]: entry["metrics"] for entry in entries}

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import tyro
 
 from lorat.errors import UserError
+from lorat.home import home, home_problem
 
 T = TypeVar("T")
 
@@ -77,11 +78,17 @@ def _flags(kind: Any) -> list[str]:
     return sorted(set(re.findall(r"(?<![\w-])--[A-Za-z][\w.-]*", printed.getvalue())))
 
 
+def flag(field: str) -> str:
+    """Return the option of a field on the command line."""
+    return f"--{field.replace('_', '-')}"
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a job and leave the process with its exit code.
 
-    A :class:`UserError`, also one raised in a Ray worker, becomes ``error: one sentence`` and
-    code 2; an interrupt becomes code 130; anything else keeps its traceback and code 1.
+    A :class:`UserError`, also one raised in a Ray worker, and whatever comes of a home folder that
+    cannot be written become ``error: one sentence`` and code 2; an interrupt becomes code 130;
+    anything else keeps its traceback and code 1.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     for name in ("ray", "mlflow", "alembic", "urllib3", "botocore", "httpx"):
@@ -93,7 +100,7 @@ def run(main: Callable[[], int | None]) -> None:
         print("\nInterrupted.", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except Exception as error:
-        message = user_message(error) or out_of_memory_message(error)
+        message = user_message(error) or out_of_memory_message(error) or home_message(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -149,6 +156,19 @@ def out_of_memory_message(error: BaseException) -> str | None:
     return (
         "A machine of the cluster ran out of memory and Ray ended a process; use fewer or smaller "
         "workers, or a machine with more memory."
+    )
+
+
+def home_message(error: BaseException) -> str | None:
+    """Return a sentence if the home folder, which most jobs need, cannot be written, else none."""
+    problem = home_problem()
+    if problem is None:
+        return None
+    lines = str(error).strip().splitlines()
+    return (
+        f"The home folder {home()} cannot be written ({problem}), which stopped the job "
+        f"({type(error).__name__}: {lines[0][:200] if lines else ''}); set LORAT_HOME to a folder "
+        "that can."
     )
 
 

@@ -10,13 +10,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from lorat.bounds import Bounds, check_bounds
 from lorat.config import TrainConfig, resolve
 from lorat_platform import cluster
+from lorat_platform.command import flag
 from lorat_platform.layout import Layout
+from lorat_platform.run_options import Few
 from lorat_platform.sources import Source, open_pairs, resolve_sources
 from lorat_platform.stream import DecodePool, RayStream, split_stream
 
@@ -38,16 +41,19 @@ class DataBenchmark:
     """Shards of the same videos in another form, such as full frames, for comparison."""
     variant: str = "S-224"
     """Decides the size of the crops."""
-    seconds: float = 10.0
-    """Duration of each measurement."""
-    rounds: int = 2
-    """Measurements of each kind, in turn; the best of each counts."""
-    processes: int | None = None
-    """Processes of each kind; none means one per CPU."""
-    threads: int = 1
-    """Threads in each decode actor."""
+    seconds: Annotated[float, Bounds(0, 3600, above=True)] = 10.0
+    """Duration of each measurement, more than 0, at most 3600."""
+    rounds: Annotated[int, Bounds(1, 1000)] = 2
+    """Measurements of each kind, in turn, 1 to 1000; the best of each counts."""
+    processes: Few | None = None
+    """Processes of each kind, 1 to 1024; none means one per CPU."""
+    threads: Few = 1
+    """Threads in each decode actor, 1 to 1024."""
     loader: bool = True
     """Also measure a torch DataLoader over loose JPEG files of the same frames."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, flag)
 
 
 @dataclass(frozen=True, kw_only=True)

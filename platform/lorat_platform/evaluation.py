@@ -24,6 +24,7 @@ from lorat.attributes import sequences_by_attribute
 from lorat.errors import UserError
 from lorat.frame_index import FrameIndex
 from lorat.home import home
+from lorat.json_files import parse_json, read_json
 from lorat.metrics import Evaluation, GroundTruth
 from lorat.metrics import evaluate as score
 from lorat.one_pass import SequenceResult
@@ -239,6 +240,9 @@ def _score(
     }
 
 
+_REMEDY = "delete that file, or give --fresh"
+
+
 class _Store:
     """Results per sequence on disk, under the fingerprints of tracker and data."""
 
@@ -271,7 +275,9 @@ class _Store:
         found = {}
         for track in tracks:
             with contextlib.suppress(FileNotFoundError), np.load(self._file(track)) as data:
-                conditions = Conditions(**json.loads(str(data["conditions"])))
+                noted = parse_json(
+                    str(data["conditions"]), str(self._file(track)), _REMEDY, shape=Conditions
+                )
                 result = SequenceResult(
                     track=track,
                     name=self._index.sequence(track),
@@ -281,7 +287,7 @@ class _Store:
                     decode_seconds=data["decode_seconds"],
                     damaged=int(data["damaged"]),
                 )
-                found[track] = result, conditions
+                found[track] = result, Conditions(**noted)
         return found
 
     def speed(
@@ -292,5 +298,5 @@ class _Store:
         if fresh or not file.exists():
             fps, conditions = measure()
             write_json(file, {"fps": fps, "conditions": dataclasses.asdict(conditions)})
-        stored = json.loads(file.read_text())
+        stored = read_json(file, _REMEDY, shape={"fps": float, "conditions": Conditions})
         return stored["fps"], Conditions(**stored["conditions"])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from lorat.bounds import Bounds, Count, Seed, Share, check_bounds
 from lorat.errors import UserError
 
 BOOTSTRAP_STREAM = 71
@@ -20,25 +21,19 @@ class GateConfig:
 
     allow_equal: bool = False
     """Also pass a candidate that is not worse: the interval lies above -margin."""
-    margin: float = 0.01
-    """Largest loss of mean AO that counts as not worse."""
-    confidence: float = 0.95
-    """Of the two-sided bootstrap interval of the mean difference."""
-    resamples: int = 10_000
-    """Bootstrap samples."""
-    min_sequences: int = 5
-    """Fewest sequences that a decision may rest on."""
-    seed: int = 42
-    """Seed of the resampling."""
+    margin: Share = 0.01
+    """Largest loss of mean AO that counts as not worse, 0 to 1."""
+    confidence: Annotated[float, Bounds(0, 1, above=True, below=True)] = 0.95
+    """Of the two-sided bootstrap interval of the mean difference, more than 0, below 1."""
+    resamples: Annotated[int, Bounds(1, 10_000_000)] = 10_000
+    """Bootstrap samples, 1 to 10,000,000."""
+    min_sequences: Count = 5
+    """Fewest sequences that a decision may rest on, 1 to 1,000,000,000."""
+    seed: Seed = 42
+    """Seed of the resampling, 0 to 4,294,967,295."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.confidence < 1:
-            raise UserError(f"confidence is {self.confidence}; give 0 < confidence < 1.")
-        if self.margin < 0:
-            raise UserError(f"margin is {self.margin}; give 0 or more.")
-        for name in ("resamples", "min_sequences"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; give 1 or more.")
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)

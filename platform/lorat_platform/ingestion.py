@@ -27,6 +27,8 @@ from lorat.conversion import convert, dataset_info, shard_name
 from lorat.datasets import DATASETS, Entry, Finding, Findings, Source
 from lorat.errors import UserError
 from lorat.frame_index import MANIFEST, WORK_FOLDER, FrameIndex
+from lorat.json_files import parse_json, read_json_at
+from lorat.shard_rows import manifest_entry
 from lorat.variants import get_variant
 from lorat.verification import index_shards
 from lorat.windows import WindowLaw
@@ -35,6 +37,11 @@ log = logging.getLogger(__name__)
 
 REPORT = "report.json"
 _PLAN = "plan.json"
+_RECEIPT_SHAPE: dict[str, Any] = {
+    "findings": [Finding],
+    "attributes": dict[str, list[str]],
+    "shard": dict[str, Any] | None,
+}
 _FRAMES_PER_SHARD = 8192
 _MIN_SHARDS = 64
 _MAX_TABLE_ROWS = 400
@@ -188,9 +195,9 @@ def _write_shard(
         rows = writer.close() if writer.num_rows else None
     if rows is not None:
         size = location.filesystem.get_file_info(location.file(file)).size
-        entry_text = json.dumps({"file": file, "bytes": size, "rows": rows.num_rows})
+        entry_text = json.dumps(manifest_entry(file, size, rows.num_rows, checked=True))
     else:
-        rows, entry_text = pa.table({}), ""
+        rows, entry_text = pa.table({}), "null"
     notes = json.dumps([f.describe() for f in findings])
     rows = rows.replace_schema_metadata(
         {"findings": notes, "shard": entry_text, "attributes": json.dumps(attributes)}
@@ -260,16 +267,17 @@ def format_report(findings: Iterable[Finding]) -> str:
 
 def read_report(uri: str) -> list[Finding]:
     """Read the anomalies saved beside the shards; none where the report is gone."""
+    location, shape = storage.locate(uri), {"findings": [Finding]}
     try:
-        content = json.loads(storage.locate(uri).read_bytes(REPORT))
+        content = read_json_at(location, REPORT, "delete it", shape=shape)
     except FileNotFoundError:
         log.warning("%s is missing in %s; what was odd is not known any more.", REPORT, uri)
         return []
-    return [_finding(f) for f in content["findings"]]
+    return [_finding(values) for values in content["findings"]]
 
 
 def _finding(values: dict[str, Any]) -> Finding:
-    return Finding(**(values | {"frames": tuple(values["frames"])}))
+    return Finding(**(values | {"frames": tuple(values.get("frames", ()))}))
 
 
 def _describe_plan(source: Source, info: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
@@ -302,7 +310,7 @@ def _check_plan(location: storage.Location, work: storage.Location, plan: dict[s
             )
         work.write_bytes(_PLAN, json.dumps(plan).encode())
         return
-    if json.loads(work.read_bytes(_PLAN)) != plan:
+    if read_json_at(work, _PLAN, "delete that folder and ingest again") != plan:
         raise UserError(
             f"{location.uri} has the unfinished ingest of another dataset or of other options; "
             "give another --output, or delete that folder."
@@ -328,6 +336,26 @@ def _already_there(location: storage.Location, plan: dict[str, Any]) -> Ingested
     return Ingested(index=index, findings=read_report(location.uri))
 
 
+def _read_receipt(work: storage.Location, name: str) -> tuple[pa.Table, dict[str, Any]]:
+    """Return the rows of a shard, and its findings, attributes and entry for the manifest.
+
+    Raises:
+        UserError: if the receipt is damaged.
+    """
+    where, remedy = f"{name} in {work.uri}", "delete it and run the same command again"
+    try:
+        table = pa.ipc.open_file(pa.py_buffer(work.read_bytes(name))).read_all()
+        table.validate(full=True)
+    except pa.ArrowException as error:
+        raise UserError(f"{where} is damaged ({error}); {remedy}.") from error
+    metadata = table.schema.metadata or {}
+    notes = {
+        key: parse_json(metadata.get(key.encode(), b""), f"{where}, {key},", remedy, shape=shape)
+        for key, shape in _RECEIPT_SHAPE.items()
+    }
+    return table, notes
+
+
 def _finish(
     location: storage.Location,
     info: dict[str, Any],
@@ -341,14 +369,13 @@ def _finish(
     entries, tables = [], []
     attributes: dict[str, list[str]] = {}
     for number in range(num_shards):
-        table = pa.ipc.open_file(pa.py_buffer(work.read_bytes(receipt_name(number)))).read_all()
-        metadata = table.schema.metadata
-        for values in json.loads(metadata[b"findings"]):
+        table, notes = _read_receipt(work, receipt_name(number))
+        for values in notes["findings"]:
             found = _finding(values)
             findings.add(found.sequence, found.action, found.why, found.frames)
-        attributes |= json.loads(metadata[b"attributes"])
-        if metadata[b"shard"]:
-            entries.append(json.loads(metadata[b"shard"]))
+        attributes |= notes["attributes"]
+        if notes["shard"]:
+            entries.append(notes["shard"])
             tables.append(table)
     names = {name for table in tables for name in table.column("sequence").unique().to_pylist()}
     for sequence, wanted in given_attributes.items():

@@ -18,8 +18,33 @@ import uuid
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from lorat.bounds import Bounds
+from lorat.errors import UserError
+from lorat.json_files import check_shape, parse_json, read_json
+
+_REMEDY = "delete it, or the folder; what was not delivered is lost then"
+_Time = Annotated[int, Bounds(0, 2**53)]
+_HEADER_SHAPE = {
+    "key": str,
+    "run_id": str | None,
+    "experiment": str,
+    "name": str,
+    "parent": str | None,
+    "start_ms": _Time,
+    "tracking_uri": str,
+    "store": str,
+    "experiment_id?": str,
+}
+_RECORD_SHAPES: dict[str, dict[str, Any]] = {
+    "metrics": {"step": Annotated[int, Bounds(-(2**63), 2**63)], "values": dict[str, float]},
+    "params": {"values": dict[str, str]},
+    "tags": {"values": dict[str, str]},
+    "status": {"status": str},
+    "artifact": {"staged": str, "folder": str | None},
+}
+"""What a record has beside ``op`` and ``time_ms``, by its ``op``."""
 MAX_WAITING = 10_000
 """Records held in memory while the disk refuses them; older ones are counted and dropped."""
 
@@ -29,6 +54,17 @@ class Entry(NamedTuple):
 
     end: int
     record: dict[str, Any]
+
+
+def _parse_record(line: bytes, where: str) -> dict[str, Any]:
+    """Read a line of a journal.
+
+    Raises:
+        UserError: if it is no record.
+    """
+    record = parse_json(line, where, _REMEDY, shape={"op": str, "time_ms": _Time}, finite=False)
+    check_shape(record, where, _REMEDY, _RECORD_SHAPES.get(record["op"], {}))
+    return record
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -54,10 +90,7 @@ class Journal:
 
     def header(self) -> dict[str, Any]:
         """Return ``run.json``, or an empty dictionary."""
-        try:
-            return json.loads((self.folder / "run.json").read_text())
-        except FileNotFoundError:
-            return {}
+        return read_json(self.folder / "run.json", _REMEDY, shape=_HEADER_SHAPE, missing={})
 
     def set_header(self, **values: Any) -> dict[str, Any]:
         """Change fields of ``run.json`` and return all of them."""
@@ -102,8 +135,8 @@ class Journal:
                         break
                     position += len(line)
                     try:
-                        record = json.loads(line)
-                    except ValueError:
+                        record = _parse_record(line, str(self._path))
+                    except UserError:
                         record = {"op": "damaged", "line": line.decode(errors="replace")}
                     entries.append(Entry(position, record))
         except FileNotFoundError:
@@ -112,10 +145,8 @@ class Journal:
 
     def position(self) -> int:
         """Return the offset up to which MLflow has everything."""
-        try:
-            return int(json.loads((self.folder / "delivered.json").read_text())["offset"])
-        except FileNotFoundError:
-            return 0
+        file, shape = self.folder / "delivered.json", {"offset": Annotated[int, Bounds(0, 2**62)]}
+        return read_json(file, _REMEDY, shape=shape, missing={"offset": 0})["offset"]
 
     def deliver_to(self, offset: int) -> None:
         """Remember that everything before ``offset`` is delivered (or rejected)."""
@@ -138,10 +169,8 @@ class Journal:
 
     def postponed(self) -> list[dict[str, Any]]:
         """Return the records of artefacts that are tried again later."""
-        try:
-            return json.loads((self.folder / "postponed.json").read_text())
-        except FileNotFoundError:
-            return []
+        file = self.folder / "postponed.json"
+        return read_json(file, _REMEDY, shape=[dict], finite=False, missing=[])
 
     def set_postponed(self, records: list[dict[str, Any]]) -> None:
         """Replace the records of artefacts that are tried again later."""
@@ -160,9 +189,11 @@ class Journal:
         path = self.folder / "rejected.jsonl"
         if not path.exists():
             return
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # cut by a kill; its record is still there whole
-                self.append(json.loads(line)["record"])
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(UserError):  # cut by a kill; its record is still there whole
+                shape = {"record": dict}
+                kept = parse_json(line, str(path), _REMEDY, shape=shape, finite=False)
+                self.append(kept["record"])
         path.unlink()
 
     def stage(self, source: Path | bytes, name: str) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lorat.errors import UserError
+from lorat.json_files import parse_json
 from lorat_platform.mlflow_store import connect
 from lorat_platform.registry import CHAMPION, MODEL_NAME
 
@@ -56,7 +57,10 @@ def champion_of(client: Any, name: str = MODEL_NAME) -> str | None:
 
 def history_of(client: Any, name: str = MODEL_NAME) -> list[dict[str, Any]]:
     """Return the recorded champions, the latest last."""
-    return json.loads(client.get_registered_model(name).tags.get(HISTORY_TAG, "[]"))
+    text = client.get_registered_model(name).tags.get(HISTORY_TAG, "[]")
+    return parse_json(
+        text, f"The tag {HISTORY_TAG} of {name}", "correct or delete it in MLflow", shape=[dict]
+    )
 
 
 def promote(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from lorat import checksums
 from lorat.errors import UserError
 from lorat.home import home
 from lorat.storage import Location, locate
@@ -24,7 +26,10 @@ from lorat_platform.mlflow_store import connect, tracking_uri, without_password
 if TYPE_CHECKING:
     from lorat.model import LoRAT
 
+log = logging.getLogger(__name__)
+
 MODEL_NAME = "lorat"
+CONFIG_FILE = "config.json"
 CANDIDATE = "candidate"
 CHAMPION = "champion"
 MAX_DESCRIPTION = 5000
@@ -228,7 +233,7 @@ def _download(uri: str) -> Path:
         location = _artifact_location(uri)
         key = hashlib.sha256(f"{tracking_uri()} {location}".encode()).hexdigest()[:16]
         target = home() / "models" / key
-        if (target / "config.json").exists():
+        if _is_kept(target):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         from mlflow.artifacts import download_artifacts
@@ -247,6 +252,17 @@ def _download(uri: str) -> Path:
     return target
 
 
+def _is_kept(target: Path) -> bool:
+    """Tell whether a model was fetched before; a damaged copy of it is removed."""
+    if not (target / CONFIG_FILE).exists():
+        return False
+    if checksums.is_intact(target):
+        return True
+    log.warning("The copy of a model in %s is damaged and is fetched anew.", target)
+    shutil.rmtree(target)
+    return False
+
+
 def _download_checkpoint(location: Location) -> Path:
     """Download a training's checkpoint from its storage, once."""
     try:
@@ -258,7 +274,7 @@ def _download_checkpoint(location: Location) -> Path:
             )
         key = hashlib.sha256(f"{location.uri} {mark.mtime_ns}".encode()).hexdigest()[:16]
         target = home() / "models" / key
-        if target.exists():
+        if _is_kept(target):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         parent, _, name = location.path.rpartition("/")

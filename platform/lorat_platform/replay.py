@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import torch
-from safetensors.numpy import load_file
 
 from lorat import checkpoint
 from lorat.augment import augment, foreground_mask
 from lorat.errors import UserError
+from lorat.json_files import read_json
 from lorat.storage import Location, locate
-from lorat.tensor_files import write_tensors
+from lorat.tensor_files import read_safetensors, write_tensors
 from lorat_platform.checkpoint_store import reason
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ def _write(learner: Learner, batch: dict[str, np.ndarray], folder: Path) -> None
     (folder / "dump.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
+Precision = Literal["float32", "float16", "bfloat16"]
+
+
 def replay(uri: str) -> str:
     """Run a dump forward and backward, pair by pair, and say which pairs are at fault.
 
@@ -76,13 +79,12 @@ def replay(uri: str) -> str:
 
 
 def _replay(folder: Path) -> str:
-    try:
-        content = json.loads((folder / "dump.json").read_text())
-        arrays = load_file(folder / "batch.safetensors")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} holds no dump ({reason(error)}); give the folder that the message named."
-        ) from error
+    content = read_json(
+        folder / "dump.json",
+        "give the folder that the message named",
+        shape={"step": int, "rank": int, "pairs": [int], "precision": Precision},
+    )
+    arrays = read_safetensors(folder / "batch.safetensors")
     from lorat.criterion import Criterion
     from lorat_platform.learner import step_seed
 
@@ -101,7 +103,7 @@ def _replay(folder: Path) -> str:
     # Repeatable, though not the draws of then, which were those of a whole batch.
     torch.manual_seed(step_seed(seed, content["step"], content["rank"]))
     for row, pair in enumerate(content["pairs"]):
-        one = {k: torch.from_numpy(v[row : row + 1].copy()).to(device) for k, v in arrays.items()}
+        one = {k: v[row : row + 1].clone().to(device) for k, v in arrays.items()}
         template, search, template_box, search_box = augment(one)
         model.zero_grad(set_to_none=True)
         with torch.autocast(device.type, dtype, enabled=enabled):

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from lorat.bounds import Bounds, Count, check_bounds
 from lorat.errors import UserError
+from lorat.field_types import shown
 from lorat_platform.cluster import Cluster
+from lorat_platform.command import flag
 from lorat_platform.run_record import Resume
+
+MAX_WORKERS = 4096
+Few = Annotated[int, Bounds(1, 1024)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,34 +30,39 @@ class RunOptions:
     """Go on with an unfinished run of the same configuration (auto), begin anew (never), or insist
     on going on (must)."""
     workers: str = "1"
-    """Training workers: N, or MIN:MAX to grow and shrink with the cluster."""
+    """Training workers, 1 to 4096: N, or MIN:MAX to grow and shrink with the cluster."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Auto uses one GPU per worker where the cluster has GPUs."""
-    cpus_per_worker: int | None = None
-    """CPUs of a worker, and its torch threads on a CPU; none shares those of the cluster."""
-    decode_actors: int | None = None
-    """Processes that read, decode and crop; none fits them into the CPUs that are left."""
-    decode_threads: int | None = None
-    """Threads in each of them."""
-    max_failures: int = 3
-    """Failures of workers in a row, without a new checkpoint in between, that are survived; -1 for
-    any number."""
-    checkpoint_every: int | None = None
-    """Steps between checkpoints; none means every epoch."""
-    keep: int = 2
-    """Best checkpoints that are kept, beside the last."""
-    log_every: int | None = None
-    """Steps between progress lines; none means about every 5 s on a small run, at most 50."""
-    validate_every: int | None = None
-    """Epochs between validations beside the training; none means four in a run, 0 none at all. The
-    workers go on meanwhile: they only wait until worker 0 has written the checkpoint to its local
-    disk (N-112: 20 ms, below 0.3 s on a busy machine)."""
-    val_pairs: int = 512
-    """Held-out pairs whose loss is taken in a validation."""
-    val_sequences: int = 16
-    """Sequences that are tracked in a validation; the evaluation at the end takes all."""
-    val_gpus: float | None = None
-    """GPU share of a validation; none means a whole one where one is left, else the CPU."""
+    cpus_per_worker: Few | None = None
+    """CPUs of a worker, and its torch threads on a CPU, 1 to 1024; none shares those of the
+    cluster."""
+    decode_actors: Few | None = None
+    """Processes that read, decode and crop, 1 to 1024; none fits them into the CPUs that are
+    left."""
+    decode_threads: Few | None = None
+    """Threads in each of them, 1 to 1024."""
+    max_failures: Annotated[int, Bounds(-1, 1_000_000)] = 3
+    """Failures of workers in a row, without a new checkpoint in between, that are survived, -1 to
+    1,000,000; -1 for any number."""
+    checkpoint_every: Count | None = None
+    """Steps between checkpoints, 1 to 1,000,000,000; none means every epoch."""
+    keep: Annotated[int, Bounds(1, 10_000)] = 2
+    """Best checkpoints that are kept, beside the last, 1 to 10,000."""
+    log_every: Count | None = None
+    """Steps between progress lines, 1 to 1,000,000,000; none means about every 5 s on a small run,
+    at most 50."""
+    validate_every: Annotated[int, Bounds(0, 100_000)] | None = None
+    """Epochs between validations beside the training, 0 to 100,000; none means four in a run, 0
+    none at all. The workers go on meanwhile: they only wait until worker 0 has written the
+    checkpoint to its local disk (N-112: 20 ms, below 0.3 s on a busy machine)."""
+    val_pairs: Annotated[int, Bounds(0, 1_000_000)] = 512
+    """Held-out pairs whose loss is taken in a validation, 0 to 1,000,000."""
+    val_sequences: Annotated[int, Bounds(0, 1_000_000)] = 16
+    """Sequences that are tracked in a validation, 0 to 1,000,000; the evaluation at the end takes
+    all."""
+    val_gpus: Annotated[float, Bounds(0, 64)] | None = None
+    """GPU share of a validation, 0 to 64; none means a whole one where one is left, else the
+    CPU."""
     final_evaluation: bool = True
     """Track all validation sequences at the end, beside the static and the MIL tracker."""
     register: bool = True
@@ -63,21 +74,11 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         self.worker_range  # noqa: B018 (checks the text)
-        for field in ("cpus_per_worker", "decode_actors", "decode_threads", "checkpoint_every",
-                      "log_every", "keep"):  # fmt: skip
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise UserError(f"{_flag(field)} is {value}; give 1 or more.")
-        for field in ("validate_every", "val_pairs", "val_sequences", "val_gpus"):
-            value = getattr(self, field)
-            if value is not None and not value >= 0:
-                raise UserError(f"{_flag(field)} is {value}; give 0 or more.")
+        check_bounds(self, flag)
         if self.val_gpus is not None and self.val_gpus > 1 and self.val_gpus % 1:
             raise UserError(
                 f"--val-gpus is {self.val_gpus}; give a part of one GPU, or whole ones."
             )
-        if self.max_failures < -1:
-            raise UserError(f"--max-failures is {self.max_failures}; give 0 or more, or -1.")
         if self.name is not None and not re.fullmatch(r"[\w][\w.-]*", self.name):
             raise UserError(
                 f"--name is {self.name!r}; give letters, digits, dots, dashes and underscores."
@@ -86,11 +87,12 @@ class RunOptions:
     @property
     def worker_range(self) -> tuple[int, int]:
         """Fewest and most workers."""
-        match = re.fullmatch(r"(\d+)(?::(\d+))?", self.workers)
+        match = re.fullmatch(r"([0-9]{1,9})(?::([0-9]{1,9}))?", self.workers)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= low <= high:
+        if not 1 <= low <= high <= MAX_WORKERS:
             raise UserError(
-                f"--workers is {self.workers!r}; give N, or MIN:MAX with 1 <= MIN <= MAX."
+                f"--workers is {shown(self.workers)}; give N, or MIN:MAX with 1 <= MIN <= MAX <= "
+                f"{MAX_WORKERS}."
             )
         return low, high
 
@@ -107,10 +109,6 @@ class RunOptions:
                 "most one worker per pair."
             )
         return low, high
-
-
-def _flag(field: str) -> str:
-    return f"--{field.replace('_', '-')}"
 
 
 @dataclass(frozen=True, kw_only=True)

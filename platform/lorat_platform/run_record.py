@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from lorat.config import TrainConfig, to_dict
 from lorat.errors import UserError
+from lorat.json_files import check_shape, parse_json
 from lorat.storage import Location
 from lorat_platform.checkpoint_store import reason
 from lorat_platform.recorder import flatten
@@ -74,13 +75,16 @@ def read(folder: Location) -> RunRecord | None:
     try:
         if not folder.exists(FILE):
             return None
-        content = json.loads(folder.read_bytes(FILE))
+        data = folder.read_bytes(FILE)
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"The run's folder {folder.uri} cannot be read: {reason(error)}; check --storage."
         ) from error
-    if content.get("format") != 1:
+    where, remedy = f"{FILE} in {folder.uri}", "give another --name, or restore that file"
+    content = parse_json(data, where, remedy, shape={"format": int}, finite=False)
+    if content["format"] != 1:
         raise UserError(f"{folder.uri} was written by another version; give another --name.")
+    check_shape(content, where, remedy, RunRecord)
     return RunRecord(**content)
 
 
@@ -179,8 +183,13 @@ def owner(folder: Location) -> int | None:
     if not folder.exists(OWNER):
         return None
     try:
-        mark = json.loads(folder.read_bytes(OWNER))
-    except ValueError:
+        mark = parse_json(
+            folder.read_bytes(OWNER),
+            f"{OWNER} in {folder.uri}",
+            "delete it",
+            shape={"host": str, "pid": int, "start": str},
+        )
+    except UserError:
         return None
     if mark["host"] != socket.gethostname() or mark["pid"] == os.getpid():
         return None

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lorat import storage
+from lorat.bounds import Bounds, Count, Seed, check_bounds
 from lorat.config import TrainConfig, from_dict
 from lorat.errors import UserError
 from lorat.home import home
+from lorat.json_files import read_json_at
+from lorat_platform.command import flag
+from lorat_platform.run_options import Few
 from lorat_platform.scheduling import (
     OBJECTIVES,
     Rungs,
@@ -38,8 +41,8 @@ After a sixteenth of it, the first rung, good and bad configurations already tra
 class SearchOptions:
     """What to search, how, and with which resources."""
 
-    trials: int = 32
-    """Configurations to try."""
+    trials: Annotated[int, Bounds(1, 100_000)] = 32
+    """Configurations to try, 1 to 100,000."""
     space: tuple[str, ...] = ()
     """Entries that add or replace fields, such as lora.dropout=uniform(0,0.2) or head.depth=3."""
     objective: str = "ao"
@@ -49,29 +52,29 @@ class SearchOptions:
     """Who proposes configurations: tpe (Optuna), random, or bohb (with hyperband)."""
     scheduler: SchedulerName = "asha"
     """Who stops trials early: asha, median, hyperband, or none."""
-    reduction: int = 4
-    """About one trial in so many goes on from a rung; rungs grow by the same factor."""
-    rungs: int = 3
-    """Comparisons in a trial's life; the last is its end, the earlier ones judge the mean of the
-    weights over the second half of the steps up to them."""
-    max_steps: int | None = None
-    """Steps after which every trial ends; none means the full schedule, which the learning rate
-    follows in any case."""
-    val_sequences: int | None = None
-    """Validation sequences per evaluation; none means all."""
-    search_seed: int = 0
-    """Seed of the searcher; the trials' own is --seed."""
+    reduction: Annotated[int, Bounds(2, 1000)] = 4
+    """About one trial in so many goes on from a rung, 2 to 1000; rungs grow by the same factor."""
+    rungs: Annotated[int, Bounds(1, 32)] = 3
+    """Comparisons in a trial's life, 1 to 32; the last is its end, the earlier ones judge the mean
+    of the weights over the second half of the steps up to them."""
+    max_steps: Count | None = None
+    """Steps after which every trial ends, 1 to 1,000,000,000; none means the full schedule, which
+    the learning rate follows in any case."""
+    val_sequences: Count | None = None
+    """Validation sequences per evaluation, 1 to 1,000,000,000; none means all."""
+    search_seed: Seed = 0
+    """Seed of the searcher, 0 to 4,294,967,295; the trials' own is --seed."""
 
-    workers_per_trial: int = 1
-    """Training processes of one trial."""
-    cpus_per_trial: float = 1.0
-    """CPUs of every training process."""
-    gpus_per_trial: float | None = None
-    """GPUs of every training process, such as 0.5; none means 1 where there are any."""
-    concurrent: int | None = None
-    """Most trials at once; none means as many as fit."""
-    crop_cache_gb: float = 2.0
-    """Bound of the decoded crops that trials on a node share; 0 means none."""
+    workers_per_trial: Few = 1
+    """Training processes of one trial, 1 to 1024."""
+    cpus_per_trial: Annotated[float, Bounds(0, 1024)] = 1.0
+    """CPUs of every training process, 0 to 1024."""
+    gpus_per_trial: Annotated[float, Bounds(0, 64)] | None = None
+    """GPUs of every training process, 0 to 64, such as 0.5; none means 1 where there are any."""
+    concurrent: Annotated[int, Bounds(1, 10_000)] | None = None
+    """Most trials at once, 1 to 10,000; none means as many as fit."""
+    crop_cache_gb: Annotated[float, Bounds(0, 100_000)] = 2.0
+    """Bound of the decoded crops that trials on a node share, 0 to 100,000; 0 means none."""
 
     name: str | None = None
     """Name of the search; none means search- and the time."""
@@ -81,14 +84,7 @@ class SearchOptions:
     """MLflow experiment."""
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("trials", 1), ("reduction", 2), ("rungs", 1), ("max_steps", 1), ("val_sequences", 1),
-            ("workers_per_trial", 1), ("cpus_per_trial", 0), ("gpus_per_trial", 0),
-            ("concurrent", 1), ("crop_cache_gb", 0), ("search_seed", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; give {low} or more.")
+        check_bounds(self, flag)
         unknown = [o for o in self.objectives if o not in OBJECTIVES]
         if unknown or len(set(self.objectives)) != len(self.objectives):
             raise UserError(
@@ -210,10 +206,14 @@ def read_plan(name: str, storage_path: str | None = None) -> SearchPlan:
     location = root.child(name)
     if not location.exists(REQUEST_FILE):
         raise UserError(f"There is no search {name} in {root.uri}; give its --name or --storage.")
-    request = json.loads(location.read_bytes(REQUEST_FILE))
-    options = request["options"] | {"name": name, "storage": storage_path}
-    options["space"] = tuple(options["space"])
-    return make_plan(from_dict(TrainConfig, request["config"]), SearchOptions(**options))
+    request = read_json_at(
+        location,
+        REQUEST_FILE,
+        "begin the search anew under another --name",
+        shape={"options": dict, "config": dict},
+    )
+    options = from_dict(SearchOptions, request["options"] | {"name": name, "storage": storage_path})
+    return make_plan(from_dict(TrainConfig, request["config"]), options)
 
 
 def algorithms(plan: SearchPlan, *, max_concurrent: int) -> tuple[Any, Any]:

@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import ray
 
+from lorat.bounds import Bounds, Count, check_bounds
 from lorat.errors import UserError
 from lorat.frame_index import FrameIndex
 from lorat.images import DamagedImage
@@ -36,35 +37,32 @@ SPEED_FRAMES = 60
 class EvaluationConfig:
     """How sequences are spread; what is evaluated is not here."""
 
-    batch_size: int = 8
-    """Sequences that a worker tracks in one batch."""
-    workers: int | None = None
-    """Workers; none means one per GPU, or per CPU where there is no GPU."""
-    cpus_per_worker: float = 1.0
-    """CPUs that each worker reserves, and torch threads on a machine without GPU."""
-    limit: int | None = None
-    """Evaluate only this many sequences, the first ones."""
+    batch_size: Annotated[int, Bounds(1, 4096)] = 8
+    """Sequences that a worker tracks in one batch, 1 to 4096."""
+    workers: Annotated[int, Bounds(1, 4096)] | None = None
+    """Workers, 1 to 4096; none means one per GPU, or per CPU where there is no GPU."""
+    cpus_per_worker: Annotated[float, Bounds(0, 1024, above=True)] = 1.0
+    """CPUs that each worker reserves, and torch threads on a machine without GPU, more than 0, at
+    most 1024."""
+    limit: Count | None = None
+    """Evaluate only this many sequences, the first ones, 1 to 1,000,000,000."""
     fresh: bool = False
     """Track again what is there already."""
     cache: Path | None = None
     """Where results per sequence are kept; none means ``evaluations`` in the home folder."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "workers", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; give 1 or more.")
-        if self.cpus_per_worker <= 0:
-            raise UserError(f"cpus_per_worker is {self.cpus_per_worker}; give more than 0.")
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
     """Under which speed was measured; results of an earlier evaluation keep theirs."""
 
-    batch: int
-    """Sequences tracked at once."""
-    threads: int
+    batch: Count
+    """Sequences tracked at once, 1 to 1,000,000,000."""
+    threads: Count
+    """Of torch, 1 to 1,000,000,000."""
     host: str
 
 

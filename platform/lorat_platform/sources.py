@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lorat.pairs import PairSampler
     from lorat.shards import ImageReader
 
+MAX_WEIGHT = 1_000_000
+"""Largest weight of a dataset in a mixture."""
 SYNTHETIC = "synthetic"
 SYNTHETIC_PRETRAIN = "synthetic-pretrain"
 """The split that the shipped small backbone was pretrained on."""
@@ -33,7 +35,7 @@ class Source:
 
 
 def parse_sources(text: str) -> tuple[Source, ...]:
-    """Read ``URI`` or ``NAME=URI,NAME=URI``, each with an optional ``*WEIGHT``.
+    """Read ``URI`` or ``NAME=URI,NAME=URI``, each with an optional ``*WEIGHT`` up to 1,000,000.
 
     Raises:
         UserError: for an empty part, a weight that is no positive number, or a name given twice.
@@ -51,8 +53,10 @@ def parse_sources(text: str) -> tuple[Source, ...]:
             number = 1.0 if weight is None else float(weight)
         except ValueError:
             number = 0.0
-        if not 0 < number < float("inf"):
-            raise UserError(f"The weight of {uri} is {weight!r}; give a number above 0.")
+        if not 0 < number <= MAX_WEIGHT:
+            raise UserError(
+                f"The weight of {uri} is {weight!r}; give a number above 0, at most {MAX_WEIGHT:,}."
+            )
         sources.append(Source(name=name or _last_part(uri), uri=uri, weight=number))
     names = [source.name for source in sources]
     for name in names:

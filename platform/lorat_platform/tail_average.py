@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
+from lorat import checksums
 from lorat.tensor_files import read_safetensors, write_tensors
 
 AVERAGE_FILE = "average.safetensors"
@@ -73,10 +74,12 @@ class TailAverage:
             tensors = {str(number): mean for number, mean in enumerate(self._mean)}
             tensors["num_steps"] = torch.tensor(self.num_steps)
             write_tensors(tensors, folder / AVERAGE_FILE)
+            checksums.seal(folder, AVERAGE_FILE)
 
     def load(self, folder: Path) -> None:
         """Go on from what :meth:`save` wrote, if it wrote anything."""
         if (folder / AVERAGE_FILE).exists():
+            checksums.check(folder, AVERAGE_FILE)
             tensors = read_safetensors(folder / AVERAGE_FILE)
             self.num_steps = int(tensors.pop("num_steps"))
             self._mean = [

@@ -9,20 +9,24 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 
 from lorat.augment import augment, foreground_mask
 from lorat.augment_spec import draw_augmentation
+from lorat.bounds import Bounds, check_bounds
 from lorat.config import TrainConfig, resolve
 from lorat.criterion import Criterion
 from lorat.model import build_model
 from lorat.optimisation import build_optimizer
 from lorat_platform import cluster
 from lorat_platform.batches import Batch
+from lorat_platform.command import flag
 from lorat_platform.layout import Layout
 from lorat_platform.learner import Learner, World, resolve_precision
+from lorat_platform.run_options import Few
 from lorat_platform.sources import resolve_sources
 from lorat_platform.stream import DecodePool, RayStream, split_stream
 from lorat_platform.telemetry import peak_flops
@@ -40,21 +44,24 @@ class TrainBenchmark:
 
     variant: str = "T-112"
     """Model, such as T-112 or S-224; its weights are random."""
-    batch_size: int = 16
-    """Pairs in a step."""
-    steps: int = 10
-    """Steps in a measurement."""
-    rounds: int = 9
-    """Measurements of each kind, in turn; the medians are compared."""
+    batch_size: Annotated[int, Bounds(1, 65_536)] = 16
+    """Pairs in a step, 1 to 65,536."""
+    steps: Annotated[int, Bounds(1, 1_000_000)] = 10
+    """Steps in a measurement, 1 to 1,000,000."""
+    rounds: Annotated[int, Bounds(1, 1000)] = 9
+    """Measurements of each kind, in turn, 1 to 1000; the medians are compared."""
     precision: str = "auto"
     """As for training."""
     compile: str = "auto"
     """As for training, for both."""
-    threads: int | None = None
-    """Torch threads on a CPU; none means one per CPU."""
+    threads: Few | None = None
+    """Torch threads on a CPU, 1 to 1024; none means one per CPU."""
     data: str | None = None
     """Also measure the share of time spent waiting for these shards (synthetic for the synthetic
     ones), decoded beside the training."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, flag)
 
 
 class ReadySource:

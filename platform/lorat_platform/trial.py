@@ -8,7 +8,6 @@ the trial goes on after any interruption; long rungs are saved in between, too.
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,7 +16,8 @@ from typing import Any
 
 from ray import tune
 
-from lorat import storage
+from lorat import checksums, storage
+from lorat.json_files import read_json, write_json
 from lorat_platform import checkpoint_store
 from lorat_platform.learner import Learner, World
 from lorat_platform.scheduling import HISTORY
@@ -80,7 +80,7 @@ def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
 
 def hand_over(report: dict[str, Any], progress: Progress, folder: Path) -> None:
     """Give report and checkpoint to Ray Tune, which may end the trial here."""
-    (folder / STATE_FILE).write_text(json.dumps(progress.to_dict()))
+    _write_progress(progress, folder)
     tune.report(
         report | {HISTORY: progress.history},
         checkpoint=tune.Checkpoint.from_directory(str(folder)),
@@ -95,17 +95,24 @@ def save_state(
     with tempfile.TemporaryDirectory() as name:
         learner.save(name)
         average.save(Path(name))
-        (Path(name) / STATE_FILE).write_text(json.dumps(progress.to_dict()))
+        _write_progress(progress, Path(name))
         checkpoint_store.upload(Path(name), folder, checkpoint_store.name_of(learner.step))
     for old in checkpoint_store.names(folder)[:-2]:
         folder.delete_folder(old)
+
+
+def _write_progress(progress: Progress, folder: Path) -> None:
+    write_json(progress.to_dict(), folder / STATE_FILE)
+    checksums.seal(folder, STATE_FILE)
 
 
 def read_progress(folder: Path | None) -> Progress:
     """Read what :func:`hand_over` wrote, or begin."""
     if folder is None:
         return Progress(history=[])
-    return Progress(**json.loads((folder / STATE_FILE).read_text()))
+    checksums.check(folder, STATE_FILE)
+    remedy = "delete that checkpoint and resume the search"
+    return Progress(**read_json(folder / STATE_FILE, remedy, shape=Progress, finite=False))
 
 
 def trial_folder(setup: TrialSetup) -> storage.Location:

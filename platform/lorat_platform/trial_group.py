@@ -18,6 +18,7 @@ from ray import tune
 
 from lorat.config import TrainConfig
 from lorat.errors import UserError
+from lorat.json_files import read_json_at
 from lorat.storage import Location
 from lorat_platform import checkpoint_store
 from lorat_platform.command import user_message
@@ -36,6 +37,12 @@ from lorat_platform.trial_work import (
     start_weights,
 )
 
+_RESULT_SHAPE = {
+    "measured": dict,
+    "latency_ms": float | None,
+    "train_seconds": float,
+    "evaluation_seconds": float,
+}
 START_ATTEMPTS = 3
 """Starts of the worker group that may time out before the trial fails."""
 
@@ -83,7 +90,13 @@ def run_group_trial(values: dict[str, Any], setup: TrialSetup) -> None:
         work = RungWork(config=config, setup=setup, rung=rung, folder=folder, progress=progress)
         if not folder.exists(work.result_file):
             _fit(work)
-        done = json.loads(folder.read_bytes(work.result_file))
+        done = read_json_at(
+            folder,
+            work.result_file,
+            "delete it and resume the search",
+            shape=_RESULT_SHAPE,
+            finite=False,
+        )
         progress.latency_ms = done["latency_ms"]
         progress.train_seconds += done["train_seconds"]
         progress.evaluation_seconds += done["evaluation_seconds"]

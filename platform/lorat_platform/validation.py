@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from lorat.augment import augment, foreground_mask
 from lorat.config import TrainConfig
 from lorat.criterion import Criterion
+from lorat.training_state import read_step
 from lorat_platform.batches import Decoder
 from lorat_platform.console import Console
 from lorat_platform.sources import Source, open_indexes
@@ -153,7 +153,7 @@ class CheckpointValidation:
 
         torch.set_num_threads(self.plan.threads)
         began = time.perf_counter()
-        step = json.loads((folder / "training_state.json").read_text())["step"]
+        step = read_step(folder)
         device = "cuda" if _has_gpu() else "cpu"
         metrics = validate(checkpoint.load(folder).to(device), self.plan)
         metrics["val/seconds"] = time.perf_counter() - began

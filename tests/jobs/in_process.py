@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def import_job(name: str) -> ModuleType:
+    """Return the module ``jobs/NAME.py``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "jobs"))
+        return importlib.import_module(name)
 
 
 def run_in_process(name: str, *arguments: object) -> int:

@@ -29,12 +29,12 @@ def test_wrong_options_give_one_sentence(
     assert "did you mean --epochs" in wrong(capsys, "--epoch", "3")
     assert "did you mean --lora.rank" in wrong(capsys, "--lora.rnak", "3")
     assert "There is no variant Z-224" in wrong(capsys, "--variant", "Z-224")
-    assert "lr is -1.0; give more than 0" in wrong(capsys, "--lr", "-1")
+    assert "lr is -1.0; give more than 0, at most 10" in wrong(capsys, "--lr", "-1")
     assert "batch_size is 64 but an epoch has 8" in wrong(
         capsys, "--batch-size", "64", "--pairs-per-epoch", "8"
     )
-    assert "--workers is '2:1'" in wrong(capsys, "--workers", "2:1")
-    assert "--cpus-per-worker is 0; give 1 or more" in wrong(capsys, "--cpus-per-worker", "0")
+    assert '--workers is "2:1"' in wrong(capsys, "--workers", "2:1")
+    assert "--cpus-per-worker is 0; give 1 to 1024" in wrong(capsys, "--cpus-per-worker", "0")
     assert "--workers is 200 but a global batch has 128 pairs" in wrong(
         capsys, "--variant", "B-224", "--workers", "200", "--dry-run"
     )

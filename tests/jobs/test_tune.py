@@ -246,7 +246,7 @@ def _rows(home: Path) -> dict[str, dict[str, object]]:
     ("flags", "message"),
     [
         (["--space", "lora.rang=choice(1,2)"], "no configuration field lora.rang"),
-        (["--space", "lora.dropout=uniform(0,2)"], "give 0 <= dropout < 1"),
+        (["--space", "lora.dropout=uniform(0,2)"], "give 0 or more, below 1"),
         (["--trails", "3"], "did you mean --trials"),
         (["--searcher", "bohb", "--scheduler", "hyperband"], "hpbandster"),
         (["--resume", "nothing"], "no search nothing"),

@@ -143,7 +143,7 @@ def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
 
 
 def test_hub_weights_come_through_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    variant = dataclasses.replace(MLP_VARIANT, timm_name="vit_tiny_like_dinov2")
+    variant = dataclasses.replace(MLP_VARIANT, timm_name="vit_small_patch14_dinov2.lvd142m")
     asked = []
 
     def create_model(name: str, *, pretrained: bool, num_classes: int) -> nn.Module:
@@ -152,7 +152,7 @@ def test_hub_weights_come_through_timm(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(timm, "create_model", create_model)
     model = build_model(tiny_config(backbone="auto"), variant=variant)
-    assert asked == [("vit_tiny_like_dinov2", True, 0)]
+    assert asked == [("vit_small_patch14_dinov2.lvd142m", True, 0)]
     assert model.backbone_source == "hub"
     expected = timm_vit(variant).state_dict()["blocks.1.attn.qkv.weight"]
     assert torch.equal(plain_weights(model.backbone)["blocks.1.attn.qkv.weight"], expected)

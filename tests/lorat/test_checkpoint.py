@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +114,7 @@ def test_every_fault_of_a_checkpoint_is_named_at_once(tmp_path: Path) -> None:
     adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
     del adapter["base_model.model.blocks.1.attn.q.lora_B.weight"]
     save_file(adapter, tmp_path / "adapter/adapter_model.safetensors")
+    (tmp_path / "SHA256SUMS").unlink()
     with pytest.raises(UserError) as caught:
         load(tmp_path)
     for part in (
@@ -128,13 +131,14 @@ def test_damaged_and_foreign_folders_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"format": "other"}')
-    with pytest.raises(UserError, match="format other"):
+    with pytest.raises(UserError, match='format "other"'):
         load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         load(tmp_path)
     config = tiny_config()
     save(build_model(config), config, tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
     (tmp_path / "head.safetensors").write_bytes(b"123")
     with pytest.raises(UserError, match="damaged"):
         load(tmp_path)
@@ -149,7 +153,8 @@ def test_a_merged_model_is_not_saved_as_a_training_checkpoint(tmp_path: Path) ->
 def test_deployable_form_round_trip(variant: Variant, tmp_path: Path) -> None:
     model = shake(tiny_model(variant, head=HeadConfig(depth=1)))
     save_merged(model, tmp_path / "a")
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {"config.json", "model.safetensors"}
+    names = {p.name for p in (tmp_path / "a").iterdir()}
+    assert names == {"config.json", "model.safetensors", "SHA256SUMS"}
     again = load(tmp_path / "a")
     assert_same(model.merge(), again)
     assert not again.training and not again.trainable_parameters()
@@ -239,7 +244,7 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
         elif path.suffix == ".json":
             json.loads(path.read_text())
         else:
-            assert path.is_dir() or path.name == "README.md"
+            assert path.is_dir() or path.name in ("README.md", "SHA256SUMS")
 
 
 def test_warm_start_takes_over_like_adapters(tmp_path: Path) -> None:
@@ -297,3 +302,32 @@ def test_a_released_file_needs_its_variant(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give variant"):
         load(tmp_path / "model.safetensors")
     assert load(tmp_path / "model.safetensors", variant="N-112").variant.name == "N-112"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 10_000_000}, "depth is 10000000; give 1 to 256"),
+        ({"dim": 4096, "depth": 24}, "do not fit the backbone"),
+        ({"depth": 200}, "do not fit the backbone"),
+        ({"name": "evil", "timm_name": "hf-hub:somebody/anything"}, "no backbone of a known"),
+        ({"name": "Z-1"}, "No backbone is shipped for"),
+    ],
+)
+def test_sizes_that_a_header_claims_cost_no_memory(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = tiny_config()
+    save(build_model(config), config, tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
+    header = json.loads((tmp_path / "config.json").read_text())
+    header["variant"] |= changes
+    if "name" in changes:
+        header["backbone"] |= {"included": False, "source": "shipped"}
+    if "timm_name" in changes:
+        header["backbone"]["source"] = "hub"
+    (tmp_path / "config.json").write_text(json.dumps(header))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB

@@ -66,7 +66,7 @@ def test_ten_million_frames_open_in_2_seconds_and_200_megabytes(tmp_path: Path) 
         sequences=names,
         categories=[""] * len(names),
         shards=[{"file": "shard-00000.parquet", "bytes": 0, "rows": num}],
-        info={"name": "large", "split": "train", "storage": "full"},
+        info={"name": "large", "split": "train", "storage": "full", "window": ""},
     )
     code = """if True:
         import re, sys, time

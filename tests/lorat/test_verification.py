@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import random
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from lorat.conversion import write_dataset
@@ -28,8 +32,9 @@ def test_a_changed_byte_is_found_and_named(index: FrameIndex) -> None:
     data = bytearray(shard.read_bytes())
     data[int(index.offset[14]) + 60] ^= 0xFF
     shard.write_bytes(data)
-    problems = verify(index.uri)
-    assert {p.where for p in problems} == {"memory/track-2 frame 2 (shard-00001.parquet)"}
+    whats = {p.where: p.what for p in verify(index.uri)}
+    assert whats.keys() == {"memory/track-2 frame 2 (shard-00001.parquet)", shard.name}
+    assert "checksum" in whats[shard.name]  # of the page that has the image
 
 
 def test_a_cut_and_a_missing_shard_are_found(index: FrameIndex) -> None:
@@ -93,3 +98,65 @@ def test_reindex_refuses_what_it_cannot_use(index: FrameIndex, tmp_path: Path) -
     (Path(index.uri) / "shard-00009.parquet").write_bytes(b"PAR1 not at all")
     with pytest.raises(UserError, match="no Parquet file"):
         rebuild_index(index.uri)
+
+
+def test_reindex_refuses_what_the_checksums_of_a_shard_refuse(tmp_path: Path) -> None:
+    index = write_dataset(str(tmp_path / "set"), tracks(2, 4))
+    file = Path(index.uri) / index.shard_files[0]
+    written, rng = file.read_bytes(), random.Random(0)
+    images = range(int(index.offset.min()) + 64, int((index.offset + index.length).max()) - 64)
+    places = [n for n in range(len(written)) if n not in images]  # most bytes are those of images
+    num_refused = 0
+    for _ in range(400):
+        place = rng.choice(places)
+        flipped = bytes([written[place] ^ 1 << rng.randrange(8)])
+        file.write_bytes(written[:place] + flipped + written[place + 1 :])
+        try:
+            again = rebuild_index(index.uri)
+        except UserError:
+            num_refused += 1
+        else:
+            # Parquet has bytes that nobody needs, such as the smallest value of a page.
+            assert again.fingerprint == index.fingerprint
+            assert again.manifest["window"] == index.manifest["window"]
+    assert num_refused > 200
+
+
+def test_verify_finds_a_damaged_column_and_a_damaged_image(index: FrameIndex) -> None:
+    file = Path(index.uri) / index.shard_files[0]
+    written = file.read_bytes()
+    box = np.float32(index.box[5, 2]).tobytes()
+    for place in (written.index(box), int(index.offset[4]) + 30):
+        file.write_bytes(written[:place] + bytes([written[place] ^ 4]) + written[place + 1 :])
+        assert any("CRC" in problem.what for problem in verify(index.uri))
+        with pytest.raises(UserError, match=r"damaged.*CRC.*ingest the dataset again"):
+            rebuild_index(index.uri)
+
+
+def test_shards_of_an_earlier_version_are_read_and_known_to_carry_no_checksums(
+    tmp_path: Path,
+) -> None:
+    index = write_dataset(str(tmp_path / "set"), tracks())
+    assert index.unchecked_shards == []
+    for name in index.shard_files:
+        file = Path(index.uri) / name
+        with open(file, "rb") as stream:
+            table = pq.ParquetFile(stream).read()
+        metadata = {k: v for k, v in table.schema.metadata.items() if k != b"lorat.sha256"}
+        pq.write_table(
+            table.replace_schema_metadata(metadata),
+            file,
+            compression="none",
+            use_dictionary=["sequence", "category"],
+            column_encoding={
+                n: "PLAIN" for n in table.column_names if n not in ("sequence", "category")
+            },
+        )
+    again = rebuild_index(index.uri)
+    assert again.fingerprint == index.fingerprint
+    assert again.unchecked_shards == again.shard_files
+    assert verify(index.uri) == []
+    entries = [{k: v for k, v in s.items() if k != "checksums"} for s in again.manifest["shards"]]
+    text = json.dumps(again.manifest | {"shards": entries})
+    (Path(index.uri) / MANIFEST).write_text(text)  # as the earlier version wrote it
+    assert FrameIndex.open(index.uri).unchecked_shards == again.shard_files

@@ -33,7 +33,7 @@ class Options:
         (["--stpes", "3"], "There is no option --stpes; did you mean --steps?"),
         (["--steps"], "Missing value for argument '--steps'"),
         (["--steps", "many"], "--steps"),
-        (["--train.lora.rank", "0"], "lora.rank is 0; give 1 or more."),
+        (["--train.lora.rank", "0"], "lora.rank is 0; give 1 to 1024."),
         (["--train.precision", "fp64"], "fp64"),
         (["steps"], "steps is no option"),
     ],

@@ -59,11 +59,11 @@ def test_a_wrong_number_of_workers_is_refused(workers: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cpus_per_worker": 0}, "--cpus-per-worker is 0; give 1 or more."),
-        ({"val_pairs": -1}, "--val-pairs is -1; give 0 or more."),
-        ({"val_gpus": -0.5}, "--val-gpus is -0.5; give 0 or more."),
+        ({"cpus_per_worker": 0}, "--cpus-per-worker is 0; give 1 to 1024."),
+        ({"val_pairs": -1}, "--val-pairs is -1; give 0 to 1,000,000."),
+        ({"val_gpus": -0.5}, "--val-gpus is -0.5; give 0 to 64."),
         ({"val_gpus": 1.5}, "--val-gpus is 1.5; give a part of one GPU, or whole ones."),
-        ({"max_failures": -2}, "--max-failures is -2; give 0 or more, or -1."),
+        ({"max_failures": -2}, "--max-failures is -2; give -1 to 1,000,000."),
         ({"name": "a b"}, "--name is 'a b'; give letters"),
     ],
 )

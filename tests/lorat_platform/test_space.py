@@ -117,7 +117,7 @@ def test_numpy_numbers_become_plain_numbers() -> None:
         ("lora=choice(1,2)", "no configuration field lora;"),
         ("lora.dropout", "is not PATH=RANGE"),
         ("lora.dropout=uniform(0.2,0)", "low < high"),
-        ("lora.dropout=uniform(0,1)", "give 0 <= dropout < 1"),
+        ("lora.dropout=uniform(0,1)", "give 0 or more, below 1"),
         ("lora.dropout=uniform(0,x)", "not a finite number"),
         ("lora.dropout=uniform(0,inf)", "not a finite number"),
         ("lora.dropout=normal(0,1)", "unknown range normal"),
