@@ -22,6 +22,7 @@ import pyarrow.fs as pafs
 
 from lorat.errors import UserError
 from lorat.home import home
+from lorat.scratch import Process
 
 _LOCAL = pafs.LocalFileSystem()
 _NOT_IN_A_NAME = re.compile(r"[/\\\x00-\x1f\x7f]")
@@ -74,7 +75,7 @@ class Location:
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a whole file so that no reader ever sees a part of it."""
         folder = self.path if self.is_local else scratch_folder(self)
-        descriptor, part = tempfile.mkstemp(dir=folder, prefix=".part-")
+        descriptor, part = tempfile.mkstemp(dir=folder, prefix=f".part-{Process.here().mark()}")
         try:
             with os.fdopen(descriptor, "wb") as handle:
                 handle.write(data)
