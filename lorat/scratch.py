@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 ABANDONED_S = 24 * 3600.0
 """Age from which what a process of another machine made counts as left behind."""
-_MARK = re.compile(r"\.own-([0-9a-f]{12})-(\d+)-(\d+)-\w+(?:\.\w+)?")
+_MARK = re.compile(r"\.own-([0-9a-f]{12})-(\d+)-(\d+)-\w+$")
 
 
 @functools.cache
@@ -87,8 +88,20 @@ def make_folder(prefix: str = "lorat", parent: Path | None = None) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{prefix}{Process.here().mark()}", dir=parent))
 
 
+def make_file(prefix: str, parent: Path) -> Path:
+    """Make an empty file with this process's mark in a folder."""
+    descriptor, name = tempfile.mkstemp(prefix=f"{prefix}{Process.here().mark()}", dir=parent)
+    os.close(descriptor)
+    return Path(name)
+
+
+def marked(prefix: str, parent: Path) -> Path:
+    """Return a path in a folder, with this process's mark, that nobody uses."""
+    return parent / f"{prefix}{Process.here().mark()}{secrets.token_hex(4)}"
+
+
 @contextlib.contextmanager
-def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
+def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
     """Make a folder for the length of a ``with`` block, where temporary files are by default."""
     folder = make_folder(parent=parent)
     try:

@@ -309,7 +309,7 @@ def _check_plan(location: storage.Location, work: storage.Location, plan: dict[s
         )
     if location.is_local:  # what an earlier run was writing when it was stopped
         for name in location.names():
-            if name.startswith(".part-") or (name.startswith(".shard-") and name.endswith(".part")):
+            if name.startswith(".part-"):
                 location.delete(name)
 
 

@@ -24,7 +24,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lorat import storage
 from lorat.config import to_dict
 from lorat.errors import UserError
-from lorat_platform.crop_cache import remove_cache
+from lorat_platform.checkpoint_store import BETWEEN_RUNGS
+from lorat_platform.crop_cache import driven_here, remove_cache
 from lorat_platform.leaderboard import Leaderboard
 from lorat_platform.lease import Lease
 from lorat_platform.scheduling import SLOTS, RandomSearch, SlotLimiter
@@ -39,7 +40,7 @@ from lorat_platform.search_plan import (
 from lorat_platform.search_session import SearchCallback, SearchSession
 from lorat_platform.search_slots import check_reach, count_slots, worker_resources
 from lorat_platform.tracking import open_run
-from lorat_platform.trial import BETWEEN_RUNGS, run_trial
+from lorat_platform.trial import run_trial
 from lorat_platform.trial_group import run_group_trial
 from lorat_platform.trial_work import TrialSetup
 
@@ -250,7 +251,7 @@ def _drive(
     _quieten_tune()
     finished = False
     try:
-        with _stopping_on_sigterm(), warnings.catch_warnings():
+        with _stopping_on_sigterm(), _cache_here(plan), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             make_tuner().fit()
         finished = True
@@ -290,6 +291,12 @@ def _quieten_tune() -> None:
 
     for name in ("ray.tune.tune", "ray.tune.analysis.experiment_analysis"):
         logging.getLogger(name).addFilter(keep)
+
+
+def _cache_here(plan: SearchPlan) -> contextlib.AbstractContextManager[None]:
+    """Keep the search's crop cache on this machine as long as this process lives."""
+    max_bytes = int(plan.options.crop_cache_gb * 2**30)
+    return driven_here(plan.name, max_bytes) if max_bytes else contextlib.nullcontext()
 
 
 def _remove_caches(plan: SearchPlan) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorat.config import TrainConfig
 from lorat.errors import UserError
-from lorat.scratch import make_folder, scratch_folder, sweep
+from lorat.scratch import make_folder, sweep, temporary_folder
 from lorat.storage import Location
 from lorat_platform import checkpoint_store, run_record
 from lorat_platform.console import Console
@@ -144,7 +144,7 @@ def make_learner(setup: WorkerSetup, world: World, last: str | None) -> Learner:
     from lorat_platform.learner import Learner
 
     if last is not None:
-        with scratch_folder() as scratch:
+        with temporary_folder() as scratch:
             resume = checkpoint_store.download(setup.run_folder, last, scratch / last)
             return Learner(setup.config, world=world, resume=resume)
     start_weights = None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorat import scratch
-from lorat.scratch import Process, make_folder, scratch_folder, sweep
+from lorat.scratch import Process, make_folder, sweep, temporary_folder
 
 
 def test_what_killed_processes_left_is_removed(
@@ -29,7 +29,7 @@ def test_what_killed_processes_left_is_removed(
         living = Process(scratch.machine(), other.pid, start)
         alive = tmp_path / f"checkpoint{living.mark()}abcdefgh"
         gone = Process(scratch.machine(), other.pid, "1")  # its number is used again
-        left = [tmp_path / f"checkpoint{gone.mark()}abcdefgh", tmp_path / f".x{gone.mark()}a.part"]
+        left = [tmp_path / f"checkpoint{gone.mark()}abcdefgh", tmp_path / f".part-{gone.mark()}a"]
         for folder in (alive, left[0], elsewhere, *others):
             folder.mkdir()
             (folder / "head.safetensors").write_bytes(b"h")
@@ -60,8 +60,8 @@ def test_a_link_is_removed_and_not_followed(tmp_path: Path) -> None:
 def test_a_killed_process_leaves_a_folder_that_the_next_one_removes(tmp_path: Path) -> None:
     code = (
         "import os, signal\n"
-        "from lorat.scratch import scratch_folder\n"
-        "with scratch_folder() as folder:\n"
+        "from lorat.scratch import temporary_folder\n"
+        "with temporary_folder() as folder:\n"
         "    (folder / 'large').write_bytes(b'x')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -72,8 +72,8 @@ def test_a_killed_process_leaves_a_folder_that_the_next_one_removes(tmp_path: Pa
     assert sweep(tmp_path) == [left]
 
 
-def test_a_scratch_folder_is_gone_at_the_end(tmp_path: Path) -> None:
-    with scratch_folder(tmp_path) as folder:
+def test_a_temporary_folder_is_gone_at_the_end(tmp_path: Path) -> None:
+    with temporary_folder(tmp_path) as folder:
         assert folder.parent == tmp_path
         (folder / "file").write_text("")
     assert not list(tmp_path.iterdir())

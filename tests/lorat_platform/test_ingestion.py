@@ -142,7 +142,7 @@ def test_a_stopped_run_is_continued_and_makes_the_same_dataset(
         with pytest.raises(KeyboardInterrupt):
             ingest(got10k, config)
     folder = tmp_path / "stopped"
-    half_written = folder / ".shard-00002.parquet.abc.part"
+    half_written = folder / ".part-shard-00002.parquet.abc"
     half_written.write_bytes(b"PAR1")
     with pytest.raises(UserError, match="not finished"):
         FrameIndex.open(folder)
