@@ -107,9 +107,9 @@ class Location:
         check_plain_name(name, f"the address {self.uri}")
         if self.is_local:
             gone = marked(f".deleted-{name}", Path(self.path))
-            with contextlib.suppress(FileNotFoundError):
+            if os.path.lexists(self.file(name)):
                 os.rename(self.file(name), gone)
-            remove(gone)
+                remove(gone)
         else:
             with contextlib.suppress(FileNotFoundError):
                 self.filesystem.delete_dir(self.file(name))
