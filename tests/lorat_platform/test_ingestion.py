@@ -151,7 +151,7 @@ def test_a_stopped_run_is_continued_and_makes_the_same_dataset(
     times = {p.name: p.stat().st_mtime_ns for p in folder.glob("shard-*.parquet")}
     assert len(times) == 2
     token = announce(locate(folder), FOREIGN)
-    with pytest.raises(UserError, match="The ingest into .* is driven by process 7 on elsewhere"):
+    with pytest.raises(UserError, match=r"The ingest into .* is driven by process 7 on elsewhere"):
         ingest(got10k, config)
     assert half_written.exists()
     (folder / f"driver-{token}.json").unlink()
