@@ -58,6 +58,12 @@ class Location:
         infos = self.filesystem.get_file_info(selector)
         return sorted(i.base_name for i in infos if i.type == pafs.FileType.File)
 
+    def folders(self) -> list[str]:
+        """List the folders directly in the folder, sorted; none if the folder is not there."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        infos = self.filesystem.get_file_info(selector)
+        return sorted(i.base_name for i in infos if i.type == pafs.FileType.Directory)
+
     def child(self, name: str) -> Location:
         """Return the location of a folder inside this one."""
         return Location(join(self.uri, name), self.filesystem, self.file(name))

@@ -142,12 +142,7 @@ def parts(run: Location) -> list[str]:
 
 
 def _folders(run: Location) -> list[str]:
-    selector = pafs.FileSelector(run.path, allow_not_found=True)
-    return sorted(
-        info.base_name
-        for info in run.filesystem.get_file_info(selector)
-        if info.type == pafs.FileType.Directory and step_of(info.base_name) is not None
-    )
+    return [name for name in run.folders() if step_of(name) is not None]
 
 
 def delete(run: Location, name: str) -> None:

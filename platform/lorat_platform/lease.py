@@ -217,7 +217,7 @@ class Lease:
             time.sleep(LOOK_S)
 
     def _refusal(self, owner: Announcement, age_s: float) -> str:
-        where = "this machine" if owner.process.is_near else owner.host
+        where = f"this machine ({owner.host})" if owner.process.is_near else owner.host
         text = (
             f"{self._what} is driven by process {owner.process.pid} on {where}, since "
             f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(owner.began))} and with its last "

@@ -253,7 +253,7 @@ def _drive(
     try:
         with _stopping_on_sigterm(), _cache_here(plan), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            make_tuner().fit()
+            results = make_tuner().fit()
         finished = True
     finally:
         interrupted = session.interrupted
@@ -265,7 +265,20 @@ def _drive(
     _remove_caches(plan)
     if not interrupted:
         location.delete_folder(BETWEEN_RUNGS)
+        _sweep_trials(location, results)
     return write_outcome(plan, board, parent, interrupted=interrupted)
+
+
+def _sweep_trials(location: storage.Location, results: tune.ResultGrid) -> None:
+    """Remove checkpoints of trials that Ray Tune does not know of: it was killed in between."""
+    for result in (results[number] for number in range(len(results))):
+        kept = {
+            checkpoint.path.rpartition("/")[2] for checkpoint, _ in result.best_checkpoints or ()
+        }
+        trial = location.child(result.path.rpartition("/")[2])
+        for name in trial.folders():
+            if kept and name.startswith("checkpoint_") and name not in kept:
+                trial.delete_folder(name)
 
 
 @contextlib.contextmanager

@@ -173,7 +173,7 @@ def test_a_driver_that_died_here_is_followed_at_once(folder: Location) -> None:
         start = scratch.start_time(other.pid)
         assert start is not None
         announce(folder, Process(scratch.machine(), other.pid, start), age_s=10**6)
-        with pytest.raises(Driven, match=f"by process {other.pid} on this machine, since"):
+        with pytest.raises(Driven, match=rf"by process {other.pid} on this machine \(.+\), since"):
             make(folder).claim()
         other.kill()
     announce(folder, Process(scratch.machine(), os.getpid(), "1"))  # its number is used again

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -70,11 +68,14 @@ def test_every_job_sweeps_when_it_starts(home: Path, tmp_path: Path) -> None:
         assert "command.run(" in job.read_text(), job.name
     left = tmp_path / "temporary" / f"lorat{GONE}abc"
     left.mkdir()
-    environment = os.environ | {"TMPDIR": str(left.parent)}
-    subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / "export.py"), "--nonsense"], env=environment
-    )
-    assert not left.exists()
+
+    def main() -> int:
+        assert not left.exists()
+        return 0
+
+    with pytest.raises(SystemExit) as stop:
+        command.run(main)
+    assert stop.value.code == 0
 
 
 def test_what_cannot_be_swept_stops_no_job(
