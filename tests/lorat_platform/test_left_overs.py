@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -89,3 +92,27 @@ def test_what_cannot_be_swept_stops_no_job(
         command.run(lambda: 3)
     assert stop.value.code == 3
     assert "cannot be removed" in caplog.text
+
+
+def test_agents_of_a_killed_ray_are_ended_and_those_of_a_living_one_left() -> None:
+    code = (
+        "import subprocess\n"
+        "open('/proc/self/comm', 'w').write('raylet')\n"
+        "agent = subprocess.Popen(['ray::RuntimeEnvAgent'], executable='/bin/cat', stdin=-1)\n"
+        "print(agent.pid, flush=True)\n"
+        "input()\n"
+        "agent.communicate()\n"
+    )
+    command_line = [sys.executable, "-c", code]
+    with subprocess.Popen(command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as raylet:
+        assert raylet.stdout is not None
+        living = int(raylet.stdout.readline())
+        # The child of this process, which is no raylet, as one whose raylet is gone is init's.
+        orphan = subprocess.Popen(
+            ["ray::DashboardAgent"], executable="/bin/cat", stdin=subprocess.PIPE
+        )
+        left_overs.end_orphaned_agents()
+        orphan.communicate()
+        assert orphan.returncode == -signal.SIGKILL
+        assert scratch.start_time(living) is not None
+        raylet.communicate(b"\n")
