@@ -166,8 +166,8 @@ class Lease:
         except (OSError, pa.ArrowException) as error:
             self._withdraw()
             raise UserError(
-                f"{self._what} in {self._folder.uri} cannot be marked as driven by this process: "
-                f"{reason(error)}; make room there, or give a place that can be written."
+                f"Cannot write to {self._folder.uri}: {reason(error)}; make room there or give "
+                "another place, then run the same command again."
             ) from error
         except BaseException:
             self._withdraw()
