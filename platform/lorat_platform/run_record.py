@@ -6,6 +6,7 @@ again after any kind of death, goes on where the run stopped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -123,22 +124,24 @@ def choose(
             try:
                 lease.claim(patient=name is None)
             except Driven:
-                if name is not None:
+                if name is not None or resume == "must":
                     raise
                 continue
-            # Who had the right until now may have begun or finished it.
-            found = read(folder)
-            problem = _problem(found, config, data, folder, resume)
-            if problem is None:
-                record = found or RunRecord(
-                    name=candidate,
-                    config=to_dict(config),
-                    data=data,
-                    created=time.strftime("%Y-%m-%dT%H:%M:%S"),
-                    git_revision=git_revision,
-                )
-                return lease, folder, record, found is not None
-            lease.release()
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(lease)
+                # Who had the right until now may have begun or finished it.
+                found = read(folder)
+                problem = _problem(found, config, data, folder, resume)
+                if problem is None:
+                    stack.pop_all()
+                    record = found or RunRecord(
+                        name=candidate,
+                        config=to_dict(config),
+                        data=data,
+                        created=time.strftime("%Y-%m-%dT%H:%M:%S"),
+                        git_revision=git_revision,
+                    )
+                    return lease, folder, record, found is not None
         if name is not None:
             raise UserError(problem)
     raise UserError(f"There are too many runs {base} in {storage.uri}; give a --name.")
