@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,10 @@ import tyro
 
 from lorat.errors import UserError
 from lorat.home import home
+from lorat.storage import locate
 from lorat_platform import cluster, command
 from lorat_platform.evaluation import check_distinct, evaluate
+from lorat_platform.lease import Lease
 from lorat_platform.mlflow_store import tracking_uri, without_password
 from lorat_platform.report import check_place, record, write_report
 from lorat_platform.sequence_workers import EvaluationConfig
@@ -74,9 +77,13 @@ def main() -> int:
     uris = [dataset_uri(name) for name in options.data]
     check_distinct(uris)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = options.output or home() / "reports" / f"{stamp}-{subject.fingerprint[:8]}"
+    unique = f"{stamp}-{subject.fingerprint[:8]}-{secrets.token_hex(2)}"
+    folder = options.output or home() / "reports" / unique
     check_place(folder)
+    location = locate(folder)
+    location.make()
     with (
+        Lease(location, f"The report {folder}", "give another --output").claim() as lease,
         cluster.connected(options.address) as ray_cluster,
         open_run(
             options.experiment,
@@ -91,6 +98,7 @@ def main() -> int:
         log.info("Evaluating %s with %s.", subject.name, ray_cluster)
         run.log_params(dataclasses.asdict(options) | {"data": uris})
         datasets = [evaluate(subject, uri, options.evaluation) for uri in uris]
+        lease.confirm()
         text = write_report(subject, datasets, folder, clips=options.clips)
         settings = {"model": options.model, "data": uris, "variant": subject.variant}
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

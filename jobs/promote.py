@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from lorat import plots
 from lorat.errors import UserError
 from lorat.home import home
 from lorat.json_files import parse_json
+from lorat.scratch import temporary_folder
 from lorat.storage import locate
 from lorat_platform import cluster, command, promotion, registry
 from lorat_platform.evaluation import check_distinct, evaluate
@@ -213,9 +213,9 @@ def write_down(
         table = "sequence,difference\n" + "".join(f"{n},{d:.6f}\n" for n, d in rows)
         run.log_bytes(table.encode(), "comparison.csv")
         if model_id := client.get_model_version(name, version).tags.get("model_id"):
-            with tempfile.TemporaryDirectory() as folder:
-                Path(folder, "comparison.png").write_bytes(plots.png(figure))
-                client.log_model_artifacts(model_id, folder, artifact_path="promotion")
+            with temporary_folder() as folder:
+                (folder / "comparison.png").write_bytes(plots.png(figure))
+                client.log_model_artifacts(model_id, str(folder), artifact_path="promotion")
     log.info("\n%s", text)
 
 

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from lorat import storage
 from lorat.bounds import Count
 from lorat.errors import UserError
 from lorat.json_files import check_shape, parse_json
+from lorat.scratch import make_folder
 
 SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
@@ -294,7 +294,7 @@ def write_index(
     valid_rows = np.flatnonzero(columns["valid"]).astype(np.int64)
     fingerprint = content_fingerprint(columns, track_start, sequences, categories, info)
     location.make()
-    scratch = Path(tempfile.mkdtemp(dir=storage.scratch_folder(location), prefix=".index-"))
+    scratch = make_folder(".index", storage.scratch_folder(location))
     try:
         frame_arrays = [_to_arrow(columns[name], *FRAME_COLUMNS[name]) for name in FRAME_COLUMNS]
         _write_batch(scratch / _FILES[0], dict(zip(FRAME_COLUMNS, frame_arrays, strict=True)))
@@ -371,7 +371,7 @@ def _cached_copy(location: storage.Location, folder: str, fingerprint: str) -> P
     target = storage.cache_folder() / "index" / key
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
+        scratch = make_folder(".part-", target.parent)
         remote = location.child(folder)
         try:
             for name in _FILES:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 import threading
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,7 @@ from lorat.errors import UserError
 from lorat.frame_index import FRAME_COLUMNS, SCHEMA_VERSION, FrameIndex
 from lorat.images import DamagedImage, decode_rgb
 from lorat.regions import cut_region
+from lorat.scratch import make_file
 from lorat.shard_rows import (
     INDEX_ONLY,
     INFO_CHECKSUM,
@@ -64,11 +63,7 @@ class ShardWriter:
     def __init__(self, location: storage.Location, file: str, info: dict[str, Any]):
         self._location = location
         self._file = file
-        handle, name = tempfile.mkstemp(
-            dir=storage.scratch_folder(location), prefix=f".{file}.", suffix=".part"
-        )
-        os.close(handle)
-        self._scratch = Path(name)
+        self._scratch = make_file(f".part-{file}", storage.scratch_folder(location))
         metadata = {"schema_version": SCHEMA_VERSION, **info}
         metadata[INFO_CHECKSUM] = info_checksum(info)
         schema = SHARD_SCHEMA.with_metadata(

@@ -10,9 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
-import tempfile
-import time
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,11 +19,10 @@ import pyarrow.fs as pafs
 
 from lorat.errors import UserError
 from lorat.home import home
+from lorat.scratch import make_file, marked, remove, sweep
 
 _LOCAL = pafs.LocalFileSystem()
 _NOT_IN_A_NAME = re.compile(r"[/\\\x00-\x1f\x7f]")
-_ABANDONED_SECONDS = 24 * 3600
-"""Age from which an unfinished file in the upload folder belongs to a run that was killed."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +58,12 @@ class Location:
         infos = self.filesystem.get_file_info(selector)
         return sorted(i.base_name for i in infos if i.type == pafs.FileType.File)
 
+    def folders(self) -> list[str]:
+        """List the folders directly in the folder, sorted; none if the folder is not there."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        infos = self.filesystem.get_file_info(selector)
+        return sorted(i.base_name for i in infos if i.type == pafs.FileType.Directory)
+
     def child(self, name: str) -> Location:
         """Return the location of a folder inside this one."""
         return Location(join(self.uri, name), self.filesystem, self.file(name))
@@ -73,14 +75,12 @@ class Location:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a whole file so that no reader ever sees a part of it."""
-        folder = self.path if self.is_local else scratch_folder(self)
-        descriptor, part = tempfile.mkstemp(dir=folder, prefix=".part-")
+        part = make_file(".part-", Path(self.path) if self.is_local else scratch_folder(self))
         try:
-            with os.fdopen(descriptor, "wb") as handle:
-                handle.write(data)
-            publish(Path(part), self, name)
+            part.write_bytes(data)
+            publish(part, self, name)
         finally:
-            Path(part).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
 
     def make(self) -> None:
         """Create the folder (object stores need none).
@@ -105,12 +105,17 @@ class Location:
     def delete_folder(self, name: str) -> None:
         """Delete a folder directly in this one and what is in it, if it is there.
 
+        On a file system it is out of view before anything of it is gone.
+
         Raises:
             UserError: if the name is that of another place.
         """
         check_plain_name(name, f"the address {self.uri}")
         if self.is_local:
-            shutil.rmtree(self.file(name), ignore_errors=True)
+            gone = marked(f".deleted-{name}", Path(self.path))
+            if os.path.lexists(self.file(name)):
+                os.rename(self.file(name), gone)
+                remove(gone)
         else:
             with contextlib.suppress(FileNotFoundError):
                 self.filesystem.delete_dir(self.file(name))
@@ -184,25 +189,20 @@ def cache_folder() -> Path:
     return home() / "datasets"
 
 
+def upload_folder() -> Path:
+    """Return the folder for what is on its way to an object store."""
+    return cache_folder() / "upload"
+
+
 def scratch_folder(location: Location) -> Path:
-    """Return a local folder from which a finished file can be published to ``location``."""
-    if location.is_local:
-        folder = Path(location.path)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    folder = cache_folder() / "upload"
+    """Return a local folder from which a finished file can be published to ``location``.
+
+    What killed processes of this machine were writing there is removed.
+    """
+    folder = Path(location.path) if location.is_local else upload_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
+    sweep(folder)
     return folder
-
-
-def _sweep(folder: Path) -> None:
-    """Delete what killed runs have left in the upload folder."""
-    oldest = time.time() - _ABANDONED_SECONDS
-    for path in folder.iterdir():
-        with contextlib.suppress(OSError):  # another process has just deleted or uploaded it
-            if path.stat().st_mtime < oldest:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def publish(file: Path, location: Location, name: str) -> None:

@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from lorat import shards, storage
 from lorat.conversion import dataset_info, encode_frame, shard_name, usable
 from lorat.errors import UserError
 from lorat.scene import BRISK, GENTLE, HEIGHT, WIDTH, Pace, Scene
+from lorat.scratch import make_folder
 from lorat.verification import rebuild_index
 from lorat.windows import WindowLaw
 
@@ -120,7 +120,7 @@ def ensure(cache_dir: str | os.PathLike[str] | None = None, split: Split = "trai
 
 
 def _make(target: Path, split: Split) -> None:
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    folder = make_folder(f".{target.name}", target.parent)
     num_shards = -(-SPLITS[split].num_videos // _VIDEOS_PER_SHARD)
     num_workers = min(os.cpu_count() or 1, num_shards, 16)
     # Plain child processes: they need neither fork (unsafe beside threads) nor the main module.

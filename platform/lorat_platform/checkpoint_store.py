@@ -3,6 +3,7 @@
 A checkpoint is a folder ``step-00001200``.  On a file system it is written beside its place and
 renamed; in an object store, which cannot rename, ``complete.json`` is written last.  In both it
 lists the files with their sizes, and a folder without it, or with other files, is no checkpoint.
+One that is deleted is renamed, or loses ``complete.json``, first.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import tenacity
 
+from lorat import scratch
 from lorat.errors import UserError
 from lorat.json_files import parse_json
 from lorat.storage import Location, is_plain_name
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "complete.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of the checkpoints of a run."""
+BETWEEN_RUNGS = "between-rungs"
+"""Folder of a search with one for each trial, for the checkpoints that Ray Tune does not keep."""
 ATTEMPTS = 3
 _SHAPE = {"files": dict[str, int]}
 _NAME = re.compile(r"step-(\d{8,})")
@@ -86,8 +90,7 @@ def _copy(local: Path, run: Location, name: str, files: dict[str, int]) -> None:
             shutil.copytree(local, part)
             (part / MANIFEST).write_bytes(manifest)
             target = Path(run.file(name))
-            if target.exists():  # an earlier, broken one
-                shutil.rmtree(target)
+            run.delete_folder(name)  # an earlier, broken one
             part.rename(target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -124,13 +127,41 @@ def _is_inside(file: str) -> bool:
 
 def names(run: Location) -> list[str]:
     """List the complete checkpoints, oldest first."""
-    selector = pafs.FileSelector(run.path, allow_not_found=True)
-    found = [
-        info.base_name
-        for info in run.filesystem.get_file_info(selector)
-        if info.type == pafs.FileType.Directory and step_of(info.base_name) is not None
-    ]
-    return sorted(name for name in found if is_complete(run, name))
+    return [name for name in _folders(run) if is_complete(run, name)]
+
+
+def parts(run: Location) -> list[str]:
+    """List the folders of checkpoints that were not written, or not deleted, to the end.
+
+    Those with all their files are none, damaged as they may be.
+    """
+    left = []
+    for name in _folders(run):
+        try:
+            listed = json.loads(run.child(name).read_bytes(MANIFEST))["files"]
+            paths = [run.file(f"{name}/{file}") for file in listed]
+        except FileNotFoundError:
+            left.append(name)
+        except (UserError, ValueError, KeyError, TypeError):  # damaged, and not by a kill
+            continue
+        else:
+            infos = run.filesystem.get_file_info(paths)
+            if any(info.type == pafs.FileType.NotFound for info in infos):
+                left.append(name)
+    if run.is_local:
+        left += [path.name for path in Path(run.path).glob(".part-step-*")]
+    return left
+
+
+def _folders(run: Location) -> list[str]:
+    return [name for name in run.folders() if step_of(name) is not None]
+
+
+def delete(run: Location, name: str) -> None:
+    """Delete a checkpoint; whatever ends this half-way, what is left does not look like one."""
+    if not run.is_local:
+        run.child(name).delete(MANIFEST)
+    run.delete_folder(name)
 
 
 def newest(run: Location) -> str | None:
@@ -153,15 +184,13 @@ def download(run: Location, name: str, target: Path) -> Path:
 
 
 def repair(run: Location) -> None:
-    """Make the run's folder fit to go on after any kind of death.
+    """Make the run's folder fit to go on after any kind of death; only for who drives the run.
 
-    Half-written parts are removed.  Ray Train's list of checkpoints, which it does not write
-    atomically, is removed if it cannot be read or names a folder that is gone; training then
-    resumes from the newest complete checkpoint all the same.
+    What was not written, or not deleted, to the end is removed.  Ray Train's list of checkpoints,
+    which it does not write atomically, is removed if it cannot be read or names a folder that is
+    gone; training then resumes from the newest complete checkpoint all the same.
     """
-    if run.is_local:
-        for part in Path(run.path).glob(".part-step-*"):
-            shutil.rmtree(part, ignore_errors=True)
+    sweep_parts(run)
     if not run.exists(SNAPSHOT):
         return
     try:
@@ -173,12 +202,20 @@ def repair(run: Location) -> None:
         run.delete(SNAPSHOT)
 
 
+def sweep_parts(run: Location) -> None:
+    """Remove what was not written, or not deleted, to the end; only where nobody else writes."""
+    for name in parts(run):
+        delete(run, name)
+    if run.is_local:
+        scratch.sweep(Path(run.path))
+
+
 def sweep(run: Location) -> None:
     """Remove checkpoints that Ray Train does not know of (it died in between), but the newest."""
     known = registered(run)
     for name in names(run)[:-1]:
         if name not in known:
-            run.delete_folder(name)
+            delete(run, name)
 
 
 def _again(call: Callable[[], T]) -> T:

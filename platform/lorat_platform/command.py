@@ -17,6 +17,8 @@ import tyro
 from lorat.errors import UserError
 from lorat.home import home, home_problem
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 EXIT_USER_ERROR = 2
@@ -95,6 +97,7 @@ def run(main: Callable[[], int | None]) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # its import sets its logger again
     try:
+        _sweep_left_overs()
         code = main() or 0
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
@@ -113,6 +116,16 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _sweep_left_overs() -> None:
+    """Remove what killed jobs left, as far as that can be; it stops no job."""
+    from lorat_platform import left_overs
+
+    try:
+        left_overs.sweep()
+    except (OSError, UserError) as error:
+        log.warning("What killed jobs left on this machine cannot be removed: %s", error)
 
 
 def _leave_ray() -> None:

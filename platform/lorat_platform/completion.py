@@ -6,14 +6,13 @@ import dataclasses
 import logging
 import math
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorat.config import TrainConfig, from_dict
 from lorat.errors import UserError
+from lorat.scratch import temporary_folder
 from lorat.storage import Location
 from lorat_platform import checkpoint_store
 from lorat_platform.run_options import RunOptions
@@ -66,15 +65,15 @@ def finish(
 
     evaluated = bool(datasets.val) and options.final_evaluation
     model = None
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         folder = checkpoint_store.download(
-            result.folder, result.checkpoint, Path(scratch) / result.checkpoint
+            result.folder, result.checkpoint, scratch / result.checkpoint
         )
         if evaluated or options.register:
             from lorat import checkpoint
 
             model = checkpoint.load(folder)
-        weights = Path(scratch) / "checkpoint"
+        weights = scratch / "checkpoint"
         shutil.copytree(folder, weights, ignore=shutil.ignore_patterns(*RESUME_ONLY))
         run.log_artifact(weights)
     config = from_dict(TrainConfig, record.config)
@@ -249,7 +248,7 @@ def _log_report(model: LoRAT, results: list[DatasetResult], run: RemoteRun) -> N
     from lorat_platform.report import write_report
     from lorat_platform.subject import subject_of
 
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "evaluation"
+    with temporary_folder() as scratch:
+        folder = scratch / "evaluation"
         write_report(subject_of(model, MODEL), results, folder)
         run.log_artifact(folder)

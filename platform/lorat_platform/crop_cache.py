@@ -22,10 +22,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 
+from lorat.scratch import Process, make_file, remove
 from lorat_platform.batches import Batch
 from lorat_platform.layout import local_range
 
@@ -35,7 +36,9 @@ BLOCK = 32
 """Pairs in one block."""
 MEMORY = Path("/dev/shm")
 STALE_S = 3600.0
-"""Age after which an unused cache of another search is removed."""
+"""Age after which an unused cache of a search that is driven on another machine is removed."""
+_DRIVER = "driver"
+"""Begin of the name of a mark that tells which process of this machine drives the search."""
 
 Load = Callable[[Sequence[int]], Batch]
 
@@ -91,9 +94,7 @@ class CropCache:
         self._own: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
         self._warned = False
-        folder.mkdir(parents=True, exist_ok=True)
-        self._users = open(folder / "users", "w")  # noqa: SIM115 (held as long as the cache)
-        fcntl.flock(self._users, fcntl.LOCK_SH)
+        self._users = _enter(folder)
 
     def __enter__(self) -> Self:
         return self
@@ -303,6 +304,35 @@ class _Ahead:
                 return
 
 
+def _enter(folder: Path) -> IO[str]:
+    """Make a cache's folder if it is missing, and keep it as long as the file returned is open."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # just removed
+            users = open(folder / "users", "a")  # noqa: SIM115 (held as long as the cache)
+            fcntl.flock(users, fcntl.LOCK_SH)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(users.fileno()), os.stat(users.name)):
+                    return users
+            users.close()  # of a folder that was removed before the lock was had
+
+
+@contextlib.contextmanager
+def driven_here(search: str, max_bytes: int) -> Iterator[None]:
+    """Tell the caches on this machine which process drives a search, while it does.
+
+    When that process is gone, nobody needs a cache that no trial uses.
+    """
+    folder = cache_folder(search, max_bytes)
+    users = _enter(folder)
+    mark = make_file(_DRIVER, folder)
+    users.close()
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+
+
 def remove_cache(search: str) -> None:
     """Remove a search's cache from this node, wherever it is."""
     for root in cache_roots():
@@ -310,13 +340,24 @@ def remove_cache(search: str) -> None:
 
 
 def remove_stale_caches() -> list[Path]:
-    """Remove caches that no process uses and nobody has touched for an hour."""
+    """Remove the caches that no process uses, and whose search's driver is gone.
+
+    Of a search that is driven on another machine, which cannot be asked, they stay for an hour.
+    """
     removed = []
     for folder in (folder for root in cache_roots() for folder in root.glob("*")):
-        with contextlib.suppress(OSError), open(folder / "users", "r+") as users:
-            if time.time() - folder.stat().st_mtime < STALE_S:
-                continue
+        gone_or_used = (FileNotFoundError, NotADirectoryError, BlockingIOError)
+        with contextlib.suppress(*gone_or_used), open(folder / "users", "a") as users:
             fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-            removed.append(folder)
+            if _is_stale(folder):
+                remove(folder)
+                removed.append(folder)
     return removed
+
+
+def _is_stale(folder: Path) -> bool:
+    owners = [Process.of(mark.name) for mark in folder.glob(f"{_DRIVER}.*")]
+    here = [owner for owner in owners if owner is not None and owner.is_near]
+    if here:
+        return not any(owner.is_alive for owner in here)
+    return time.time() - folder.stat().st_mtime > STALE_S

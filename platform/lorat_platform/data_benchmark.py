@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 
 from lorat.bounds import Bounds, check_bounds
 from lorat.config import TrainConfig, resolve
+from lorat.scratch import temporary_folder
 from lorat_platform import cluster
 from lorat_platform.command import flag
 from lorat_platform.layout import Layout
@@ -79,8 +79,8 @@ def benchmark_data(options: DataBenchmark) -> dict[str, float]:
     bare: list[BareResult] = []
     stream: list[float] = []
     loader: list[float] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        files = extract(sources, Path(scratch)) if options.loader else None
+    with temporary_folder() as scratch:
+        files = extract(sources, scratch) if options.loader else None
         for _ in range(options.rounds):
             bare.append(run_bare(config, sources, num, options.seconds))
             stream.append(run_stream(config, sources, num, options.threads, options.seconds))

@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorat.scratch import temporary_folder
 from lorat_platform.journal import Entry, Journal
 from lorat_platform.mlflow_store import connect, ensure_experiment
 
@@ -318,8 +318,8 @@ class Delivery:
             self._send_text(run_id, json.dumps(long, indent=2), "long-tags.json")
 
     def _send_text(self, run_id: str, text: str, name: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / name
+        with temporary_folder() as folder:
+            path = folder / name
             path.write_text(text)
             self.client.log_artifact(run_id, str(path))
 

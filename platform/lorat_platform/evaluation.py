@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from lorat.json_files import parse_json, read_json
 from lorat.metrics import Evaluation, GroundTruth
 from lorat.metrics import evaluate as score
 from lorat.one_pass import SequenceResult
+from lorat.scratch import marked, sweep
 from lorat_platform.journal import write_json
 from lorat_platform.sequence_workers import Conditions, EvaluationConfig, Workers
 from lorat_platform.subject import Subject
@@ -250,6 +250,7 @@ class _Store:
         base = cache if cache is not None else home() / "evaluations"
         self._folder = base / f"{subject.fingerprint[:16]}-{device}" / index.fingerprint[:16]
         self._folder.mkdir(parents=True, exist_ok=True)
+        sweep(self._folder)
         self._index = index
 
     def _file(self, track: int) -> Path:
@@ -257,7 +258,7 @@ class _Store:
 
     def save(self, result: SequenceResult, conditions: Conditions) -> None:
         """Write a result; it is there as a whole or not at all."""
-        part = self._file(result.track).with_suffix(f".{os.getpid()}.part")
+        part = marked(".part-", self._folder)
         with open(part, "wb") as file:
             np.savez(
                 file,

@@ -32,6 +32,7 @@ from lorat.shard_rows import manifest_entry
 from lorat.variants import get_variant
 from lorat.verification import index_shards
 from lorat.windows import WindowLaw
+from lorat_platform.lease import Lease
 
 log = logging.getLogger(__name__)
 
@@ -100,20 +101,26 @@ def ingest(source: Source, config: IngestConfig) -> Ingested:
         location.make()
         if location.exists(MANIFEST):
             return _already_there(location, plan)
-        work = location.child(WORK_FOLDER)
-        work.make()
-        _check_plan(location, work, plan)
-        receipts = set(work.names())
-    missing = [n for n in range(len(groups)) if receipt_name(n) not in receipts]
-    if len(missing) < len(groups):
-        log.info("%d of %d shards are already there.", len(groups) - len(missing), len(groups))
-    arguments = [
-        (source, groups[n], location.uri, n, info, law, source.for_training) for n in missing
-    ]
-    for _ in map_tasks(write_shard, arguments, what=f"ingest {name} {source.split_name}"):
-        pass
-    with storage.writing_to(location):
-        return _finish(location, info, len(groups), findings, plan, given)
+    what = f"The ingest into {location.uri}"
+    with Lease(location, what, "give another --output").claim() as lease:
+        with storage.writing_to(location):
+            if location.exists(MANIFEST):  # who had the right until now has finished it
+                return _already_there(location, plan)
+            work = location.child(WORK_FOLDER)
+            work.make()
+            _check_plan(location, work, plan)
+            receipts = set(work.names())
+        missing = [n for n in range(len(groups)) if receipt_name(n) not in receipts]
+        if len(missing) < len(groups):
+            log.info("%d of %d shards are already there.", len(groups) - len(missing), len(groups))
+        arguments = [
+            (source, groups[n], location.uri, n, info, law, source.for_training) for n in missing
+        ]
+        for _ in map_tasks(write_shard, arguments, what=f"ingest {name} {source.split_name}"):
+            lease.check()
+        lease.confirm()
+        with storage.writing_to(location):
+            return _finish(location, info, len(groups), findings, plan, given)
 
 
 def with_absolute_paths(source: Source) -> Source:
@@ -317,7 +324,7 @@ def _check_plan(location: storage.Location, work: storage.Location, plan: dict[s
         )
     if location.is_local:  # what an earlier run was writing when it was stopped
         for name in location.names():
-            if name.startswith(".part-") or (name.startswith(".shard-") and name.endswith(".part")):
+            if name.startswith(".part-shard-"):
                 location.delete(name)
 
 

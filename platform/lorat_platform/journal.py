@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -74,6 +75,12 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def _write_whole(file: io.FileIO, data: bytes) -> None:
+    """Write all of some bytes, of which the system may take a part at a time."""
+    while data:
+        data = data[file.write(data) :]
+
+
 class Journal:
     """Append records, read them back, and remember how many were delivered."""
 
@@ -112,15 +119,21 @@ class Journal:
                 self.disk_error = error
 
     def _flush(self) -> None:
-        with open(self._path, "ab+") as file:
+        # Without a buffer, which would write what is left of a line when the file is closed.
+        with open(self._path, "ab+", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             if end:
                 file.seek(end - 1)
                 if file.read(1) != b"\n":  # a process was killed in the middle of its line
-                    file.write(b"\n")
+                    _write_whole(file, b"\n")
             while self._waiting:
-                file.write(self._waiting[0])
-                file.flush()
+                end = file.seek(0, os.SEEK_END)
+                try:
+                    _write_whole(file, self._waiting[0])
+                except OSError:
+                    # The line is written again as a whole; half of it would count as damaged.
+                    file.truncate(end)
+                    raise
                 self._waiting.popleft()
 
     def read(self, limit: int) -> list[Entry]:

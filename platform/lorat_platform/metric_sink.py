@@ -128,6 +128,10 @@ class RemoteRun(Recorder):
         finally:
             ray.kill(self._actor)
 
+    def abandon(self) -> None:
+        """End the actor and leave the run as it is; what was recorded stays in the journal."""
+        ray.kill(self._actor)
+
     def _record(self, op: str, **fields: Any) -> None:
         record = {"op": op, "time_ms": time.time_ns() // 1_000_000, **fields}
         self._send(self._actor.write.remote(record))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import lorat
 from lorat.checkpoint import save_merged
 from lorat.model import LoRAT
+from lorat.scratch import temporary_folder
 
 BUNDLE = "bundle"
 """Name of the folder with ``config.json`` and ``model.safetensors`` in the model's artefacts."""
@@ -62,11 +62,11 @@ def package(model: LoRAT, folder: Path, *, mlflow_model: Any = None) -> None:
     """
     from mlflow import pyfunc
 
-    with tempfile.TemporaryDirectory() as scratch:
-        bundle = Path(scratch) / BUNDLE
+    with temporary_folder() as scratch:
+        bundle = scratch / BUNDLE
         save_merged(model, bundle)
         source = Path(lorat.__file__).parent
-        code = Path(scratch) / "code" / "lorat"
+        code = scratch / "code" / "lorat"
         shutil.copytree(source, code, ignore=shutil.ignore_patterns(*LEFT_OUT))
         pyfunc.save_model(
             path=str(folder),

@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ import pyarrow as pa
 from lorat import checksums
 from lorat.errors import UserError
 from lorat.home import home
+from lorat.scratch import temporary_folder
 from lorat.storage import Location, locate
 from lorat_platform import checkpoint_store
 from lorat_platform.mlflow_store import connect, tracking_uri, without_password
@@ -78,15 +78,15 @@ def register(
         run.info.experiment_id, name="model", source_run_id=run_id, tags=about, model_type="tracker"
     )
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with temporary_folder() as scratch:
             description = Model(
                 artifact_path=logged.artifact_location,
                 run_id=run_id,
                 model_uuid=logged.model_id,
                 model_id=logged.model_id,
             )
-            package(model, Path(scratch) / "model", mlflow_model=description)
-            client.log_model_artifacts(logged.model_id, str(Path(scratch) / "model"))
+            package(model, scratch / "model", mlflow_model=description)
+            client.log_model_artifacts(logged.model_id, str(scratch / "model"))
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to hear about
             client.finalize_logged_model(logged.model_id, "FAILED")
@@ -238,10 +238,10 @@ def _download(uri: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         from mlflow.artifacts import download_artifacts
 
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        with temporary_folder(target.parent) as scratch:
             found = download_artifacts(
                 artifact_uri=f"{location.rstrip('/')}/artifacts/bundle",
-                dst_path=scratch,
+                dst_path=str(scratch),
                 tracking_uri=tracking_uri(),
             )
             Path(found, "origin.json").write_text(json.dumps({"uri": uri, "location": location}))
@@ -279,8 +279,8 @@ def _download_checkpoint(location: Location) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         parent, _, name = location.path.rpartition("/")
         run = Location(location.uri, location.filesystem, parent)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            found = checkpoint_store.download(run, name, Path(scratch) / name)
+        with temporary_folder(target.parent) as scratch:
+            found = checkpoint_store.download(run, name, scratch / name)
             with contextlib.suppress(OSError):  # another process was faster
                 os.rename(found, target)
     except (OSError, pa.ArrowException) as error:

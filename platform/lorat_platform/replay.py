@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +15,7 @@ from lorat import checkpoint
 from lorat.augment import augment, foreground_mask
 from lorat.errors import UserError
 from lorat.json_files import read_json
+from lorat.scratch import temporary_folder
 from lorat.storage import Location, locate
 from lorat.tensor_files import read_safetensors, write_tensors
 from lorat_platform.checkpoint_store import reason
@@ -30,11 +30,11 @@ def dump(learner: Learner, batch: dict[str, np.ndarray], target: Location) -> st
     Raises:
         OSError: if there is no room, or the storage cannot be reached.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        _write(learner, batch, Path(scratch))
+    with temporary_folder() as scratch:
+        _write(learner, batch, scratch)
         target.filesystem.create_dir(target.path, recursive=True)
         pafs.copy_files(
-            scratch, target.path, destination_filesystem=target.filesystem, use_threads=False
+            str(scratch), target.path, destination_filesystem=target.filesystem, use_threads=False
         )
     return target.uri
 
@@ -66,16 +66,19 @@ def replay(uri: str) -> str:
     location = locate(uri)
     if location.is_local:
         return _replay(Path(location.path))
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         try:
             pafs.copy_files(
-                location.path, scratch, source_filesystem=location.filesystem, use_threads=False
+                location.path,
+                str(scratch),
+                source_filesystem=location.filesystem,
+                use_threads=False,
             )
         except (OSError, pa.ArrowException) as error:
             raise UserError(
                 f"{uri} cannot be read ({reason(error)}); give the address that the message named."
             ) from error
-        return _replay(Path(scratch))
+        return _replay(scratch)
 
 
 def _replay(folder: Path) -> str:

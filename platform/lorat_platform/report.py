@@ -19,6 +19,7 @@ from lorat.images import DamagedImage
 from lorat.metrics import SCORE_NAMES
 from lorat.shards import ImageReader
 from lorat_platform.evaluation import DatasetResult, ground_truth
+from lorat_platform.lease import is_mark
 from lorat_platform.recorder import Recorder
 from lorat_platform.subject import Subject
 
@@ -142,7 +143,8 @@ def check_place(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output is {folder}, a file; give a folder for the report.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / SCORES).exists():
+    others = folder.is_dir() and any(not is_mark(path.name) for path in folder.iterdir())
+    if others and not (folder / SCORES).exists():
         raise UserError(
             f"output is {folder}, which holds other files and no earlier report; give a new or "
             "an empty folder."

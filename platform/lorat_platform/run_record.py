@@ -6,14 +6,12 @@ again after any kind of death, goes on where the run stopped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import socket
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -23,10 +21,10 @@ from lorat.errors import UserError
 from lorat.json_files import check_shape, parse_json
 from lorat.storage import Location
 from lorat_platform.checkpoint_store import reason
+from lorat_platform.lease import Driven, Lease
 from lorat_platform.recorder import flatten
 
 FILE = "run.json"
-OWNER = "driver.json"
 
 Resume = Literal["auto", "never", "must"]
 
@@ -101,14 +99,14 @@ def choose(
     data: dict[str, str],
     resume: Resume,
     git_revision: str | None,
-) -> tuple[Location, RunRecord, bool]:
-    """Find the run to go on with, or begin one.
+) -> tuple[Lease, Location, RunRecord, bool]:
+    """Find the run to go on with, or begin one, and take the right to drive it.
 
-    Without a name, a finished run of the same configuration is left alone and a new one begun;
-    with a name it is an error.
+    Without a name, a run of the same configuration that is finished, or that another process
+    drives, is left alone and a new one begun; with a name it is an error.
 
     Returns:
-        The run's folder, its record, and whether it existed.
+        The right over the run, its folder, its record, and whether it existed.
 
     Raises:
         UserError: if the named run cannot be gone on with, for the reason said.
@@ -118,31 +116,50 @@ def choose(
         candidate = base if number == 1 else f"{base}-{number}"
         folder = storage.child(candidate)
         found = read(folder)
-        if found is None:
-            if resume == "must":
-                raise UserError(
-                    f"There is no unfinished run {base} in {storage.uri} to resume; check --name "
-                    "and --storage, or leave --resume away."
-                )
-            record = RunRecord(
-                name=candidate,
-                config=to_dict(config),
-                data=data,
-                created=time.strftime("%Y-%m-%dT%H:%M:%S"),
-                git_revision=git_revision,
+        if found is None and resume == "must":
+            raise UserError(
+                f"There is no unfinished run {base} in {storage.uri} to resume; check --name "
+                "and --storage, or leave --resume away."
             )
-            return folder, record, False
         problem = _problem(found, config, data, folder, resume)
         if problem is None:
-            return folder, found, True
+            folder.make()
+            lease = Lease(folder, f"The run {candidate}", "give another --name")
+            try:
+                lease.claim(patient=name is None)
+            except Driven:
+                if name is not None or resume == "must":
+                    raise
+                continue
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(lease)
+                # Who had the right until now may have begun or finished it.
+                found = read(folder)
+                problem = _problem(found, config, data, folder, resume)
+                if problem is None:
+                    stack.pop_all()
+                    record = found or RunRecord(
+                        name=candidate,
+                        config=to_dict(config),
+                        data=data,
+                        created=time.strftime("%Y-%m-%dT%H:%M:%S"),
+                        git_revision=git_revision,
+                    )
+                    return lease, folder, record, found is not None
         if name is not None:
             raise UserError(problem)
     raise UserError(f"There are too many runs {base} in {storage.uri}; give a --name.")
 
 
 def _problem(
-    found: RunRecord, config: TrainConfig, data: dict[str, str], folder: Location, resume: Resume
+    found: RunRecord | None,
+    config: TrainConfig,
+    data: dict[str, str],
+    folder: Location,
+    resume: Resume,
 ) -> str | None:
+    if found is None:
+        return None
     if resume == "never":
         return f"The run {found.name} exists in {folder.uri}; give another --name."
     if found.finished:
@@ -159,48 +176,4 @@ def _problem(
             f"The run {found.name} was begun on other data ({found.data}, now {data}); give the "
             "same data, or another --name."
         )
-    if alive := owner(folder):
-        return (
-            f"The run {found.name} is being trained by process {alive} on this machine; wait for "
-            "it, or give another --name."
-        )
     return None
-
-
-def claim(folder: Location) -> None:
-    """Mark a folder, of a run or a search, as being driven by this process."""
-    mark = {"host": socket.gethostname(), "pid": os.getpid(), "start": start_time(os.getpid())}
-    folder.write_bytes(OWNER, json.dumps(mark).encode())
-
-
-def release(folder: Location) -> None:
-    """Take the mark away."""
-    folder.delete(OWNER)
-
-
-def owner(folder: Location) -> int | None:
-    """Return the living process on this machine that drives a folder, other than this one."""
-    if not folder.exists(OWNER):
-        return None
-    try:
-        mark = parse_json(
-            folder.read_bytes(OWNER),
-            f"{OWNER} in {folder.uri}",
-            "delete it",
-            shape={"host": str, "pid": int, "start": str},
-        )
-    except UserError:
-        return None
-    if mark["host"] != socket.gethostname() or mark["pid"] == os.getpid():
-        return None
-    return mark["pid"] if start_time(mark["pid"]) == mark["start"] else None
-
-
-def start_time(pid: int) -> str | None:
-    """Return when a process began, in the kernel's ticks; none if it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *rest = text.rpartition(")")[2].split()
-    return None if state == "Z" else rest[18]

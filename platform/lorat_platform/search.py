@@ -24,9 +24,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lorat import storage
 from lorat.config import to_dict
 from lorat.errors import UserError
-from lorat_platform import run_record
-from lorat_platform.crop_cache import remove_cache
+from lorat_platform.checkpoint_store import BETWEEN_RUNGS
+from lorat_platform.crop_cache import driven_here, remove_cache
 from lorat_platform.leaderboard import Leaderboard
+from lorat_platform.lease import Lease
 from lorat_platform.scheduling import SLOTS, RandomSearch, SlotLimiter
 from lorat_platform.search_outcome import SearchOutcome, write_outcome
 from lorat_platform.search_plan import (
@@ -39,7 +40,7 @@ from lorat_platform.search_plan import (
 from lorat_platform.search_session import SearchCallback, SearchSession
 from lorat_platform.search_slots import check_reach, count_slots, worker_resources
 from lorat_platform.tracking import open_run
-from lorat_platform.trial import BETWEEN_RUNGS, run_trial
+from lorat_platform.trial import run_trial
 from lorat_platform.trial_group import run_group_trial
 from lorat_platform.trial_work import TrialSetup
 
@@ -82,18 +83,13 @@ def run_search(
         UserError: if a search of that name exists, data does not fit, or no node can hold a trial.
     """
     location = storage.locate(plan.storage).child(plan.name)
-    _refuse_a_second_driver(plan.name, location)
     if location.exists(REQUEST_FILE):
-        raise UserError(
-            f"There is a search {plan.name} in {plan.storage}; go on with --resume {plan.name}, "
-            "or give another --name."
-        )
+        with _lease(plan.name, location).claim():  # or it is said who drives it
+            raise _begun(plan)
     check_data(plan)
     slots = count_slots(plan.options)
     location.make()
     check_reach(location, plan.options)
-    request = {"options": dataclasses.asdict(plan.options), "config": to_dict(plan.space.base)}
-    location.write_bytes(REQUEST_FILE, json.dumps(request, indent=2).encode())
     # Hyperband pauses trials, which a limit would count as running.
     limit = 0 if plan.options.scheduler == "hyperband" else slots
     SLOTS[plan.name] = limit
@@ -130,7 +126,12 @@ def run_search(
             ),
         )
 
-    return _drive(plan, make_tuner, tags={"git_revision": git_revision or "unknown"})
+    with _lease(plan.name, location).claim() as lease:
+        if location.exists(REQUEST_FILE):
+            raise _begun(plan)
+        request = {"options": dataclasses.asdict(plan.options), "config": to_dict(plan.space.base)}
+        location.write_bytes(REQUEST_FILE, json.dumps(request, indent=2).encode())
+        return _drive(plan, make_tuner, lease, tags={"git_revision": git_revision or "unknown"})
 
 
 def resume_search(name: str, storage_path: str | None = None) -> SearchOutcome:
@@ -145,30 +146,35 @@ def resume_search(name: str, storage_path: str | None = None) -> SearchOutcome:
     """
     plan = read_plan(name, storage_path)
     location = storage.locate(plan.storage).child(name)
-    _refuse_a_second_driver(name, location)
-    slots = count_slots(plan.options)
-    check_reach(location, plan.options)
-    SLOTS[name] = 0 if plan.options.scheduler == "hyperband" else slots
-    if not tune.Tuner.can_restore(location.path, storage_filesystem=_filesystem(plan)):
-        raise UserError(f"The search {name} had not begun; start it again under another --name.")
+    with _lease(name, location).claim() as lease:
+        slots = count_slots(plan.options)
+        check_reach(location, plan.options)
+        SLOTS[name] = 0 if plan.options.scheduler == "hyperband" else slots
+        if not tune.Tuner.can_restore(location.path, storage_filesystem=_filesystem(plan)):
+            raise UserError(
+                f"The search {name} had not begun; start it again under another --name."
+            )
 
-    def make_tuner() -> tune.Tuner:
-        return tune.Tuner.restore(
-            location.path,
-            trainable=_trainable(plan),
-            resume_unfinished=True,
-            storage_filesystem=_filesystem(plan),
-        )
+        def make_tuner() -> tune.Tuner:
+            return tune.Tuner.restore(
+                location.path,
+                trainable=_trainable(plan),
+                resume_unfinished=True,
+                storage_filesystem=_filesystem(plan),
+            )
 
-    return _drive(plan, make_tuner, resumes=True)
+        return _drive(plan, make_tuner, lease, resumes=True)
 
 
-def _refuse_a_second_driver(name: str, location: storage.Location) -> None:
-    if alive := run_record.owner(location):
-        raise UserError(
-            f"The search {name} is being driven by process {alive} on this machine; wait for it, "
-            "or give another --name."
-        )
+def _lease(name: str, location: storage.Location) -> Lease:
+    return Lease(location, f"The search {name}", "give another --name")
+
+
+def _begun(plan: SearchPlan) -> UserError:
+    return UserError(
+        f"There is a search {plan.name} in {plan.storage}; go on with --resume {plan.name}, or "
+        "give another --name."
+    )
 
 
 def _trainable(plan: SearchPlan) -> Callable[[dict[str, Any]], None]:
@@ -208,6 +214,7 @@ def _filesystem(plan: SearchPlan) -> Any:
 def _drive(
     plan: SearchPlan,
     make_tuner: Callable[[], tune.Tuner],
+    lease: Lease,
     *,
     tags: dict[str, str] | None = None,
     resumes: bool = False,
@@ -217,7 +224,6 @@ def _drive(
     board = Leaderboard(objectives=plan.options.objectives, rungs=plan.rungs)
     plan.folder.mkdir(parents=True, exist_ok=True)
     location = storage.locate(plan.storage).child(plan.name)
-    run_record.claim(location)
     known = location.read_bytes(PARENT_FILE).decode() if location.exists(PARENT_FILE) else None
     parent = open_run(
         plan.options.experiment,
@@ -239,25 +245,40 @@ def _drive(
         experiment=plan.options.experiment,
         num_trials=plan.options.trials,
         remember_parent=lambda run_id: location.write_bytes(PARENT_FILE, run_id.encode()),
+        lease=lease,
         resumes=resumes,
     )
     _quieten_tune()
     finished = False
     try:
-        with _stopping_on_sigterm(), warnings.catch_warnings():
+        with _stopping_on_sigterm(), _cache_here(plan), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            make_tuner().fit()
+            results = make_tuner().fit()
         finished = True
     finally:
         interrupted = session.interrupted
-        session.end()
-        run_record.release(location)
-        if not finished:
+        lost = lease.is_lost_now()
+        session.end(close=not lost)
+        if not finished and not lost:
             parent.close("FAILED")
+    lease.check()
     _remove_caches(plan)
     if not interrupted:
         location.delete_folder(BETWEEN_RUNGS)
+        _sweep_trials(location, results)
     return write_outcome(plan, board, parent, interrupted=interrupted)
+
+
+def _sweep_trials(location: storage.Location, results: tune.ResultGrid) -> None:
+    """Remove checkpoints of trials that Ray Tune does not know of: it was killed in between."""
+    for result in (results[number] for number in range(len(results))):
+        kept = {
+            checkpoint.path.rpartition("/")[2] for checkpoint, _ in result.best_checkpoints or ()
+        }
+        trial = location.child(result.path.rpartition("/")[2])
+        for name in trial.folders():
+            if kept and name.startswith("checkpoint_") and name not in kept:
+                trial.delete_folder(name)
 
 
 @contextlib.contextmanager
@@ -283,6 +304,12 @@ def _quieten_tune() -> None:
 
     for name in ("ray.tune.tune", "ray.tune.analysis.experiment_analysis"):
         logging.getLogger(name).addFilter(keep)
+
+
+def _cache_here(plan: SearchPlan) -> contextlib.AbstractContextManager[None]:
+    """Keep the search's crop cache on this machine as long as this process lives."""
+    max_bytes = int(plan.options.crop_cache_gb * 2**30)
+    return driven_here(plan.name, max_bytes) if max_bytes else contextlib.nullcontext()
 
 
 def _remove_caches(plan: SearchPlan) -> None:

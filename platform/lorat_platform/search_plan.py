@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,7 +78,7 @@ class SearchOptions:
     """Bound of the decoded crops that trials on a node share, 0 to 100,000; 0 means none."""
 
     name: str | None = None
-    """Name of the search; none means search- and the time."""
+    """Name of the search; none means search-, the time, and four random digits."""
     storage: str | None = None
     """Folder or s3:// / gs:// address for snapshots and checkpoints; none means runs/ at home."""
     experiment: str = "lorat-search"
@@ -164,7 +165,8 @@ def make_plan(config: TrainConfig, options: SearchOptions) -> SearchPlan:
     max_steps = min(options.max_steps or total, total)
     num_rungs = 1 if options.scheduler == "none" else options.rungs
     rungs = Rungs(max_steps=max_steps, reduction=options.reduction, num_rungs=num_rungs)
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    # Two that start in the same second are two searches.
+    stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     plan = SearchPlan(
         name=options.name or f"search-{stamp}", options=options, space=space, rungs=rungs
     )

@@ -19,6 +19,7 @@ from ray.util.metrics import Gauge
 
 from lorat.errors import UserError
 from lorat_platform.leaderboard import REPORT_FIELDS, STATUSES, Leaderboard, Status, TrialRow
+from lorat_platform.lease import LEASE_S, Lease
 from lorat_platform.scheduling import BUDGET
 from lorat_platform.search_console import SearchConsole
 from lorat_platform.tracking import CLOSE_S, Run, open_run
@@ -43,6 +44,7 @@ class SearchSession:
         experiment: name of the MLflow experiment.
         num_trials: trials to propose in all.
         remember_parent: stores the parent's MLflow id, once it is known, with the search.
+        lease: right over the search, without which nothing more is written.
         resumes: whether this process goes on with a snapshot.
     """
 
@@ -56,6 +58,7 @@ class SearchSession:
         experiment: str,
         num_trials: int,
         remember_parent: Callable[[str], None],
+        lease: Lease,
         resumes: bool = False,
     ) -> None:
         self.name = name
@@ -63,6 +66,7 @@ class SearchSession:
         self.board = board
         self.parent = parent
         self.experiment = experiment
+        self.lease = lease
         self.console = SearchConsole(board, num_trials=num_trials)
         self.num_trials = num_trials
         self._remember_parent: Callable[[str], None] | None = remember_parent
@@ -102,16 +106,19 @@ class SearchSession:
             self.close_forgotten()
         self.console.start()
 
-    def end(self) -> None:
+    def end(self, *, close: bool = True) -> None:
         """Stop showing, and close the trials' MLflow runs (interrupted ones as killed).
 
         All runs together wait for MLflow no longer than one would.
+
+        Args:
+            close: false where the runs are another driver's by now.
         """
         self._failed_resume.close()
         self.console.stop()
         self._show(dict.fromkeys(STATUSES, 0))
         self._deadline = time.monotonic() + CLOSE_S
-        for trial_id in list(self._runs):
+        for trial_id in list(self._runs) if close else ():
             self._close(trial_id, "KILLED")
         self._closer.shutdown(wait=True)
         for future in self._closing:
@@ -255,6 +262,10 @@ class SearchCallback(Callback):
     def setup(self, *args: Any, **info: Any) -> None:
         """Begin to show; called once Ray Tune took up a snapshot, or failed to and swallowed it."""
         self._session.start()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Stop before anything is written if another driver has taken the search over."""
+        self._session.lease.check(within_s=LEASE_S / 2)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Note which trials there are, and redraw."""

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 import shutil
-import socket
 import tempfile
 import time
 import traceback
@@ -16,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from lorat.config import TrainConfig
 from lorat.errors import UserError
+from lorat.scratch import make_folder, sweep, temporary_folder
 from lorat.storage import Location
 from lorat_platform import checkpoint_store, run_record
 from lorat_platform.console import Console
+from lorat_platform.lease import check_held
 from lorat_platform.sources import Source
 
 if TYPE_CHECKING:
@@ -48,6 +47,8 @@ class WorkerSetup:
     sources: tuple[Source, ...]
     run_folder: Location
     run_name: str
+    lease: str
+    """The driver's right over the folder (:mod:`lorat_platform.lease`)."""
     start_weights: str | None
     """What a worker starts from where there is no checkpoint yet."""
     threads: int | None
@@ -106,7 +107,7 @@ def _train(setup: WorkerSetup) -> None:
         log.info("going on from %s with %d worker%s", last, size, "s" if size > 1 else "")
     if start >= config.total_steps:
         return
-    sweep_local_folders()
+    sweep(Path(tempfile.gettempdir()))  # what killed workers left on this machine
     source = _open_stream(setup, world, start)
     learner = make_learner(setup, world, last)
     if learner.step != start:
@@ -143,8 +144,8 @@ def make_learner(setup: WorkerSetup, world: World, last: str | None) -> Learner:
     from lorat_platform.learner import Learner
 
     if last is not None:
-        with tempfile.TemporaryDirectory() as scratch:
-            resume = checkpoint_store.download(setup.run_folder, last, Path(scratch) / last)
+        with temporary_folder() as scratch:
+            resume = checkpoint_store.download(setup.run_folder, last, scratch / last)
             return Learner(setup.config, world=world, resume=resume)
     start_weights = None
     if setup.start_weights is not None:
@@ -152,26 +153,6 @@ def make_learner(setup: WorkerSetup, world: World, last: str | None) -> Learner:
 
         start_weights = resolve(setup.start_weights)
     return Learner(setup.config, world=world, start_weights=start_weights)
-
-
-def make_local_folder() -> Path:
-    """Make a folder for a checkpoint on its way; its name tells which process made it."""
-    pid = os.getpid()
-    owner = f"{socket.gethostname()}-{pid}-{run_record.start_time(pid)}"
-    return Path(tempfile.mkdtemp(prefix=f"{LOCAL_FOLDER}-{owner}-"))
-
-
-def sweep_local_folders() -> None:
-    """Remove what killed workers of this machine left of :func:`make_local_folder`.
-
-    A process is known by its number and the time of its start, so that another one which has got
-    its number since does not count; folders of other machines in a shared TMPDIR stay.
-    """
-    here = re.escape(socket.gethostname())
-    for path in Path(tempfile.gettempdir()).glob(f"{LOCAL_FOLDER}-*"):
-        match = re.fullmatch(rf"{LOCAL_FOLDER}-{here}-(\d+)-(\d+)-\w+", path.name)
-        if match and run_record.start_time(int(match[1])) != match[2]:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _open_stream(setup: WorkerSetup, world: Any, start: int) -> Any:
@@ -249,7 +230,7 @@ class _Reporter:
         validate = bool(setup.validate_steps) and step % (setup.validate_steps or 1) == 0
         checkpoint = None
         if self._rank == 0:
-            local = make_local_folder()
+            local = make_folder(LOCAL_FOLDER)
             try:
                 learner.save(local)
             except OSError as error:
@@ -265,7 +246,9 @@ class _Reporter:
             checkpoint_dir_name=checkpoint_store.name_of(step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=_Upload(
-                setup.run_folder, tuple(setup.run.in_flight()) if setup.run is not None else ()
+                setup.run_folder,
+                setup.lease,
+                tuple(setup.run.in_flight()) if setup.run is not None else (),
             ),
             validation=validate and self._rank == 0,
         )
@@ -289,6 +272,7 @@ class _Upload:
     """How Ray Train brings a checkpoint into the storage."""
 
     folder: Location
+    lease: str
     records: tuple[Any, ...]
     """References of what was recorded before it and is still on its way."""
 
@@ -303,5 +287,6 @@ class _Upload:
 
         if self.records:
             ray.wait(list(self.records), num_returns=len(self.records), timeout=RECORDS_S)
+        check_held(self.folder, self.lease)
         checkpoint_store.upload(Path(checkpoint.path), self.folder, name)
         return Checkpoint(self.folder.file(name), filesystem=self.folder.filesystem)

@@ -22,6 +22,7 @@ from lorat_platform.cluster import Cluster
 from lorat_platform.command import user_message
 from lorat_platform.completion import TrainingResult, finish
 from lorat_platform.console import Console, ConsolePrinter
+from lorat_platform.lease import Lease
 from lorat_platform.run_options import Placement, RunOptions
 from lorat_platform.run_record import RunRecord
 from lorat_platform.sources import Datasets, open_datasets
@@ -65,32 +66,36 @@ def train(
     began = time.perf_counter()
     datasets = datasets or open_datasets(config)
     storage = locate(options.storage or str(home() / "runs"))
-    folder, record, existed = run_record.choose(
+    lease, folder, record, existed = run_record.choose(
         storage, options.name, config, datasets.fingerprints, options.resume, git_revision
     )
-    if config.init_from and not record.start_weights:
-        # Workers that start anew before the first checkpoint must start from the same weights.
-        record = dataclasses.replace(record, start_weights=registry.pinned(config.init_from))
-    record.write(folder)
-    run_record.claim(folder)
-    try:
+    with lease:
+        if config.init_from and not record.start_weights:
+            # Workers that start anew before the first checkpoint must start from the same weights.
+            record = dataclasses.replace(record, start_weights=registry.pinned(config.init_from))
+        lease.confirm()
+        record.write(folder)
         checkpoint_store.repair(folder)
         verb = "going on with" if existed else "beginning"
         log.info("%s run %s in %s on %s", verb, record.name, folder.uri, cluster)
         with ConsolePrinter() as console:
-            run, id_kept = _open_run(record, folder, options, datasets)
+            run, id_kept = _open_run(record, folder, options, datasets, lease)
             try:
-                result = _fit(config, options, cluster, record, folder, datasets, run, console)
+                result = _fit(
+                    config, options, cluster, record, folder, datasets, run, console, lease
+                )
                 result = finish(result, options, datasets, run, record, began)
                 id_kept.join(10.0)
+                lease.confirm()
                 _write_finished(record, result)
             except BaseException as error:
+                if lease.is_lost_now():
+                    run.abandon()  # it is another driver's to close
+                    raise
                 stopped = isinstance(error, KeyboardInterrupt)
                 run.close("KILLED" if stopped else "FAILED", timeout_s=10.0)
                 raise
             run.close("FINISHED")
-    finally:
-        run_record.release(folder)
     return result
 
 
@@ -99,6 +104,7 @@ def _open_run(
     folder: Location,
     options: RunOptions,
     datasets: Datasets,
+    lease: Lease,
 ) -> tuple[RemoteRun, threading.Thread]:
     """Open the MLflow run, the same one for a run that goes on; a thread records its id."""
     from lorat_platform.metric_sink import open_remote_run
@@ -123,12 +129,12 @@ def _open_run(
         }
     )
     run.log_bytes(json.dumps(record.config, indent=2).encode(), "config.json")
-    keeper = threading.Thread(target=_keep_run_id, args=(run, record, folder), daemon=True)
+    keeper = threading.Thread(target=_keep_run_id, args=(run, record, folder, lease), daemon=True)
     keeper.start()
     return run, keeper
 
 
-def _keep_run_id(run: RemoteRun, record: RunRecord, folder: Location) -> None:
+def _keep_run_id(run: RemoteRun, record: RunRecord, folder: Location, lease: Lease) -> None:
     """Write MLflow's id into the run's record as soon as MLflow has given one."""
     if record.mlflow_run_id:
         return
@@ -139,7 +145,8 @@ def _keep_run_id(run: RemoteRun, record: RunRecord, folder: Location) -> None:
             continue
         except Exception:  # the actor is gone with the run; its journal has the id
             return
-        dataclasses.replace(record, mlflow_run_id=run_id).write(folder)
+        if not lease.is_lost_now():
+            dataclasses.replace(record, mlflow_run_id=run_id).write(folder)
         return
 
 
@@ -163,6 +170,7 @@ def _fit(
     datasets: Datasets,
     run: RemoteRun,
     console: Console,
+    lease: Lease,
 ) -> TrainingResult:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import (
@@ -194,6 +202,7 @@ def _fit(
         sources=datasets.train,
         run_folder=folder,
         run_name=record.name,
+        lease=lease.token,
         start_weights=record.start_weights,
         threads=place.threads,
         worker_cpus=place.cpus,
@@ -264,7 +273,8 @@ def _fit(
         validation_config=validation,
     )
     began = time.perf_counter()
-    _in_thread(trainer.fit, place)
+    _in_thread(trainer.fit, place, lease.check)
+    lease.confirm()
     name = checkpoint_store.newest(folder)
     if name is None:
         raise UserError(f"The training ended without a checkpoint in {folder.uri}.")
@@ -285,8 +295,8 @@ def _validation_steps(wanted: int, checkpoint_every: int) -> int:
     return max(1, round(wanted / checkpoint_every)) * checkpoint_every
 
 
-def _in_thread(fit: Callable[[], Any], place: Placement) -> None:
-    """Run ``fit`` beside the main thread, which stays free for Ctrl-C.
+def _in_thread(fit: Callable[[], Any], place: Placement, check: Callable[[], None]) -> None:
+    """Run ``fit`` beside the main thread, which stays free for Ctrl-C and for ``check`` to raise.
 
     Ray Train would install a handler of its own that ends the process with code 0.
     """
@@ -302,6 +312,7 @@ def _in_thread(fit: Callable[[], Any], place: Placement) -> None:
     thread.start()
     while thread.is_alive():
         thread.join(timeout=0.2)
+        check()
     if failure:
         message = user_message(failure[0])
         message = message or _start_message(failure[0], place)

@@ -8,7 +8,6 @@ the trial goes on after any interruption; long rungs are saved in between, too.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from ray import tune
 
 from lorat import checksums, storage
 from lorat.json_files import read_json, write_json
+from lorat.scratch import temporary_folder
 from lorat_platform import checkpoint_store
 from lorat_platform.learner import Learner, World
 from lorat_platform.scheduling import HISTORY
@@ -35,7 +35,6 @@ from lorat_platform.trial_work import (
 )
 
 STATE_FILE = "trial.json"
-BETWEEN_RUNGS = "between-rungs"
 
 
 def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
@@ -73,9 +72,9 @@ def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
             measured = measure(learner, config, setup, progress, cache, average)
             seconds = before + time.perf_counter() - began
             report = progress.report(setup, rung, measured, seconds)
-            with tempfile.TemporaryDirectory() as name:
+            with temporary_folder() as name:
                 learner.save(name)
-                hand_over(report, progress, Path(name))
+                hand_over(report, progress, name)
 
 
 def hand_over(report: dict[str, Any], progress: Progress, folder: Path) -> None:
@@ -92,13 +91,13 @@ def save_state(
 ) -> None:
     """Save a trial between rungs, complete or not at all; the last two are kept."""
     folder.make()
-    with tempfile.TemporaryDirectory() as name:
+    with temporary_folder() as name:
         learner.save(name)
-        average.save(Path(name))
-        _write_progress(progress, Path(name))
-        checkpoint_store.upload(Path(name), folder, checkpoint_store.name_of(learner.step))
+        average.save(name)
+        _write_progress(progress, name)
+        checkpoint_store.upload(name, folder, checkpoint_store.name_of(learner.step))
     for old in checkpoint_store.names(folder)[:-2]:
-        folder.delete_folder(old)
+        checkpoint_store.delete(folder, old)
 
 
 def _write_progress(progress: Progress, folder: Path) -> None:
@@ -118,7 +117,7 @@ def read_progress(folder: Path | None) -> Progress:
 def trial_folder(setup: TrialSetup) -> storage.Location:
     """Return where this trial keeps what Ray Tune does not."""
     trial_id = tune.get_context().get_trial_id()
-    return storage.locate(setup.folder).child(BETWEEN_RUNGS).child(str(trial_id))
+    return storage.locate(setup.folder).child(checkpoint_store.BETWEEN_RUNGS).child(str(trial_id))
 
 
 def training_hooks(
@@ -180,7 +179,7 @@ def _saved_state(setup: TrialSetup) -> Iterator[tuple[Path | None, Progress]]:
         step = setup.rungs.steps[len(progress.history) - 1] if progress.history else 0
         later = checkpoint_store.newest(trial_folder(setup))
         if later is not None and (checkpoint_store.step_of(later) or 0) > step:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            scratch = stack.enter_context(temporary_folder())
             folder = checkpoint_store.download(trial_folder(setup), later, scratch)
             # Times are the rung's: what was trained since is counted by nobody.
             saved = read_progress(folder)

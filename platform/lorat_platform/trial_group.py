@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -19,6 +17,7 @@ from ray import tune
 from lorat.config import TrainConfig
 from lorat.errors import UserError
 from lorat.json_files import read_json_at
+from lorat.scratch import temporary_folder
 from lorat.storage import Location
 from lorat_platform import checkpoint_store
 from lorat_platform.command import user_message
@@ -83,7 +82,7 @@ def run_group_trial(values: dict[str, Any], setup: TrialSetup) -> None:
         progress = read_progress(None)
     else:
         with checkpoint.as_directory() as name:
-            progress = read_progress(Path(name))
+            progress = read_progress(name)
     before = progress.total_seconds
     folder.make()
     for rung in range(len(progress.history), setup.rungs.num_rungs):
@@ -102,8 +101,8 @@ def run_group_trial(values: dict[str, Any], setup: TrialSetup) -> None:
         progress.evaluation_seconds += done["evaluation_seconds"]
         seconds = before + time.perf_counter() - began
         report = progress.report(setup, rung, done["measured"], seconds)
-        with tempfile.TemporaryDirectory() as name:
-            hand_over(report, progress, Path(name))
+        with temporary_folder() as name:
+            hand_over(report, progress, name)
 
 
 def _fit(work: RungWork) -> None:
@@ -115,7 +114,7 @@ def _fit(work: RungWork) -> None:
     setup = work.setup
     resources = {k: v for k, v in setup.worker_resources.items() if v > 0}
     trial_id = tune.get_context().get_trial_id()
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         trainer = TorchTrainer(
             _worker,  # type: ignore[arg-type]  # is told its work, no dictionary
             train_loop_config=work,  # type: ignore[arg-type]
@@ -127,7 +126,7 @@ def _fit(work: RungWork) -> None:
             ),
             run_config=RunConfig(
                 name=f"{trial_id}-rung-{work.rung}-{time.time_ns()}",
-                storage_path=scratch,
+                storage_path=str(scratch),
                 failure_config=FailureConfig(
                     max_failures=0, controller_failure_limit=START_ATTEMPTS
                 ),
@@ -155,8 +154,8 @@ def _worker(work: RungWork) -> None:
     world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=device)
     config, folder, progress = work.config, work.folder, work.progress
     last = checkpoint_store.newest(folder)
-    with tempfile.TemporaryDirectory() as name, open_cache(config, work.setup) as cache:
-        resume = checkpoint_store.download(folder, last, Path(name)) if last else None
+    with temporary_folder() as name, open_cache(config, work.setup) as cache:
+        resume = checkpoint_store.download(folder, last, name) if last else None
         start_step = work.setup.rungs.steps[work.rung - 1] if work.rung else 0
         if last and resume is not None and (checkpoint_store.step_of(last) or 0) > start_step:
             # Saved within this rung, or at its end, where there is nothing left to train.

@@ -7,6 +7,7 @@ import functools
 import gc
 import math
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from lorat.errors import UserError
 from lorat.images import DamagedImage
 from lorat.model import LoRAT
 from lorat.pairs import load_pairs
+from lorat.scratch import sweep
 from lorat.shards import ImageReader
 from lorat.tracker import Tracker
 from lorat_platform.crop_cache import (
@@ -129,6 +131,7 @@ def prepare_process(setup: TrialSetup) -> torch.device:
     # How long Ray Tune waits for a stopped trial before it gives this process up.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "20"
     gc.collect()
+    sweep(Path(tempfile.gettempdir()))  # what killed trials left on this machine
     cv2.setNumThreads(1)
     gpus = setup.worker_resources.get("GPU", 0.0)
     if gpus and torch.cuda.is_available():

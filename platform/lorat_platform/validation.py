@@ -14,7 +14,6 @@ import torch
 from lorat.augment import augment, foreground_mask
 from lorat.config import TrainConfig
 from lorat.criterion import Criterion
-from lorat.training_state import read_step
 from lorat_platform.batches import Decoder
 from lorat_platform.console import Console
 from lorat_platform.sources import Source, open_indexes
@@ -150,6 +149,7 @@ class CheckpointValidation:
         """Validate the checkpoint in a local folder, and tell MLflow and the console."""
         # The driver and Ray Train's controller hold this object too, and need no network for it.
         from lorat import checkpoint
+        from lorat.training_state import read_step
 
         torch.set_num_threads(self.plan.threads)
         began = time.perf_counter()

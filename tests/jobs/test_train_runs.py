@@ -14,11 +14,13 @@ import pytest
 from mlflow import MlflowClient
 
 from lorat.frame_index import FrameIndex
+from lorat.storage import locate
 from lorat_platform.mlflow_store import connect
 from tests.jobs.in_process import ROOT
 from tests.jobs.test_train import SMALL, wrong
 from tests.mlflow_home import make_home
 from tests.mlflow_server import Server
+from tests.other_driver import FOREIGN, announce
 from tests.small_shards import make_shards
 from tests.waiting import wait_until
 
@@ -120,6 +122,24 @@ def test_a_finished_training_is_not_begun_again(
     assert wrong(capsys, *SMALL, *trained.data, "--name", "small") == (
         f"error: The run small in {trained.home}/runs/small is finished; give another --name.\n"
     )
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_a_training_that_another_machine_drives_is_refused(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORAT_HOME", str(trained.home))
+    folder = locate(trained.home / "runs" / "other")
+    folder.make()
+    token = announce(folder, FOREIGN, age_s=5)
+    said = wrong(capsys, *SMALL, *trained.data, "--name", "other")
+    assert re.match(
+        r"error: The run other is driven by process 7 on elsewhere, since .* and with its last sign"
+        r" of life \d+ s ago; wait for it, stop it, or give another --name \(if it is dead",
+        said,
+    ), said
+    assert folder.names() == [f"driver-{token}.json"]
+    assert not folder.folders()
 
 
 @pytest.mark.exhaustive

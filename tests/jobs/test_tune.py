@@ -127,6 +127,10 @@ def resumed(
         job.wait_for(r"trial 1: .* after \d+ steps")
         request.param(job)
     before = _rows(home)
+    trial = next((home / "runs" / "stopped").glob("trial-*/checkpoint_*")).parent
+    half = trial / "checkpoint_000099"  # as a kill leaves what Ray Tune was deleting
+    half.mkdir()
+    (half / "optimizer.safetensors").write_bytes(b"o")
     with Job(home, "--resume", "stopped", "--final") as job:
         assert job.end() == 0, job.output
     return Resumed(home=home, before=before, output=job.output)
@@ -153,6 +157,10 @@ def test_a_stopped_search_goes_on(resumed: Resumed) -> None:
         assert rows[trial_id] == row, "a finished trial stays as it was"
     numbers = sorted(row["trial"] for row in rows.values())
     assert numbers == list(range(5))
+    folder = resumed.home / "runs" / "stopped"
+    assert not list(folder.glob("trial-*/checkpoint_000099"))
+    assert len({path.parent for path in folder.glob("trial-*/checkpoint_*")}) == 5
+    assert not list(folder.glob("driver-*"))
 
     best = resumed.home / "runs" / "stopped" / "results" / "best_config.json"
     assert from_dict(TrainConfig, json.loads(best.read_text())).total_steps == 32

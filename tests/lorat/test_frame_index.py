@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorat import storage
+from lorat import scratch, storage
 from lorat.conversion import write_dataset
 from lorat.errors import UserError
 from lorat.frame_index import FRAME_COLUMNS, MANIFEST, WORK_FOLDER, FrameIndex, write_index
@@ -212,17 +212,16 @@ def test_a_sequence_that_no_file_can_be_named_after_is_refused(
         FrameIndex.open(tmp_path)
 
 
-def test_old_leftovers_of_uploads_are_swept_and_new_ones_kept(
+def test_what_killed_processes_were_uploading_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAT_HOME", str(tmp_path))
     monkeypatch.setattr(storage.Location, "is_local", False)
     upload = storage.scratch_folder(storage.locate(tmp_path))
-    old, old_folder, new = (upload / n for n in (".a.part", ".index-a", ".b.part"))
-    old_folder.mkdir()
-    for path in (old, old_folder / "frames.arrow", new):
+    own = scratch.make_file(".part-", upload)
+    gone = scratch.Process(scratch.machine(), os.getpid(), "1").mark()
+    (upload / f".index{gone}abc").mkdir()
+    for path in (upload / f".part-{gone}abc", upload / f".index{gone}abc" / "frames.arrow"):
         path.write_bytes(b"PAR1")
-    for path in (old, old_folder):
-        os.utime(path, (1, 1))
     storage.scratch_folder(storage.locate(tmp_path))
-    assert list(upload.iterdir()) == [new]
+    assert list(upload.iterdir()) == [own]

@@ -3,7 +3,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +23,7 @@ from lorat_platform.crop_cache import (
     CropCache,
     cache_folder,
     content_key,
+    driven_here,
     remove_cache,
     remove_stale_caches,
 )
@@ -210,6 +214,48 @@ def test_caches_are_removed_when_nobody_uses_them(
     user.close()
     remove_cache("fresh")
     assert [p.name for p in root.iterdir()] == ["used"]
+
+
+def test_a_cache_lives_as_long_as_the_driver_of_its_search_or_a_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAT_CROP_CACHE", str(tmp_path))
+    folder = tmp_path / "search"
+    with driven_here("search", 10**9):
+        with CropCache(folder, "k", load, max_bytes=10**9) as cache:
+            cache.read(0, BLOCK)
+        os.utime(folder, (0, 0))
+        assert not remove_stale_caches(), "the driver lives, though no trial runs"
+    code = (
+        "import os, signal\n"
+        "from lorat_platform.crop_cache import driven_here\n"
+        "with driven_here('search', 10**9):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    subprocess.run([sys.executable, "-c", code], env=environment)
+    with CropCache(folder, "k", load, max_bytes=10**9):
+        assert not remove_stale_caches(), "a trial lives, though the driver was killed"
+    assert list(folder.glob("*.npy"))
+    assert remove_stale_caches() == [folder]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_is_removed_while_a_trial_comes_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "search"
+    lock = crop_cache.fcntl.flock
+
+    def late(file: Any, kind: int) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(folder)
+        lock(file, kind)
+
+    monkeypatch.setattr(crop_cache.fcntl, "flock", late)
+    with CropCache(folder, "k", load, max_bytes=10**9) as cache:
+        cache.read(0, BLOCK)
+    assert list(folder.glob("*.npy"))
 
 
 def test_a_cache_that_fills_the_memory_stays_the_only_one(

@@ -24,10 +24,12 @@ from lorat.frame_index import FrameIndex
 from lorat.metrics import SCORE_NAMES
 from lorat.one_pass import SequenceResult, track_sequences
 from lorat.shards import ImageReader
+from lorat.storage import locate
 from lorat_platform import cluster, sequence_workers
 from lorat_platform.evaluation import DatasetResult, check_distinct, evaluate
+from lorat_platform.lease import Lease
 from lorat_platform.recorder import Recorder
-from lorat_platform.report import flat_metrics, headline, lost_at, record, write_report
+from lorat_platform.report import check_place, flat_metrics, headline, lost_at, record, write_report
 from lorat_platform.sequence_workers import Conditions, EvaluationConfig, SequenceWorker
 from lorat_platform.subject import Subject, load_subject, subject_of, tracking_modules
 from tests.constant_trackers import random_tracker, staying_tracker
@@ -308,6 +310,14 @@ def test_a_report_mixes_neither_with_an_earlier_one_nor_with_other_files(
         with pytest.raises(UserError, match=message):
             write_report(subject, [evaluated], tmp_path / place)
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["holiday.jpg"]
+
+
+def test_the_mark_of_a_driver_is_no_foreign_file_in_a_report(tmp_path: Path) -> None:
+    with Lease(locate(tmp_path), "The report", "wait").claim():
+        check_place(tmp_path)
+        (tmp_path / "driver-license.json").touch()
+        with pytest.raises(UserError, match="holds other files"):
+            check_place(tmp_path)
 
 
 def test_result_files_have_the_layouts_of_the_servers(

@@ -22,11 +22,13 @@ from lorat.datasets import Entry, Finding
 from lorat.errors import UserError
 from lorat.frame_index import MANIFEST, WORK_FOLDER, FrameIndex
 from lorat.shards import ImageReader
+from lorat.storage import locate
 from lorat.verification import rebuild_index, verify
 from lorat_platform import cluster, ingestion
 from lorat_platform.ingestion import IngestConfig, ingest, map_tasks
 from tests.lorat import layouts
 from tests.object_store import KEYS, object_store
+from tests.other_driver import FOREIGN, announce
 
 pytestmark = pytest.mark.processes(minutes=1)
 
@@ -142,12 +144,17 @@ def test_a_stopped_run_is_continued_and_makes_the_same_dataset(
         with pytest.raises(KeyboardInterrupt):
             ingest(got10k, config)
     folder = tmp_path / "stopped"
-    half_written = folder / ".shard-00002.parquet.abc.part"
+    half_written = folder / ".part-shard-00002.parquet.abc"
     half_written.write_bytes(b"PAR1")
     with pytest.raises(UserError, match="not finished"):
         FrameIndex.open(folder)
     times = {p.name: p.stat().st_mtime_ns for p in folder.glob("shard-*.parquet")}
     assert len(times) == 2
+    token = announce(locate(folder), FOREIGN)
+    with pytest.raises(UserError, match=r"The ingest into .* is driven by process 7 on elsewhere"):
+        ingest(got10k, config)
+    assert half_written.exists()
+    (folder / f"driver-{token}.json").unlink()
 
     result = ingest(got10k, config)
     assert {n: (folder / n).stat().st_mtime_ns for n in times} == times

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,28 @@ def test_full_disk_does_not_stop_training(
     journal.with_name("aside").rename(journal)
     run.close()
     assert history(run.wait_for_id(), "loss") == {step: float(step) for step in range(10)}
+
+
+def test_a_line_cut_by_a_full_disk_is_written_again_as_a_whole(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    records = [{"op": "metrics", "step": step, "text": "x" * 100} for step in range(20)]
+    for record in records[:5]:
+        journal.append(record)
+    size = (tmp_path / "journal.jsonl").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for part in (1, 30, 140, 250):  # room for so many bytes more, as a disk that fills up has
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + part, limits[1]))
+        try:
+            for record in records[5:8]:
+                journal.append(record)
+            assert journal.disk_error is not None
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        journal.append(records[8])
+        assert journal.disk_error is None
+        read = [entry.record for entry in journal.read(limit=100)]
+        assert read == records[:9]
+        os.truncate(tmp_path / "journal.jsonl", size)
 
 
 def test_passwords_are_not_written_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def test_workers_that_do_not_start_end_with_a_sentence(failure: Exception, messa
         raise ControllerError(failure)
 
     with pytest.raises(UserError, match=message):
-        lorat_training._in_thread(fit, place)
+        lorat_training._in_thread(fit, place, lambda: None)
 
 
 def test_more_than_the_machine_has_is_refused_at_once() -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import socket
-import subprocess
-import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from lorat.config import LoraConfig, TrainConfig, resolve
 from lorat.errors import UserError
-from lorat.storage import locate
+from lorat.storage import Location, locate
 from lorat_platform import run_record
+from lorat_platform.lease import Lease
 
 CONFIG = resolve(TrainConfig(variant="N-112"))
 DATA = {"synthetic": "abc"}
@@ -28,10 +27,11 @@ def choose(
     data: dict[str, str] = DATA,
     resume: run_record.Resume = "auto",
 ) -> tuple[str, bool]:
-    folder, record, existed = run_record.choose(
+    lease, folder, record, existed = run_record.choose(
         locate(storage), name, config, data, resume, git_revision=None
     )
-    record.write(folder)
+    with lease:
+        record.write(folder)
     return record.name, existed
 
 
@@ -79,22 +79,48 @@ def test_insisting_on_a_run_that_is_not_there_is_refused(tmp_path: Path) -> None
         choose(tmp_path, "mine", resume="must")
 
 
-def test_a_run_that_another_living_process_drives_is_left_alone(tmp_path: Path) -> None:
+def test_a_named_run_that_another_driver_has_is_left_alone(tmp_path: Path) -> None:
     choose(tmp_path, "mine")
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        mark = {"host": socket.gethostname(), "pid": other.pid}
-        mark["start"] = run_record.start_time(other.pid)
-        locate(tmp_path / "mine").write_bytes(run_record.OWNER, json.dumps(mark).encode())
-        with pytest.raises(UserError, match=f"process {other.pid}"):
+    with Lease(locate(tmp_path / "mine"), "The run mine", "wait").claim():
+        with pytest.raises(UserError, match=f"The run mine is driven by process {os.getpid()}"):
             choose(tmp_path, "mine")
-    finally:
-        other.kill()
-        other.communicate()
+        assert choose(tmp_path, "other") == ("other", False)
     assert choose(tmp_path, "mine") == ("mine", True)
-    run_record.claim(locate(tmp_path / "mine"))
-    assert choose(tmp_path, "mine") == ("mine", True)  # this process itself
-    assert os.getpid() > 0
+
+
+def test_drivers_that_start_at_once_without_a_name_take_different_runs(tmp_path: Path) -> None:
+    for number in range(20):
+        storage = locate(tmp_path / str(number))
+        barrier = threading.Barrier(2)
+
+        def start(
+            storage: Location = storage, barrier: threading.Barrier = barrier
+        ) -> tuple[Lease, str]:
+            barrier.wait()
+            lease, folder, record, _ = run_record.choose(storage, None, CONFIG, DATA, "auto", None)
+            record.write(folder)
+            return lease, record.name
+
+        with ThreadPoolExecutor(2) as pool:
+            both = [future.result() for future in [pool.submit(start) for _ in range(2)]]
+        assert len({name for _, name in both}) == 2
+        for lease, _ in both:
+            lease.release()
+
+
+def test_a_run_that_was_finished_while_its_driver_was_waited_for_is_not_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _ = choose(tmp_path)
+    claim = Lease.claim
+
+    def late(lease: Lease, *, patient: bool = False) -> Lease:
+        monkeypatch.undo()
+        finish(tmp_path, name)
+        return claim(lease, patient=patient)
+
+    monkeypatch.setattr(Lease, "claim", late)
+    assert choose(tmp_path) == (f"{name}-2", False)
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:

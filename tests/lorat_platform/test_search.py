@@ -7,9 +7,7 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,12 +23,14 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from lorat import storage
 from lorat.config import TrainConfig, from_dict, to_dict
 from lorat.errors import UserError
-from lorat_platform import cluster, run_record, search, search_plan
+from lorat_platform import cluster, search, search_plan
+from lorat_platform.lease import announcements
 from lorat_platform.mlflow_store import connect
 from lorat_platform.search import run_search
 from lorat_platform.search_outcome import SearchOutcome
 from lorat_platform.search_plan import REQUEST_FILE, SearchOptions, make_plan
 from lorat_platform.search_slots import check_reach, count_slots
+from tests.other_driver import FOREIGN, announce
 from tests.small_shards import make_shards
 
 pytestmark = pytest.mark.processes(minutes=2.5)
@@ -361,24 +361,20 @@ def test_a_second_driver_of_a_search_is_refused(data: Data) -> None:
     location.make()
     request = {"options": dataclasses.asdict(plan.options), "config": to_dict(plan.space.base)}
     location.write_bytes(REQUEST_FILE, json.dumps(request).encode())
-    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        mark = {"host": socket.gethostname(), "pid": other.pid}
-        mark["start"] = run_record.start_time(other.pid)
-        location.write_bytes(run_record.OWNER, json.dumps(mark).encode())
-        for start in (lambda: search.resume_search("driven"), lambda: run_search(plan)):
-            with pytest.raises(UserError, match=f"driven by process {other.pid}"):
-                start()
-    finally:
-        other.kill()
-        other.communicate()
+    token = announce(location, FOREIGN, age_s=5)
+    for start in (lambda: search.resume_search("driven"), lambda: run_search(plan)):
+        with pytest.raises(UserError, match="search driven is driven by process 7 on elsewhere"):
+            start()
+    location.delete(f"driver-{token}.json")
+    with pytest.raises(UserError, match="There is a search driven"):
+        run_search(plan)
     with pytest.raises(UserError, match="had not begun"):
         search.resume_search("driven")
 
 
 def test_the_mark_of_the_driver_is_taken_away(outcome: SearchOutcome) -> None:
     location = storage.locate(outcome.plan.storage).child("whole")
-    assert not location.exists(run_record.OWNER)
+    assert not announcements(location)
 
 
 @pytest.mark.parametrize("where", ["trial", "scheduler"])

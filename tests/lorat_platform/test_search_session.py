@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 import pytest
 
 from lorat.errors import UserError
+from lorat.storage import locate
 from lorat_platform import search_session
 from lorat_platform.leaderboard import Leaderboard
+from lorat_platform.lease import LEASE_S, Lease
 from lorat_platform.scheduling import Rungs
-from lorat_platform.search_session import SearchSession
+from lorat_platform.search_session import SearchCallback, SearchSession
 
 
 class BlackHole:
@@ -42,6 +44,7 @@ def _session(folder: Path, *, num_trials: int = 100, resumes: bool = False) -> S
         experiment="lorat-search",
         num_trials=num_trials,
         remember_parent=lambda _: None,
+        lease=nothing,
         resumes=resumes,
     )
 
@@ -122,3 +125,19 @@ def test_a_snapshot_that_ray_tune_could_not_take_up_is_an_error(tmp_path: Path) 
         late.start()
     late.end()
     assert tune_log.filters == []
+
+
+def test_a_search_that_another_driver_took_over_stops_before_it_writes(tmp_path: Path) -> None:
+    folder = locate(tmp_path)
+    lease = Lease(folder, "The search many", "wait").claim()
+    session = _session(tmp_path)
+    session.lease = lease
+    callback = SearchCallback("many")
+    callback.on_step_begin(1, [])
+    folder.delete(f"driver-{lease.token}.json")  # as who takes over does
+    callback.on_step_begin(2, [])  # asks the storage only after a suspension
+    lease._renewed_at -= LEASE_S
+    with pytest.raises(UserError, match="The search many was taken over"):
+        callback.on_step_begin(3, [])
+    session.end(close=False)
+    assert not list(tmp_path.iterdir())

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from ray.train import Checkpoint
 
 from lorat.errors import UserError
 from lorat.storage import locate
-from lorat_platform import checkpoint_store, run_record
+from lorat_platform import checkpoint_store
 from lorat_platform.console import Console
 from lorat_platform.learner import Learner, World
+from lorat_platform.lease import Lease
 from lorat_platform.train_loop import run
-from lorat_platform.train_worker import (
-    LOCAL_FOLDER,
-    WorkerSetup,
-    make_learner,
-    make_local_folder,
-    sweep_local_folders,
-)
+from lorat_platform.train_worker import WorkerSetup, _Upload, make_learner
 from tests.lorat_platform.test_learner import CONFIG, source
 
 
@@ -34,6 +25,7 @@ def setup(folder: Path, start_weights: str | None) -> WorkerSetup:
         sources=(),
         run_folder=locate(folder),
         run_name="run",
+        lease="",
         start_weights=start_weights,
         threads=1,
         worker_cpus=1,
@@ -68,26 +60,17 @@ def test_start_weights_are_only_asked_for_without_a_checkpoint(tmp_path: Path) -
     assert not torch.equal(cold.parameters[0], trained.parameters[0])
 
 
-def test_checkpoints_that_killed_workers_left_behind_are_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    own = make_local_folder()
-    host = socket.gethostname()
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        start = run_record.start_time(other.pid)
-        alive = tmp_path / f"{LOCAL_FOLDER}-{host}-{other.pid}-{start}-abcdefgh"
-        stale = [
-            tmp_path / f"{LOCAL_FOLDER}-{host}-{other.pid}-1-abcdefgh",  # its number is used again
-            tmp_path / f"{LOCAL_FOLDER}-{host}-{2**22 + 1}-12345-abcdefgh",
-        ]
-        foreign = tmp_path / f"{LOCAL_FOLDER}-{host}-2-{2**22 + 1}-12345-abcdefgh"
-        for folder in (alive, *stale, foreign):
-            folder.mkdir()
-            (folder / "head.safetensors").write_bytes(b"h")
-        sweep_local_folders()
-        assert sorted(tmp_path.iterdir()) == sorted([own, alive, foreign])
-        other.kill()
-    sweep_local_folders()
-    assert sorted(tmp_path.iterdir()) == sorted([own, foreign])
-    assert str(os.getpid()) in own.name
+def test_a_checkpoint_of_a_driver_that_lost_the_run_is_not_written(tmp_path: Path) -> None:
+    folder = locate(tmp_path / "run")
+    folder.make()
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "head.safetensors").write_bytes(b"h")
+    checkpoint = Checkpoint.from_directory(str(tmp_path / "local"))
+    lease = Lease(folder, "The run mine", "wait").claim()
+    _Upload(folder, lease.token, ())(checkpoint, "step-00000005")
+    folder.delete(f"driver-{lease.token}.json")  # as who takes over does
+    said = r"has taken .*run over from the driver of this one"
+    with Lease(folder, "The run mine", "wait").claim(), pytest.raises(UserError, match=said):
+        _Upload(folder, lease.token, ())(checkpoint, "step-00000010")
+    assert checkpoint_store.names(folder) == ["step-00000005"]
+    lease.release()
