@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorat.errors import UserError
+from lorat.storage import check_plain_name
 from lorat_platform.journal import Entry, Journal
 from lorat_platform.mlflow_store import connect, ensure_experiment
 
@@ -51,7 +53,7 @@ def is_refusal(error: BaseException) -> bool:
 
     if isinstance(error, MlflowException):
         return error.error_code in REFUSALS
-    return isinstance(error, FileNotFoundError | TypeError | KeyError)
+    return isinstance(error, UserError | FileNotFoundError | TypeError | KeyError)
 
 
 def is_doubtful(error: BaseException) -> bool:
@@ -326,6 +328,8 @@ class Delivery:
     def _send_artifact(self, run_id: str, record: dict[str, Any]) -> None:
         source = self._journal.staged(record["staged"])
         folder = record["folder"] or None
+        for part in (folder or "artefacts").split("/"):
+            check_plain_name(part, f"the journal in {self._journal.folder}")
         if source.is_dir():
             place = f"{folder}/{source.name}" if folder else source.name
             self.client.log_artifacts(run_id, str(source), place)

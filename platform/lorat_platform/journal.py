@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import threading
 import uuid
@@ -20,6 +21,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorat.errors import UserError
+from lorat.storage import is_plain_name
+from lorat_platform.recorder import regular_files
+
+ARTIFACTS = "artifacts"
+"""Folder of the files that wait for upload, each in a folder of its own."""
+_STAGED = re.compile(rf"{ARTIFACTS}/[0-9a-f]{{32}}/([^/]+)")
+"""What :meth:`Journal.stage` returns; anything else was written by somebody else."""
 MAX_WAITING = 10_000
 """Records held in memory while the disk refuses them; older ones are counted and dropped."""
 
@@ -166,22 +175,50 @@ class Journal:
         path.unlink()
 
     def stage(self, source: Path | bytes, name: str) -> str:
-        """Copy a file, folder or bytes to wait for upload; return the path inside the journal."""
+        """Copy a file, folder or bytes to wait for upload; return the path inside the journal.
+
+        Of a folder, only regular files are copied: no link is followed.
+
+        Raises:
+            OSError: if the copy cannot be made, or the source is no file or folder itself.
+        """
         # Not named by the process: in a container, every start has the same number.
-        place = self.folder / "artifacts" / uuid.uuid4().hex
+        place = self.folder / ARTIFACTS / uuid.uuid4().hex
         place.mkdir(parents=True)
         target = place / name
-        if isinstance(source, bytes):
-            target.write_bytes(source)
-        elif source.is_dir():
-            shutil.copytree(source, target)
-        else:
-            shutil.copyfile(source, target)
+        try:
+            if isinstance(source, bytes):
+                target.write_bytes(source)
+            else:
+                _copy(source, target)
+        except OSError:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
         return str(target.relative_to(self.folder))
 
-    def staged(self, relative: str) -> Path:
-        """Return the path of a staged file or folder."""
-        return self.folder / relative
+    def staged(self, relative: Any) -> Path:
+        """Return the path of a staged file or folder, all of it made by :meth:`stage`.
+
+        Raises:
+            UserError: for any other path, and for links: whoever can write to the journal's folder
+                would choose what is uploaded, or deleted, with the rights of this process.
+        """
+        match = _STAGED.fullmatch(relative) if isinstance(relative, str) else None
+        if not match or not is_plain_name(match.group(1)):
+            raise UserError(
+                f"The journal in {self.folder} names the artefact {relative!r}, which is none of "
+                "its own; look who else can write there."
+            )
+        path = self.folder / relative
+        for inside in (path.parent.parent, path.parent, path, *path.rglob("*")):
+            special = inside.exists() and not (inside.is_file() or inside.is_dir())
+            if inside.is_symlink() or special:
+                raise UserError(
+                    f"The artefact {relative} of the journal in {self.folder} is not what was put "
+                    f"there ({inside} is a link or a special file); remove that, and look who "
+                    "else can write there."
+                )
+        return path
 
     def unstage(self, relative: str) -> None:
         """Delete a staged file or folder."""
@@ -197,3 +234,12 @@ class Journal:
                 yield False
                 return
             yield True
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        target.mkdir()
+    for path, relative in regular_files(source):
+        copy = target / relative
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy, follow_symlinks=False)

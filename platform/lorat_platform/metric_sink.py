@@ -21,7 +21,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lorat_platform.mlflow_store import tracking_uri
-from lorat_platform.recorder import Recorder
+from lorat_platform.recorder import Recorder, regular_files
 from lorat_platform.tracking import CLOSE_S, Run, Status, open_run
 
 log = logging.getLogger(__name__)
@@ -134,15 +134,11 @@ class RemoteRun(Recorder):
 
     def _store(self, source: Path | bytes, name: str, folder: str) -> None:
         is_tar = isinstance(source, Path) and source.is_dir()
-        if isinstance(source, bytes):
-            data = source
-        elif is_tar:
-            buffer = io.BytesIO()
-            with tarfile.open(fileobj=buffer, mode="w") as tar:
-                tar.add(source, arcname=name)
-            data = buffer.getvalue()
-        else:
-            data = source.read_bytes()
+        try:
+            data = source if isinstance(source, bytes) else _content(source, name, is_tar=is_tar)
+        except OSError as error:
+            log.warning("The artefact %s is left out: %s", name, error)
+            return
         self._send(self._actor.store.remote(data, name, folder, is_tar))
 
     def _send(self, call: Any) -> None:
@@ -160,6 +156,19 @@ class RemoteRun(Recorder):
                 ray.get(ref)
             except ray.exceptions.RayError as error:
                 log.warning("A record did not reach the metric sink: %s", error)
+
+
+def _content(source: Path, name: str, *, is_tar: bool) -> bytes:
+    """Return a file's bytes, or a folder's regular files as a tar archive."""
+    files = list(regular_files(source))
+    if not is_tar:
+        return source.read_bytes()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.add(source, name, recursive=False)
+        for path, relative in files:
+            tar.add(path, f"{name}/{relative}", recursive=False)
+    return buffer.getvalue()
 
 
 def open_remote_run(experiment: str, name: str, **options: Any) -> RemoteRun:

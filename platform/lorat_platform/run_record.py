@@ -69,7 +69,7 @@ def read(folder: Location) -> RunRecord | None:
     """Return the record of a run's folder, or none.
 
     Raises:
-        UserError: if the storage cannot be reached or the record is of another format.
+        UserError: if the storage cannot be reached, or the record is of another format or folder.
     """
     try:
         if not folder.exists(FILE):
@@ -81,6 +81,12 @@ def read(folder: Location) -> RunRecord | None:
         ) from error
     if content.get("format") != 1:
         raise UserError(f"{folder.uri} was written by another version; give another --name.")
+    # The name becomes part of paths: of the run's checkpoints, and of its journal here.
+    if content.get("name") != folder.path.rpartition("/")[2]:
+        raise UserError(
+            f"The run's folder {folder.uri} holds the record of a run {content.get('name')!r}; "
+            "give the folder its run's name again, or give another --name."
+        )
     return RunRecord(**content)
 
 

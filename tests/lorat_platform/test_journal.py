@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from infra.processes import free_port
+from lorat.errors import UserError
 from lorat_platform import tracking
 from lorat_platform.journal import Journal
+from lorat_platform.mlflow_store import connect
 from tests.mlflow_runs import history
 
 pytestmark = pytest.mark.usefixtures("own_store")
@@ -56,3 +59,65 @@ def test_a_process_of_the_same_number_overwrites_no_waiting_artefact(tmp_path: P
     places = [journal.stage(b"content", "a.txt") for journal in (first, again)]
     assert len(set(places)) == 2
     assert [first.staged(place).read_bytes() for place in places] == [b"content"] * 2
+
+
+def test_only_what_the_journal_itself_put_there_is_uploaded_and_deleted(tmp_path: Path) -> None:
+    """As others can write into a run's folder, or leave one for us."""
+    run = tracking.open_run("lorat", "a", folder=tmp_path / "run")
+    journal, secret = run.journal, tmp_path / "others" / "secret.txt"
+    secret.parent.mkdir()
+    secret.write_text("secret")
+    (journal.folder / "own.txt").write_text("own")
+    with_link = journal.stage(b"good", "replaced.txt")
+    journal.staged(with_link).unlink()
+    journal.staged(with_link).symlink_to(secret)
+    folder = tmp_path / "plots"
+    folder.mkdir()
+    (folder / "good.txt").write_text("good")
+    with_link_inside = journal.stage(folder, "plots")
+    (journal.folder / with_link_inside / "bad.txt").symlink_to(secret)
+    elsewhere = f"artifacts/{'0' * 32}"
+    (journal.folder / elsewhere).symlink_to(secret.parent)
+    good = journal.stage(b"good", "good.txt")
+    forged: list[object] = [
+        str(secret), "../../others/secret.txt", "own.txt", "run.json", with_link, with_link_inside,
+        f"{elsewhere}/secret.txt", f"artifacts/../../../others/{'0' * 32}/secret.txt", "artifacts",
+        f"{Path(good).parent}/..", f"{good}/../../..", "", None, 7,
+    ]  # fmt: skip
+    for staged in forged:
+        run.write({"op": "artifact", "time_ms": 0, "staged": staged, "folder": ""})
+    run.write({"op": "artifact", "time_ms": 0, "staged": good, "folder": "../.."})
+    run.write({"op": "artifact", "time_ms": 0, "staged": good, "folder": ""})
+    assert run.close()
+    assert [a.path for a in connect().list_artifacts(run.wait_for_id())] == ["good.txt"]
+    assert len((journal.folder / "rejected.jsonl").read_text().splitlines()) == len(forged) + 1
+    assert secret.read_text() == "secret"
+    assert (journal.folder / "own.txt").exists()
+    assert not (journal.folder / good).exists()
+    for staged in forged:
+        with pytest.raises(UserError):
+            journal.unstage(staged)  # type: ignore[arg-type]
+    assert secret.exists()
+
+
+def test_links_in_what_is_recorded_are_not_followed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret, report = tmp_path / "secret.txt", tmp_path / "report"
+    secret.write_text("secret")
+    (report / "clips").mkdir(parents=True)
+    (report / "clips" / "good.txt").write_text("good")
+    (report / "clips" / "bad.txt").symlink_to(secret)
+    (report / "folder").symlink_to(tmp_path)
+    os.mkfifo(report / "pipe")
+    (tmp_path / "link").symlink_to(secret)
+    with tracking.open_run("lorat", "a", folder=tmp_path / "run") as run:
+        run.log_artifact(report)
+        run.log_artifact(tmp_path / "link")
+    client, run_id = connect(), run.wait_for_id()
+    assert [a.path for a in client.list_artifacts(run_id)] == ["report"]
+    assert [a.path for a in client.list_artifacts(run_id, "report")] == ["report/clips"]
+    (kept,) = client.list_artifacts(run_id, "report/clips")
+    assert kept.path == "report/clips/good.txt"
+    assert "3 links or special files of" in caplog.text
+    assert "The artefact link is left out" in caplog.text

@@ -41,6 +41,7 @@ def train(run: RemoteRun, steps: int, folder: Path) -> tuple[float, bool]:
     seconds = time.perf_counter() - began
     (folder / "plots").mkdir(exist_ok=True)
     (folder / "plots" / "a.txt").write_text("a")
+    (folder / "plots" / "link").symlink_to("/etc/hostname")
     run.log_artifact(folder / "plots")
     run.log_bytes(b"b", "other/b.txt")
     assert run.settle()
