@@ -13,3 +13,8 @@ def home() -> Path:
     repository finds the same datasets and runs as one started by hand.
     """
     return Path(os.environ.get("LORAT_HOME", "~/.lorat")).expanduser()
+
+
+def storage_address(given: str | None = None) -> str:
+    """Return where runs and searches are: ``given``, ``$LORAT_STORAGE``, or ``runs`` at home."""
+    return given or os.environ.get("LORAT_STORAGE") or str(home() / "runs")

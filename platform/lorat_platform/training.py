@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorat.config import TrainConfig, to_dict
 from lorat.errors import UserError
-from lorat.home import home
+from lorat.home import home, storage_address
 from lorat.storage import Location, locate
 from lorat_platform import checkpoint_store, registry, run_record
 from lorat_platform.cluster import Cluster
@@ -63,7 +63,7 @@ def train(
     """
     began = time.perf_counter()
     datasets = datasets or open_datasets(config)
-    storage = locate(options.storage or str(home() / "runs"))
+    storage = locate(storage_address(options.storage))
     folder, record, existed = run_record.choose(
         storage, options.name, config, datasets.fingerprints, options.resume, git_revision
     )
