@@ -22,13 +22,13 @@ from lorat.errors import UserError
 from lorat.storage import check_plain_name
 from lorat_platform.journal import Entry, Journal
 from lorat_platform.mlflow_store import connect, ensure_experiment
+from lorat_platform.trouble import replay_command
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
-REPLAY_COMMAND = "python -m lorat_platform.tracking replay"
 KEY_TAG = "lorat.key"
 PARENT_TAG = "lorat.parent_key"
 MLFLOW_PARENT_TAG = "mlflow.parentRunId"
@@ -160,11 +160,10 @@ class Delivery:
         self.num_rejected += 1
         self._journal.reject(record, str(error))
         log.warning(
-            "MLflow refuses a record: %s (kept in %s; %s %s sends it again)",
+            "MLflow refuses a record: %s (kept in %s; sent again by: %s)",
             first_line(error),
             self._journal.folder / "rejected.jsonl",
-            REPLAY_COMMAND,
-            self._journal.folder,
+            replay_command(self._journal.folder),
         )
 
     def _upload_or_postpone(self, run_id: str, record: dict[str, Any]) -> bool:

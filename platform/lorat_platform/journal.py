@@ -81,11 +81,20 @@ class Journal:
             while len(self._waiting) > MAX_WAITING:
                 self._waiting.popleft()
                 self.num_dropped += 1
-            try:
-                self._flush()
-                self.disk_error = None
-            except OSError as error:
-                self.disk_error = error
+            self._try_to_flush()
+
+    def retry(self) -> None:
+        """Write what the disk refused before, if it takes it now."""
+        with self._mutex:
+            if self._waiting:
+                self._try_to_flush()
+
+    def _try_to_flush(self) -> None:
+        try:
+            self._flush()
+            self.disk_error = None
+        except OSError as error:
+            self.disk_error = error
 
     def _flush(self) -> None:
         with open(self._path, "ab+") as file:
@@ -142,8 +151,12 @@ class Journal:
         return self.is_read() and not self.postponed()
 
     def num_pending(self) -> int:
-        """Count the records that are not delivered yet."""
-        return len(self.read(limit=1 << 62)) + len(self._waiting) + len(self.postponed())
+        """Count the records on disk that are not delivered yet."""
+        return len(self.read(limit=1 << 62)) + len(self.postponed())
+
+    def num_lost(self) -> int:
+        """Count the records that are not on disk; those in memory are lost with the process."""
+        return self.num_dropped + len(self._waiting)
 
     def postponed(self) -> list[dict[str, Any]]:
         """Return the records of artefacts that are tried again later."""

@@ -43,6 +43,7 @@ from lorat_platform.tracking import open_run
 from lorat_platform.trial import BETWEEN_RUNGS, run_trial
 from lorat_platform.trial_group import run_group_trial
 from lorat_platform.trial_work import TrialSetup
+from lorat_platform.trouble import say_what_is_left
 
 log = logging.getLogger(__name__)
 
@@ -267,14 +268,14 @@ def _drive(
         finished = True
     finally:
         interrupted = session.interrupted
-        session.end()
+        endings = session.end()
         run_record.release(location)
         if not finished:
-            parent.close("FAILED")
+            say_what_is_left([*endings, parent.end("FAILED")])
     _remove_caches(plan)
     if not interrupted:
         location.delete_folder(BETWEEN_RUNGS)
-    return write_outcome(plan, board, parent, interrupted=interrupted)
+    return write_outcome(plan, board, parent, endings, interrupted=interrupted)
 
 
 @contextlib.contextmanager

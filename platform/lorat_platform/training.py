@@ -77,7 +77,7 @@ def train(
         verb = "going on with" if existed else "beginning"
         log.info("%s run %s in %s on %s", verb, record.name, folder.uri, cluster)
         with ConsolePrinter() as console:
-            run, id_kept = _open_run(record, folder, options, datasets)
+            run, id_kept = _open_run(record, folder, options, datasets, console)
             try:
                 result = _fit(config, options, cluster, record, folder, datasets, run, console)
                 result = finish(result, options, datasets, run, record, began)
@@ -98,6 +98,7 @@ def _open_run(
     folder: Location,
     options: RunOptions,
     datasets: Datasets,
+    console: Console,
 ) -> tuple[RemoteRun, threading.Thread]:
     """Open the MLflow run, the same one for a run that goes on; a thread records its id."""
     from lorat_platform.metric_sink import open_remote_run
@@ -108,6 +109,7 @@ def _open_run(
     run = open_remote_run(
         options.experiment,
         record.name,
+        console=console,
         folder=journal,
         run_id=record.mlflow_run_id,
         tags={"job": "train", "git_revision": record.git_revision or "unknown"}
