@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorat.errors import UserError
 from lorat.storage import check_plain_name
-from lorat_platform.journal import Entry, Journal
+from lorat_platform.journal import REJECTED, Entry, Journal
 from lorat_platform.mlflow_store import connect, ensure_experiment
 from lorat_platform.trouble import replay_command
 
@@ -159,10 +159,12 @@ class Delivery:
     def _reject(self, record: dict[str, Any], error: Exception) -> None:
         self.num_rejected += 1
         self._journal.reject(record, str(error))
+        if self.num_rejected > 1:  # their number is said at the end of the run
+            return
         log.warning(
             "MLflow refuses a record: %s (kept in %s; sent again by: %s)",
             first_line(error),
-            self._journal.folder / "rejected.jsonl",
+            self._journal.folder / REJECTED,
             replay_command(self._journal.folder),
         )
 

@@ -25,6 +25,8 @@ from lorat.errors import UserError
 from lorat.storage import is_plain_name
 from lorat_platform.recorder import regular_files
 
+REJECTED = "rejected.jsonl"
+"""File of the records that MLflow refused."""
 ARTIFACTS = "artifacts"
 """Folder of the files that wait for upload, each in a folder of its own."""
 _STAGED = re.compile(rf"{ARTIFACTS}/[0-9a-f]{{32}}/([^/]+)")
@@ -174,12 +176,12 @@ class Journal:
 
     def reject(self, record: dict[str, Any], reason: str) -> None:
         """Keep a record that MLflow refused, with the reason."""
-        with open(self.folder / "rejected.jsonl", "a") as file:
+        with open(self.folder / REJECTED, "a") as file:
             file.write(json.dumps({"reason": reason, "record": record}) + "\n")
 
     def take_up_rejected(self) -> None:
         """Append the rejected records to the journal again; twice after a kill does no harm."""
-        path = self.folder / "rejected.jsonl"
+        path = self.folder / REJECTED
         if not path.exists():
             return
         for line in path.read_text().splitlines():

@@ -136,7 +136,7 @@ class Run(Recorder):
         """End the run as :meth:`close` does, but leave it to the caller to say what is left."""
         store, folder = without_password(self.uri), self.journal.folder
         if self._stop.is_set():
-            return Ending(True, 0, 0, folder, store, "")
+            return Ending(True, 0, 0, 0, folder, store, "")
         self._record("status", status=status)
         self._closing.set()
         delivered = self.flush(timeout_s)
@@ -157,7 +157,8 @@ class Run(Recorder):
             reason = reason or self._error or ""
         if disk:
             reason = disk.strerror or str(disk)
-        return Ending(delivered, waiting, self.journal.num_lost(), folder, store, reason[:300])
+        lost, refused = self.journal.num_lost(), self._delivery.num_rejected
+        return Ending(delivered, waiting, lost, refused, folder, store, reason[:300])
 
     def __enter__(self) -> Self:
         return self

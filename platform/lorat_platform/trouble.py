@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lorat_platform
+from lorat_platform.journal import REJECTED
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ class Ending(NamedTuple):
     """Records that wait in the journal."""
     lost: int
     """Records that the disk did not take."""
+    refused: int
+    """Records that MLflow refused; the journal's folder keeps them."""
     folder: Path
     """The journal's folder."""
     store: str
@@ -88,15 +91,23 @@ def say_what_is_left(endings: Sequence[Ending]) -> None:
             lost[0].folder,
             lost[0].reason,
         )
+    refused = [ending for ending in endings if ending.refused]
+    if refused:
+        log.warning(
+            "MLflow refused %d records; they are in %s. Sent again by: %s",
+            sum(ending.refused for ending in refused),
+            " ".join(str(ending.folder / REJECTED) for ending in refused),
+            replay_command(*(ending.folder for ending in refused)),
+        )
 
 
-def replay_command(folder: Path | None = None) -> str:
-    """Return the command that delivers what waits, of one journal or of all of this machine."""
+def replay_command(*folders: Path) -> str:
+    """Return the command that delivers what waits, in some journals or all of this machine."""
     try:
         metadata.distribution("lorat")
         path = ""
     except metadata.PackageNotFoundError:  # run from a checkout
         platform = Path(lorat_platform.__file__).parents[1]
         path = f"PYTHONPATH={shlex.quote(f'{platform.parent}:{platform}')} "
-    journal = f" {shlex.quote(str(folder))}" if folder else ""
-    return f"{path}{shlex.quote(sys.executable)} -m lorat_platform.tracking replay{journal}"
+    command = [sys.executable, "-m", "lorat_platform.tracking", "replay", *map(str, folders)]
+    return path + shlex.join(command)

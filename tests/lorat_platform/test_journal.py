@@ -64,7 +64,9 @@ def test_a_process_of_the_same_number_overwrites_no_waiting_artefact(tmp_path: P
     assert [first.staged(place).read_bytes() for place in places] == [b"content"] * 2
 
 
-def test_only_what_the_journal_itself_put_there_is_uploaded_and_deleted(tmp_path: Path) -> None:
+def test_only_what_the_journal_itself_put_there_is_uploaded_and_deleted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As others can write into a run's folder, or leave one for us."""
     run = tracking.open_run("lorat", "a", folder=tmp_path / "run")
     own, secret = run.journal, tmp_path / "others" / "secret.txt"
@@ -94,6 +96,8 @@ def test_only_what_the_journal_itself_put_there_is_uploaded_and_deleted(tmp_path
     assert run.close()
     assert [a.path for a in connect().list_artifacts(run.wait_for_id())] == ["good.txt"]
     assert len((own.folder / "rejected.jsonl").read_text().splitlines()) == len(forged) + 1
+    assert caplog.text.count("MLflow refuses a record") == 1
+    assert f"MLflow refused {len(forged) + 1} records; they are in" in caplog.text
     assert secret.read_text() == "secret"
     assert (own.folder / "own.txt").exists()
     assert not (own.folder / good).exists()

@@ -30,7 +30,7 @@ class BlackHole:
     def end(self, status: str, timeout_s: float) -> Ending:
         self.status = status
         time.sleep(timeout_s)
-        return Ending(False, 1, 0, Path(), "", "")
+        return Ending(False, 1, 0, 0, Path(), "", "")
 
 
 def _session(folder: Path, *, num_trials: int = 100, resumes: bool = False) -> SearchSession:
