@@ -1,9 +1,9 @@
 """Whether a search may be gone on with: Ray Tune runs code that it finds in the search's folder.
 
-``Tuner.restore`` and the ``fit`` after it unpickle ``tuner.pkl``, the trials in
-``experiment_state-*.json``, the states of searcher, its wrappers and callbacks (all ``*.pkl`` in
-the folder), and ``error.pkl`` of failed trials.  Ray writes and reads these by itself, so whoever
-could write there would run code with the rights of who goes on.
+``Tuner.restore`` unpickles ``tuner.pkl`` and, inside of JSON or under a name that ends in
+``.json``, ``experiment_state-*`` and the states of searcher, wrappers and callbacks; the ``fit``
+after it unpickles ``error.pkl`` of failed trials.  Ray Tune writes and reads all of these by
+itself, so whoever could write there would run code with the rights of who goes on.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def _own_error(path: Path) -> BaseException | None:
         about = os.fstat(file.fileno())
         if about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             return None
-        return pickle.load(file)
+        return pickle.loads(file.read())
 
 
 def last_line(text: str) -> str:
