@@ -17,6 +17,8 @@ class JsonOptuna(OptunaSearch):
     The space, the objectives and the kind of sampler are those with which it is made again.
     """
 
+    _ot_study: Any
+
     def save(self, checkpoint_path: str) -> None:
         """Write the state; Ray Tune calls this for every snapshot."""
         state = {

@@ -26,7 +26,7 @@ from lorat.home import home
 from lorat_platform import backlog
 from lorat_platform.delivery import Delivery, first_line
 from lorat_platform.journal import Journal
-from lorat_platform.mlflow_store import tracking_uri, without_password
+from lorat_platform.mlflow_store import is_sqlite, tracking_uri, without_password
 from lorat_platform.recorder import Recorder
 from lorat_platform.trouble import Ending, Trouble, say_what_is_left
 
@@ -43,6 +43,8 @@ ID_S = 300.0
 """Longest wait for the id of a run: making a new store can take minutes on a busy machine."""
 ID_ATTEMPTS = 4
 """Failed attempts after which MLflow counts as out of reach for that."""
+SILENT_S = 30.0
+"""Time without any answer of a server after which that is said, long before the call gives up."""
 UNREACHABLE: defaultdict[str, Trouble] = defaultdict(Trouble)
 """By address: MLflow does not answer."""
 NOT_WRITTEN = Trouble()
@@ -64,6 +66,7 @@ class Run(Recorder):
         self._idle = threading.Condition()
         self._error: str | None = None
         self._failed_attempts = 0
+        self._asked_at: float | None = None
         self._thread = threading.Thread(target=self._send, name="mlflow-sender", daemon=True)
         self._thread.start()
 
@@ -184,6 +187,7 @@ class Run(Recorder):
             self._note_disk_error(self.journal.disk_error)
         else:
             NOT_WRITTEN.end(self, f"The journal in {self.journal.folder} is written again.")
+        self._note_silence()
         if record["op"] != "metrics":
             self._wake.set()
 
@@ -216,7 +220,7 @@ class Run(Recorder):
             with self.journal.owned() as mine:
                 while mine and not self._stop.is_set():
                     try:
-                        num_sent = attempts(self._delivery.step)
+                        num_sent = attempts(self._ask)
                     except Exception as error:  # only when closing: the journal keeps the rest
                         self._error = first_line(error)
                         break
@@ -233,6 +237,24 @@ class Run(Recorder):
                             backlog.deliver_quietly()
                         self._pause(POLL_S)
             self._pause(POLL_S)
+
+    def _ask(self) -> int:
+        self._asked_at = time.monotonic()
+        try:
+            return self._delivery.step()
+        finally:
+            self._asked_at = None
+
+    def _note_silence(self) -> None:
+        """Say that a call hangs; making a local store may take as long and is no trouble."""
+        asked_at = self._asked_at
+        if asked_at is None or time.monotonic() < asked_at + SILENT_S or is_sqlite(self.uri):
+            return
+        UNREACHABLE[self.uri].begin(
+            self,
+            f"MLflow at {without_password(self.uri)} has not answered for {SILENT_S:.0f} s; the "
+            f"job goes on, and what it records waits in {self.journal.folder}.",
+        )
 
     def _pause(self, seconds: float) -> None:
         self._wake.wait(seconds)

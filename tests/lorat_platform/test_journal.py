@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,23 @@ def test_many_runs_have_one_trouble(
     first = runs[0].journal.folder
     assert f"6 records wait in 3 journals, the first one {first}." in caplog.text
     assert "lorat_platform.tracking replay\n" in caplog.text
+
+
+def test_a_server_that_hangs_is_said_before_the_call_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "SILENT_S", 0.2)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        run = tracking.open_run("lorat", "a", folder=tmp_path)
+
+        def said() -> bool:
+            run.log_metrics({"loss": 1.0}, step=0)
+            return "has not answered" in caplog.text
+
+        wait_until("line", said)
+        assert "cannot be reached" not in caplog.text
+        run.end(timeout_s=0.0)
+    assert f"MLflow at {uri} has not answered" in caplog.text
