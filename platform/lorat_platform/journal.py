@@ -122,8 +122,8 @@ class Journal:
                         break
                     position += len(line)
                     try:
-                        record = json.loads(line)
-                    except ValueError:
+                        record = _record(json.loads(line))
+                    except (ValueError, RecursionError):
                         record = {"op": "damaged", "line": line.decode(errors="replace")}
                     entries.append(Entry(position, record))
         except FileNotFoundError:
@@ -258,3 +258,18 @@ def _copy(source: Path, target: Path) -> None:
         copy = target / relative
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy, follow_symlinks=False)
+
+
+def _record(value: Any) -> dict[str, Any]:
+    """Return what a line holds if it has the form of a record, so that MLflow can be asked.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("op"), str):
+        raise ValueError("no record")
+    kinds = {"metrics": "values", "params": "values", "tags": "values", "artifact": "folder"}
+    name = kinds.get(value["op"])
+    if name and not isinstance(value.get(name), str if name == "folder" else dict):
+        raise ValueError(f"a record whose {name} cannot be used")
+    return value

@@ -93,12 +93,19 @@ def test_only_what_the_journal_itself_put_there_is_uploaded_and_deleted(
     for staged in forged:
         run.write({"op": "artifact", "time_ms": 0, "staged": staged, "folder": ""})
     run.write({"op": "artifact", "time_ms": 0, "staged": good, "folder": "../.."})
+    no_records: list[object] = [
+        7, [], "op", {}, {"op": 3}, {"op": "metrics"}, {"op": "metrics", "values": [1]},
+        {"op": "artifact", "staged": good, "folder": 7}, {"op": "tags", "values": "a"},
+    ]  # fmt: skip
+    for line in no_records:
+        own.append(line)  # type: ignore[arg-type]
     run.write({"op": "artifact", "time_ms": 0, "staged": good, "folder": ""})
     assert run.close()
     assert [a.path for a in connect().list_artifacts(run.wait_for_id())] == ["good.txt"]
-    assert len((own.folder / "rejected.jsonl").read_text().splitlines()) == len(forged) + 1
+    num_refused = len(forged) + 1 + len(no_records)
+    assert len((own.folder / "rejected.jsonl").read_text().splitlines()) == num_refused
     assert caplog.text.count("MLflow refuses a record") == 1
-    assert f"MLflow refused {len(forged) + 1} records; they are in" in caplog.text
+    assert f"MLflow refused {num_refused} records; they are in" in caplog.text
     assert secret.read_text() == "secret"
     assert (own.folder / "own.txt").exists()
     assert not (own.folder / good).exists()
