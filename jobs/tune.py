@@ -35,7 +35,12 @@ class Options:
     search: Annotated[SearchOptions, FLAT] = field(default_factory=SearchOptions)
     resume: str | None = None
     """Go on with the search of this name; of the other options only --storage,
-    --final and --address count."""
+    --trust-search-folder, --final and --address count. It runs code that Ray Tune has put into the
+    search's folder: a local one must be yours alone to write, up to the storage; an object store
+    must be the one that LORAT_STORAGE names, or where you began the search from this machine."""
+    trust_search_folder: bool = False
+    """Go on also where others may have written the folder, as with a --storage in an object store
+    that somebody gave you with the name; whoever wrote it runs code with your rights."""
     final: bool = False
     """Train the winner in full afterwards and register it as lorat@candidate."""
     dry_run: bool = False
@@ -48,7 +53,9 @@ def main() -> int:
     """Run the job."""
     options = command.parse(Options, description=__doc__)
     if options.resume is not None:
-        plan = read_plan(options.resume, options.search.storage)
+        plan = read_plan(
+            options.resume, options.search.storage, trust_folder=options.trust_search_folder
+        )
     else:
         plan = make_plan(options.config, options.search)
     log.info("%s", plan.text())
@@ -59,7 +66,9 @@ def main() -> int:
     with cluster.connected(options.address) as ray_cluster:
         log.info("Searching with %s.", ray_cluster)
         if options.resume is not None:
-            outcome = resume_search(options.resume, options.search.storage)
+            outcome = resume_search(
+                options.resume, options.search.storage, trust_folder=options.trust_search_folder
+            )
         else:
             outcome = run_search(plan, git_revision=revision)
         code = _conclude(outcome)

@@ -26,3 +26,8 @@ def home_problem() -> str | None:
             return None
     except OSError as error:
         return error.strerror or str(error)
+
+
+def storage_address(given: str | None = None) -> str:
+    """Return where runs and searches are: ``given``, ``$LORAT_STORAGE``, or ``runs`` at home."""
+    return given or os.environ.get("LORAT_STORAGE") or str(home() / "runs")

@@ -14,13 +14,13 @@ from lorat.home import home
 from lorat.json_files import read_json
 from lorat_platform.delivery import (
     DOUBTFUL_ATTEMPTS,
-    REPLAY_COMMAND,
     Delivery,
     first_line,
     is_doubtful,
 )
 from lorat_platform.journal import Journal, write_json
 from lorat_platform.mlflow_store import tracking_uri, without_password
+from lorat_platform.trouble import replay_command
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def replay(folder: Path, *, rejected: bool = False) -> int | None:
         if left := len(journal.postponed()):
             raise UserError(
                 f"{left} artefacts cannot be uploaded ({delivery.artifact_error}); mend that and "
-                f"give {REPLAY_COMMAND} {folder} again."
+                f"give '{replay_command(folder)}' again."
             )
     forget(journal)
     return total - delivery.num_rejected
@@ -136,7 +136,7 @@ def deliver_quietly() -> None:
 def main(arguments: list[str]) -> int:
     """Run ``python -m lorat_platform.tracking replay [FOLDER ...]``."""
     if not arguments or arguments[0] != "replay":
-        print(f"usage: {REPLAY_COMMAND} [FOLDER ...]")
+        print(f"usage: {replay_command()} [FOLDER ...]")
         print("Delivers what MLflow could not take, or refused, when it was recorded.")
         return 2
     failed = 0

@@ -74,7 +74,8 @@ def finish(
 
             model = checkpoint.load(folder)
         weights = scratch / "checkpoint"
-        shutil.copytree(folder, weights, ignore=shutil.ignore_patterns(*RESUME_ONLY))
+        left_out = shutil.ignore_patterns(*RESUME_ONLY)
+        shutil.copytree(folder, weights, symlinks=True, ignore=left_out)
         run.log_artifact(weights)
     config = from_dict(TrainConfig, record.config)
     scores: dict[str, float] = {}

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import threading
 import time
@@ -26,6 +27,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
+from lorat.errors import UserError
 from lorat.scratch import Process, make_file, remove
 from lorat_platform.batches import Batch
 from lorat_platform.layout import local_range
@@ -50,15 +52,38 @@ def cache_roots() -> list[Path]:
         return [Path(chosen)]
     name = f"lorat-crops-{os.getuid()}"
     places = [MEMORY, Path(tempfile.gettempdir())]
-    return [place / name for place in places if place.is_dir() and os.access(place, os.W_OK)]
+    usable = [place / name for place in places if place.is_dir() and os.access(place, os.W_OK)]
+    return [root for root in usable if _is_own(root)]
+
+
+def _is_own(root: Path) -> bool:
+    """Make a folder that only this user can use; False if somebody else has made it before.
+
+    Whoever could write there would choose what is trained on, and which files are overwritten.
+    """
+    with contextlib.suppress(FileExistsError):
+        root.mkdir(mode=0o700)
+    about = root.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid():
+        return False
+    root.chmod(0o700)
+    return True
 
 
 def cache_folder(search: str, max_bytes: int) -> Path:
     """Return the folder of a search's cache: where it is, or else memory if it has room, or a disk.
 
     A cache that fills the memory must not send the trials that follow to a second one on disk.
+
+    Raises:
+        UserError: if there is no place for it.
     """
     roots = cache_roots()
+    if not roots:
+        raise UserError(
+            f"Neither {MEMORY} nor {tempfile.gettempdir()} has a place of this user's own for "
+            "decoded crops; name a folder with LORAT_CROP_CACHE."
+        )
     for root in roots:
         if (root / search).is_dir():
             return root / search

@@ -17,16 +17,18 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorat.errors import UserError
 from lorat.scratch import temporary_folder
-from lorat_platform.journal import Entry, Journal
+from lorat.storage import check_plain_name
+from lorat_platform.journal import REJECTED, Entry, Journal
 from lorat_platform.mlflow_store import connect, ensure_experiment
+from lorat_platform.trouble import replay_command
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
-REPLAY_COMMAND = "python -m lorat_platform.tracking replay"
 KEY_TAG = "lorat.key"
 PARENT_TAG = "lorat.parent_key"
 MLFLOW_PARENT_TAG = "mlflow.parentRunId"
@@ -51,7 +53,7 @@ def is_refusal(error: BaseException) -> bool:
 
     if isinstance(error, MlflowException):
         return error.error_code in REFUSALS
-    return isinstance(error, FileNotFoundError | TypeError | KeyError)
+    return isinstance(error, UserError | FileNotFoundError | TypeError | KeyError)
 
 
 def is_doubtful(error: BaseException) -> bool:
@@ -157,12 +159,13 @@ class Delivery:
     def _reject(self, record: dict[str, Any], error: Exception) -> None:
         self.num_rejected += 1
         self._journal.reject(record, str(error))
+        if self.num_rejected > 1:  # their number is said at the end of the run
+            return
         log.warning(
-            "MLflow refuses a record: %s (kept in %s; %s %s sends it again)",
+            "MLflow refuses a record: %s (kept in %s; sent again by: %s)",
             first_line(error),
-            self._journal.folder / "rejected.jsonl",
-            REPLAY_COMMAND,
-            self._journal.folder,
+            self._journal.folder / REJECTED,
+            replay_command(self._journal.folder),
         )
 
     def _upload_or_postpone(self, run_id: str, record: dict[str, Any]) -> bool:
@@ -326,6 +329,8 @@ class Delivery:
     def _send_artifact(self, run_id: str, record: dict[str, Any]) -> None:
         source = self._journal.staged(record["staged"])
         folder = record["folder"] or None
+        for part in (folder or "artefacts").split("/"):
+            check_plain_name(part, f"the journal in {self._journal.folder}")
         if source.is_dir():
             place = f"{folder}/{source.name}" if folder else source.name
             self.client.log_artifacts(run_id, str(source), place)

@@ -13,6 +13,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import threading
 import uuid
@@ -24,6 +25,8 @@ from typing import Annotated, Any, NamedTuple
 from lorat.bounds import Bounds
 from lorat.errors import UserError
 from lorat.json_files import check_shape, parse_json, read_json
+from lorat.storage import is_plain_name
+from lorat_platform.recorder import regular_files
 
 _REMEDY = "delete it, or the folder; what was not delivered is lost then"
 _Time = Annotated[int, Bounds(0, 2**53)]
@@ -46,6 +49,13 @@ _RECORD_SHAPES: dict[str, dict[str, Any]] = {
     "artifact": {"staged": str, "folder": str | None},
 }
 """What a record has beside ``op`` and ``time_ms``, by its ``op``."""
+
+REJECTED = "rejected.jsonl"
+"""File of the records that MLflow refused."""
+ARTIFACTS = "artifacts"
+"""Folder of the files that wait for upload, each in a folder of its own."""
+_STAGED = re.compile(rf"{ARTIFACTS}/[0-9a-f]{{32}}/([^/]+)")
+"""What :meth:`Journal.stage` returns; anything else was written by somebody else."""
 MAX_WAITING = 10_000
 """Records held in memory while the disk refuses them; older ones are counted and dropped."""
 
@@ -112,11 +122,20 @@ class Journal:
             while len(self._waiting) > MAX_WAITING:
                 self._waiting.popleft()
                 self.num_dropped += 1
-            try:
-                self._flush()
-                self.disk_error = None
-            except OSError as error:
-                self.disk_error = error
+            self._try_to_flush()
+
+    def retry(self) -> None:
+        """Write what the disk refused before, if it takes it now."""
+        with self._mutex:
+            if self._waiting:
+                self._try_to_flush()
+
+    def _try_to_flush(self) -> None:
+        try:
+            self._flush()
+            self.disk_error = None
+        except OSError as error:
+            self.disk_error = error
 
     def _flush(self) -> None:
         # Without a buffer, which would write what is left of a line when the file is closed.
@@ -177,8 +196,12 @@ class Journal:
         return self.is_read() and not self.postponed()
 
     def num_pending(self) -> int:
-        """Count the records that are not delivered yet."""
-        return len(self.read(limit=1 << 62)) + len(self._waiting) + len(self.postponed())
+        """Count the records on disk that are not delivered yet."""
+        return len(self.read(limit=1 << 62)) + len(self.postponed())
+
+    def num_lost(self) -> int:
+        """Count the records that are not on disk; those in memory are lost with the process."""
+        return self.num_dropped + len(self._waiting)
 
     def postponed(self) -> list[dict[str, Any]]:
         """Return the records of artefacts that are tried again later."""
@@ -194,12 +217,12 @@ class Journal:
 
     def reject(self, record: dict[str, Any], reason: str) -> None:
         """Keep a record that MLflow refused, with the reason."""
-        with open(self.folder / "rejected.jsonl", "a") as file:
+        with open(self.folder / REJECTED, "a") as file:
             file.write(json.dumps({"reason": reason, "record": record}) + "\n")
 
     def take_up_rejected(self) -> None:
         """Append the rejected records to the journal again; twice after a kill does no harm."""
-        path = self.folder / "rejected.jsonl"
+        path = self.folder / REJECTED
         if not path.exists():
             return
         for line in path.read_bytes().splitlines():
@@ -210,22 +233,50 @@ class Journal:
         path.unlink()
 
     def stage(self, source: Path | bytes, name: str) -> str:
-        """Copy a file, folder or bytes to wait for upload; return the path inside the journal."""
+        """Copy a file, folder or bytes to wait for upload; return the path inside the journal.
+
+        Of a folder, only regular files are copied: no link is followed.
+
+        Raises:
+            OSError: if the copy cannot be made, or the source is no file or folder itself.
+        """
         # Not named by the process: in a container, every start has the same number.
-        place = self.folder / "artifacts" / uuid.uuid4().hex
+        place = self.folder / ARTIFACTS / uuid.uuid4().hex
         place.mkdir(parents=True)
         target = place / name
-        if isinstance(source, bytes):
-            target.write_bytes(source)
-        elif source.is_dir():
-            shutil.copytree(source, target)
-        else:
-            shutil.copyfile(source, target)
+        try:
+            if isinstance(source, bytes):
+                target.write_bytes(source)
+            else:
+                _copy(source, target)
+        except OSError:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
         return str(target.relative_to(self.folder))
 
-    def staged(self, relative: str) -> Path:
-        """Return the path of a staged file or folder."""
-        return self.folder / relative
+    def staged(self, relative: Any) -> Path:
+        """Return the path of a staged file or folder, all of it made by :meth:`stage`.
+
+        Raises:
+            UserError: for any other path, and for links: whoever can write to the journal's folder
+                would choose what is uploaded, or deleted, with the rights of this process.
+        """
+        match = _STAGED.fullmatch(relative) if isinstance(relative, str) else None
+        if not match or not is_plain_name(match.group(1)):
+            raise UserError(
+                f"The journal in {self.folder} names the artefact {relative!r}, which is none of "
+                "its own; look who else can write there."
+            )
+        path = self.folder / relative
+        for inside in (path.parent.parent, path.parent, path, *path.rglob("*")):
+            special = inside.exists() and not (inside.is_file() or inside.is_dir())
+            if inside.is_symlink() or special:
+                raise UserError(
+                    f"The artefact {relative} of the journal in {self.folder} is not what was put "
+                    f"there ({inside} is a link or a special file); remove that, and look who "
+                    "else can write there."
+                )
+        return path
 
     def unstage(self, relative: str) -> None:
         """Delete a staged file or folder."""
@@ -241,3 +292,12 @@ class Journal:
                 yield False
                 return
             yield True
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        target.mkdir()
+    for path, relative in regular_files(source):
+        copy = target / relative
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy, follow_symlinks=False)

@@ -20,9 +20,11 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lorat_platform.console import Console
 from lorat_platform.mlflow_store import tracking_uri
-from lorat_platform.recorder import Recorder
+from lorat_platform.recorder import Recorder, regular_files
 from lorat_platform.tracking import CLOSE_S, Run, Status, open_run
+from lorat_platform.trouble import Ending, replay_command, say_what_is_left
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +33,14 @@ CHECK_EVERY = 100
 
 
 class MetricSink:
-    """The actor: owns one run.  Every call returns at once, except ``close``."""
+    """The actor: owns one run.  Every call returns at once, except ``flush`` and ``end``."""
 
-    def __init__(self, environment: dict[str, str], arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, environment: dict[str, str], arguments: dict[str, Any], console: Console | None
+    ) -> None:
         os.environ.update(environment)
+        if console is not None:
+            console.install(logging.WARNING)
         self._run: Run = open_run(**arguments)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -60,9 +66,9 @@ class MetricSink:
         """Wait until MLflow has everything."""
         return self._run.flush(timeout_s)
 
-    def close(self, status: Status, timeout_s: float) -> bool:
-        """End the run; False if some records stay in the journal."""
-        return self._run.close(status, timeout_s)
+    def end(self, status: Status, timeout_s: float) -> Ending:
+        """End the run and return what it left behind."""
+        return self._run.end(status, timeout_s)
 
 
 class RemoteRun(Recorder):
@@ -121,10 +127,20 @@ class RemoteRun(Recorder):
         return ray.get(self._actor.flush.remote(timeout_s), timeout=timeout_s + 30)
 
     def close(self, status: Status = "FINISHED", timeout_s: float = CLOSE_S) -> bool:
-        """End the run and the actor; False if some records stay in the journal."""
+        """End the run and the actor; False if some records stay in the journal, which is said."""
         try:
             self.settle(timeout_s)
-            return ray.get(self._actor.close.remote(status, timeout_s), timeout=timeout_s + 30)
+            ending = ray.get(self._actor.end.remote(status, timeout_s), timeout=timeout_s + 30)
+            say_what_is_left([ending])
+            return ending.delivered
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
+            log.warning(
+                "The process that writes to MLflow does not answer (%s); records may wait in its "
+                "journal. The next job on this machine delivers them, or now: %s",
+                type(error).__name__,
+                replay_command(),
+            )
+            return False
         finally:
             ray.kill(self._actor)
 
@@ -138,15 +154,11 @@ class RemoteRun(Recorder):
 
     def _store(self, source: Path | bytes, name: str, folder: str) -> None:
         is_tar = isinstance(source, Path) and source.is_dir()
-        if isinstance(source, bytes):
-            data = source
-        elif is_tar:
-            buffer = io.BytesIO()
-            with tarfile.open(fileobj=buffer, mode="w") as tar:
-                tar.add(source, arcname=name)
-            data = buffer.getvalue()
-        else:
-            data = source.read_bytes()
+        try:
+            data = source if isinstance(source, bytes) else _content(source, name, is_tar=is_tar)
+        except OSError as error:
+            log.warning("The artefact %s is left out: %s", name, error)
+            return
         self._send(self._actor.store.remote(data, name, folder, is_tar))
 
     def _send(self, call: Any) -> None:
@@ -166,12 +178,28 @@ class RemoteRun(Recorder):
                 log.warning("A record did not reach the metric sink: %s", error)
 
 
-def open_remote_run(experiment: str, name: str, **options: Any) -> RemoteRun:
+def _content(source: Path, name: str, *, is_tar: bool) -> bytes:
+    """Return a file's bytes, or a folder's regular files as a tar archive."""
+    files = list(regular_files(source))
+    if not is_tar:
+        return source.read_bytes()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.add(source, name, recursive=False)
+        for path, relative in files:
+            tar.add(path, f"{name}/{relative}", recursive=False)
+    return buffer.getvalue()
+
+
+def open_remote_run(
+    experiment: str, name: str, *, console: Console | None = None, **options: Any
+) -> RemoteRun:
     """Open a run as :func:`~lorat_platform.tracking.open_run` does, in an actor on this node.
 
     Args:
         experiment: name of the experiment.
         name: name of the run.
+        console: where the actor says that MLflow or the disk does not take what is recorded.
         options: ``folder`` (on this node), ``run_id``, ``parent_run_id``, ``tags``,
             ``description``.
     """
@@ -183,7 +211,7 @@ def open_remote_run(experiment: str, name: str, **options: Any) -> RemoteRun:
     actor: Any = (
         ray.remote(MetricSink)
         .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
-        .remote(environment, {"experiment": experiment, "name": name, **options})
+        .remote(environment, {"experiment": experiment, "name": name, **options}, console)
     )
     key, _ = ray.get(actor.identity.remote())
     return RemoteRun(actor, key)

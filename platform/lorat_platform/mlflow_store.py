@@ -49,7 +49,8 @@ def artifact_location(uri: str, experiment: str) -> str | None:
     if not is_sqlite(uri):
         return None
     folder = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts"
-    return (folder / re.sub(r"[^\w.-]+", "-", experiment)).as_uri()
+    # A name such as ".." would be another folder.
+    return (folder / (re.sub(r"[^\w.-]+", "-", experiment).lstrip(".") or "-")).as_uri()
 
 
 def connect(uri: str | None = None) -> MlflowClient:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import re
+import stat
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +56,10 @@ class Recorder(ABC):
         self.set_tags({"mlflow.note.content": markdown})
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
-        """Record a copy of a file or folder, placed under ``folder`` of the run's artefacts."""
+        """Record a copy of a file or folder, placed under ``folder`` of the run's artefacts.
+
+        Links in it are left out, so that nothing is uploaded that lies elsewhere.
+        """
         path = Path(path)
         self._store(path, path.name, folder)
 
@@ -61,6 +67,36 @@ class Recorder(ABC):
         """Record an artefact from memory; ``name`` may hold folders, as in ``plots/a.png``."""
         folder, _, name = name.rpartition("/")
         self._store(data, name, folder)
+
+
+def regular_files(source: Path) -> Iterator[tuple[Path, Path]]:
+    """List a file, or the regular files of a folder, each with its path relative to the source.
+
+    Links, pipes and the like are left out, which is said.
+
+    Raises:
+        OSError: if the source itself cannot be read, or is neither a file nor a folder.
+    """
+    mode = source.lstat().st_mode
+    if stat.S_ISREG(mode):
+        yield source, Path()
+        return
+    if not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "a link or special file is not uploaded", str(source))
+    left_out = []
+    for folder, folders, files in os.walk(source):
+        left_out += [path for name in folders if (path := Path(folder, name)).is_symlink()]
+        for name in sorted(files):
+            path = Path(folder, name)
+            if stat.S_ISREG(path.lstat().st_mode):
+                yield path, path.relative_to(source)
+            else:
+                left_out.append(path)
+    if left_out:
+        log.warning(
+            "%d links or special files of %s are not uploaded, the first one %s.",
+            len(left_out), source, left_out[0].relative_to(source),
+        )  # fmt: skip
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,8 +24,8 @@ class RunOptions:
     name: str | None = None
     """Name of the run; none makes one from the configuration. The same name goes on with it."""
     storage: str | None = None
-    """Folder or s3:// address of all runs; none means runs in the home folder. Workers on several
-    machines need one that all reach."""
+    """Folder or s3:// address of all runs; none means LORAT_STORAGE of the environment, or runs in
+    the home folder. Workers on several machines need one that all reach."""
     resume: Resume = "auto"
     """Go on with an unfinished run of the same configuration (auto), begin anew (never), or insist
     on going on (must)."""

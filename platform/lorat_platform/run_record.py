@@ -68,7 +68,7 @@ def read(folder: Location) -> RunRecord | None:
     """Return the record of a run's folder, or none.
 
     Raises:
-        UserError: if the storage cannot be reached or the record is of another format.
+        UserError: if the storage cannot be reached, or the record is of another format or folder.
     """
     try:
         if not folder.exists(FILE):
@@ -83,6 +83,12 @@ def read(folder: Location) -> RunRecord | None:
     if content["format"] != 1:
         raise UserError(f"{folder.uri} was written by another version; give another --name.")
     check_shape(content, where, remedy, RunRecord)
+    # The name becomes part of paths: of the run's checkpoints, and of its journal here.
+    if content["name"] != folder.path.rpartition("/")[2]:
+        raise UserError(
+            f"The run's folder {folder.uri} holds the record of a run {content['name']!r}; "
+            "give the folder its run's name again, or give another --name."
+        )
     return RunRecord(**content)
 
 

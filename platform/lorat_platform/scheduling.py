@@ -25,9 +25,9 @@ from ray.tune.schedulers import (
 )
 from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
-from ray.tune.search.optuna import OptunaSearch
 
 from lorat.errors import UserError
+from lorat_platform.searcher_state import JsonOptuna
 from lorat_platform.space import Dimension, SearchSpace
 
 SearcherName = Literal["tpe", "random", "bohb"]
@@ -170,7 +170,7 @@ class RandomSearch(_Slots, BasicVariantGenerator):
     """Random search, or a list of points."""
 
 
-class PausableOptuna(OptunaSearch):
+class PausableOptuna(JsonOptuna):
     """Optuna under Hyperband in BOHB's order, which tells the searcher about pauses."""
 
     def on_pause(self, trial_id: str) -> None:

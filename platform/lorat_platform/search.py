@@ -39,10 +39,12 @@ from lorat_platform.search_plan import (
 )
 from lorat_platform.search_session import SearchCallback, SearchSession
 from lorat_platform.search_slots import check_reach, count_slots, worker_resources
+from lorat_platform.search_trust import note_origin
 from lorat_platform.tracking import open_run
 from lorat_platform.trial import run_trial
 from lorat_platform.trial_group import run_group_trial
 from lorat_platform.trial_work import TrialSetup
+from lorat_platform.trouble import say_what_is_left
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,18 @@ TUNE_ENVIRONMENT = {
 }
 
 
+@contextlib.contextmanager
+def _writable_only_here() -> Iterator[None]:
+    """Let nobody else write to new files: a search is not gone on with where others can."""
+    before = os.umask(0o077)
+    os.umask(before | 0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@_writable_only_here()
 def run_search(
     plan: SearchPlan,
     *,
@@ -129,22 +143,26 @@ def run_search(
     with _lease(plan.name, location).claim() as lease:
         if location.exists(REQUEST_FILE):
             raise _begun(plan)
+        note_origin(plan.name, location)
         request = {"options": dataclasses.asdict(plan.options), "config": to_dict(plan.space.base)}
         location.write_bytes(REQUEST_FILE, json.dumps(request, indent=2).encode())
         return _drive(plan, make_tuner, lease, tags={"git_revision": git_revision or "unknown"})
 
 
-def resume_search(name: str, storage_path: str | None = None) -> SearchOutcome:
+@_writable_only_here()
+def resume_search(
+    name: str, storage_path: str | None = None, *, trust_folder: bool = False
+) -> SearchOutcome:
     """Go on with a search whose driver or machine died, on the connected cluster.
 
     Finished trials stay as they are, half-finished ones go on from their last rung, failed ones
-    stay failed.
+    stay failed.  Runs code from the search's folder, see :mod:`lorat_platform.search_trust`.
 
     Raises:
-        UserError: if there is no such search, it never began, another process drives it, or its
-            snapshot is damaged.
+        UserError: if there is no such search, it never began, its folder is not trusted, another
+            process drives it, or its snapshot is damaged.
     """
-    plan = read_plan(name, storage_path)
+    plan = read_plan(name, storage_path, trust_folder=trust_folder)
     location = storage.locate(plan.storage).child(name)
     with _lease(name, location).claim() as lease:
         slots = count_slots(plan.options)
@@ -258,15 +276,15 @@ def _drive(
     finally:
         interrupted = session.interrupted
         lost = lease.is_lost_now()
-        session.end(close=not lost)
+        endings = session.end(close=not lost)
         if not finished and not lost:
-            parent.close("FAILED")
+            say_what_is_left([*endings, parent.end("FAILED")])
     lease.check()
     _remove_caches(plan)
     if not interrupted:
         location.delete_folder(BETWEEN_RUNGS)
         _sweep_trials(location, results)
-    return write_outcome(plan, board, parent, interrupted=interrupted)
+    return write_outcome(plan, board, parent, endings, interrupted=interrupted)
 
 
 def _sweep_trials(location: storage.Location, results: tune.ResultGrid) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from lorat_platform.leaderboard import Leaderboard, TrialRow
 from lorat_platform.search_plan import SearchPlan
 from lorat_platform.search_plots import write_plots
 from lorat_platform.tracking import Run
+from lorat_platform.trouble import Ending, say_what_is_left
 
 BEST_FILE = "best_config.json"
 
@@ -29,9 +31,17 @@ class SearchOutcome:
 
 
 def write_outcome(
-    plan: SearchPlan, board: Leaderboard, parent: Run, *, interrupted: bool
+    plan: SearchPlan,
+    board: Leaderboard,
+    parent: Run,
+    endings: Sequence[Ending],
+    *,
+    interrupted: bool,
 ) -> SearchOutcome:
-    """Write table, plots, best configuration and cost, here and to the parent run."""
+    """Write table, plots, best configuration and cost, here and to the parent run.
+
+    ``endings`` are what the trials' runs left behind, which is said with the parent's.
+    """
     cost = board.cost()
     best = board.best()
     files = board.write(plan.folder / "results")
@@ -63,7 +73,7 @@ def write_outcome(
         cost.steps,
     )
     parent.set_description(describe(plan, board))
-    parent.close("KILLED" if interrupted else "FINISHED")
+    say_what_is_left([*endings, parent.end("KILLED" if interrupted else "FINISHED")])
     return SearchOutcome(
         plan=plan,
         board=board,

@@ -14,7 +14,7 @@ from lorat import storage
 from lorat.bounds import Bounds, Count, Seed, check_bounds
 from lorat.config import TrainConfig, from_dict
 from lorat.errors import UserError
-from lorat.home import home
+from lorat.home import home, storage_address
 from lorat.json_files import read_json_at
 from lorat_platform.command import flag
 from lorat_platform.run_options import Few
@@ -26,6 +26,7 @@ from lorat_platform.scheduling import (
     build_scheduler,
     build_searcher,
 )
+from lorat_platform.search_trust import check_trusted
 from lorat_platform.sources import open_datasets, with_whole_paths
 from lorat_platform.space import SearchSpace, build_space
 
@@ -80,7 +81,8 @@ class SearchOptions:
     name: str | None = None
     """Name of the search; none means search-, the time, and four random digits."""
     storage: str | None = None
-    """Folder or s3:// / gs:// address for snapshots and checkpoints; none means runs/ at home."""
+    """Folder or s3:// / gs:// address for snapshots and checkpoints; none means LORAT_STORAGE of
+    the environment, or runs/ at home."""
     experiment: str = "lorat-search"
     """MLflow experiment."""
 
@@ -130,7 +132,7 @@ class SearchPlan:
     @property
     def storage(self) -> str:
         """Where Ray Tune keeps searches, this one in a folder of its name."""
-        return self.options.storage or str(home() / "runs")
+        return storage_address(self.options.storage)
 
     def text(self) -> str:
         """Say what will be done."""
@@ -198,16 +200,25 @@ def check_data(plan: SearchPlan) -> None:
                 raise UserError(f"--space {dimension} cannot be with {value}: {error}") from error
 
 
-def read_plan(name: str, storage_path: str | None = None) -> SearchPlan:
-    """Read the request of a search back.
+def read_plan(
+    name: str, storage_path: str | None = None, *, trust_folder: bool = False
+) -> SearchPlan:
+    """Read the request of a search back, to go on with it.
+
+    Args:
+        name: of the search.
+        storage_path: where it is; none as in :class:`SearchOptions`.
+        trust_folder: believe its folder whoever may have written it.
 
     Raises:
-        UserError: if there is none of that name.
+        UserError: if there is none of that name, or its folder is not trusted.
     """
-    root = storage.locate(storage_path or str(home() / "runs"))
-    location = root.child(name)
-    if not location.exists(REQUEST_FILE):
+    root = storage.locate(storage_address(storage_path))
+    if not storage.is_plain_name(name) or not root.child(name).exists(REQUEST_FILE):
         raise UserError(f"There is no search {name} in {root.uri}; give its --name or --storage.")
+    location = root.child(name)
+    if not trust_folder:
+        check_trusted(name, location)
     request = read_json_at(
         location,
         REQUEST_FILE,

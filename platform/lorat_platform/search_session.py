@@ -25,6 +25,7 @@ from lorat_platform.search_console import SearchConsole
 from lorat_platform.tracking import CLOSE_S, Run, open_run
 from lorat_platform.tracking import Status as RunStatus
 from lorat_platform.trial_failure import failure_reason, last_line
+from lorat_platform.trouble import Ending
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class SearchSession:
         self._run_ids: dict[str, str] = {}
         self._closer = ThreadPoolExecutor(CLOSERS, "close-runs")
         self._deadline = math.inf
-        self._closing: list[Future[bool]] = []
+        self._closing: list[Future[Ending]] = []
         self._resumes = resumes
         self._restored = False
         self._failed_resume = _FailedResume()
@@ -106,10 +107,10 @@ class SearchSession:
             self.close_forgotten()
         self.console.start()
 
-    def end(self, *, close: bool = True) -> None:
-        """Stop showing, and close the trials' MLflow runs (interrupted ones as killed).
+    def end(self, *, close: bool = True) -> list[Ending]:
+        """Stop showing, and end the trials' MLflow runs (interrupted ones as killed).
 
-        All runs together wait for MLflow no longer than one would.
+        All runs together wait for MLflow no longer than one would.  Returns what they left behind.
 
         Args:
             close: false where the runs are another driver's by now.
@@ -121,9 +122,8 @@ class SearchSession:
         for trial_id in list(self._runs) if close else ():
             self._close(trial_id, "KILLED")
         self._closer.shutdown(wait=True)
-        for future in self._closing:
-            future.result()
         _SESSIONS.pop(self.name, None)
+        return [future.result() for future in self._closing]
 
     def _row(self, trial: Any) -> TrialRow:
         values = {path: _plain(value) for path, value in trial.config.items()}
@@ -215,9 +215,9 @@ class SearchSession:
         if run is not None:
             self._closing.append(self._closer.submit(self._close_run, run, status))
 
-    def _close_run(self, run: Run, status: RunStatus) -> bool:
+    def _close_run(self, run: Run, status: RunStatus) -> Ending:
         left_s = self._deadline - time.monotonic()
-        return run.close(status, timeout_s=max(0.0, min(CLOSE_S, left_s)))
+        return run.end(status, timeout_s=max(0.0, min(CLOSE_S, left_s)))
 
     def close_forgotten(self) -> None:
         """Mark the runs of trials that started after the last snapshot: they will be redone."""

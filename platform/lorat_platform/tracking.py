@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import getpass
 import logging
-import math
 import os
 import sys
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,10 +24,11 @@ import tenacity
 
 from lorat.home import home
 from lorat_platform import backlog
-from lorat_platform.delivery import REPLAY_COMMAND, Delivery
+from lorat_platform.delivery import Delivery, first_line
 from lorat_platform.journal import Journal
-from lorat_platform.mlflow_store import tracking_uri, without_password
+from lorat_platform.mlflow_store import is_sqlite, tracking_uri, without_password
 from lorat_platform.recorder import Recorder
+from lorat_platform.trouble import Ending, Trouble, say_what_is_left
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,14 @@ ID_S = 300.0
 """Longest wait for the id of a run: making a new store can take minutes on a busy machine."""
 ID_ATTEMPTS = 4
 """Failed attempts after which MLflow counts as out of reach for that."""
+SILENT_S = 30.0
+"""Time without any answer of a server after which that is said, long before the call gives up."""
+UNREACHABLE: defaultdict[str, Trouble] = defaultdict(Trouble)
+"""By address: MLflow does not answer."""
+NOT_WRITTEN = Trouble()
+"""The disk does not take the journal."""
+LOST = Trouble()
+"""Nor is there room in memory."""
 
 
 class Run(Recorder):
@@ -57,7 +66,7 @@ class Run(Recorder):
         self._idle = threading.Condition()
         self._error: str | None = None
         self._failed_attempts = 0
-        self._warned_at = -math.inf
+        self._asked_at: float | None = None
         self._thread = threading.Thread(target=self._send, name="mlflow-sender", daemon=True)
         self._thread.start()
 
@@ -115,34 +124,44 @@ class Run(Recorder):
                 return False
             if closing and self._failed_attempts > attempts:
                 self._wake.set()  # do not sit out the pause between two attempts
+            self.journal.retry()
             with self._idle:
                 self._idle.wait(0.1)
         return True
 
     def close(self, status: Status = "FINISHED", timeout_s: float = CLOSE_S) -> bool:
         """End the run; what MLflow does not take in time stays in the journal, and is said."""
+        ending = self.end(status, timeout_s)
+        say_what_is_left([ending])
+        return ending.delivered
+
+    def end(self, status: Status = "FINISHED", timeout_s: float = CLOSE_S) -> Ending:
+        """End the run as :meth:`close` does, but leave it to the caller to say what is left."""
+        store, folder = without_password(self.uri), self.journal.folder
         if self._stop.is_set():
-            return True
+            return Ending(True, 0, 0, 0, folder, store, "")
         self._record("status", status=status)
         self._closing.set()
         delivered = self.flush(timeout_s)
         self._stop.set()
         self._wake.set()
         self._thread.join(timeout=1.0)
+        for trouble in (UNREACHABLE[self.uri], NOT_WRITTEN, LOST):
+            trouble.end(self)
+        reason, waiting, disk = "", 0, self.journal.disk_error
         if delivered:
             backlog.forget(self.journal)
         else:
-            log.warning(
-                "MLflow at %s did not take everything%s: %d records wait in %s. The next run "
-                "delivers them, or now: %s %s",
-                without_password(self.uri),
-                f" ({self._delivery.artifact_error})" if self.journal.is_read() else "",
-                self.journal.num_pending(),
-                self.journal.folder,
-                REPLAY_COMMAND,
-                self.journal.folder,
-            )
-        return delivered
+            try:
+                waiting = self.journal.num_pending()
+                reason = self._delivery.artifact_error if self.journal.is_read() else ""
+            except OSError as error:  # a disk that cannot be written may not be readable either
+                disk = disk or error
+            reason = reason or self._error or ""
+        if disk:
+            reason = disk.strerror or str(disk)
+        lost, refused = self.journal.num_lost(), self._delivery.num_rejected
+        return Ending(delivered, waiting, lost, refused, folder, store, reason[:300])
 
     def __enter__(self) -> Self:
         return self
@@ -164,16 +183,21 @@ class Run(Recorder):
     def write(self, record: dict[str, Any]) -> None:
         """Append a finished record: what the methods above, here or on another node, made."""
         self.journal.append(record)
-        if self.journal.disk_error and time.monotonic() > self._warned_at + 60:
-            self._warned_at = time.monotonic()
-            log.warning(
-                "The journal in %s cannot be written (%s); records wait in memory, %d are lost.",
-                self.journal.folder,
-                self.journal.disk_error,
-                self.journal.num_dropped,
-            )
+        if self.journal.disk_error:
+            self._note_disk_error(self.journal.disk_error)
+        else:
+            NOT_WRITTEN.end(self, f"The journal in {self.journal.folder} is written again.")
+        self._note_silence()
         if record["op"] != "metrics":
             self._wake.set()
+
+    def _note_disk_error(self, error: OSError) -> None:
+        why = f"The journal in {self.journal.folder} cannot be written ({error.strerror or error})"
+        NOT_WRITTEN.begin(
+            self, f"{why}; what the job records waits in memory, and is lost if the job ends so."
+        )
+        if self.journal.num_dropped:
+            LOST.begin(self, f"{why}, and the memory for it is full: records are lost from now on.")
 
     def _store(self, source: Path | bytes, name: str, folder: str) -> None:
         try:
@@ -196,12 +220,15 @@ class Run(Recorder):
             with self.journal.owned() as mine:
                 while mine and not self._stop.is_set():
                     try:
-                        num_sent = attempts(self._delivery.step)
+                        num_sent = attempts(self._ask)
                     except Exception as error:  # only when closing: the journal keeps the rest
-                        self._error = str(error)
+                        self._error = first_line(error)
                         break
                     self._error = None
                     self._failed_attempts = 0
+                    UNREACHABLE[self.uri].end(
+                        self, f"MLflow at {without_password(self.uri)} answers again."
+                    )
                     with self._idle:
                         self._idle.notify_all()
                     if num_sent == 0:
@@ -211,6 +238,24 @@ class Run(Recorder):
                         self._pause(POLL_S)
             self._pause(POLL_S)
 
+    def _ask(self) -> int:
+        self._asked_at = time.monotonic()
+        try:
+            return self._delivery.step()
+        finally:
+            self._asked_at = None
+
+    def _note_silence(self) -> None:
+        """Say that a call hangs; making a local store may take as long and is no trouble."""
+        asked_at = self._asked_at
+        if asked_at is None or time.monotonic() < asked_at + SILENT_S or is_sqlite(self.uri):
+            return
+        UNREACHABLE[self.uri].begin(
+            self,
+            f"MLflow at {without_password(self.uri)} has not answered for {SILENT_S:.0f} s; the "
+            f"job goes on, and what it records waits in {self.journal.folder}.",
+        )
+
     def _pause(self, seconds: float) -> None:
         self._wake.wait(seconds)
         self._wake.clear()
@@ -218,15 +263,17 @@ class Run(Recorder):
     def _note_failure(self, state: tenacity.RetryCallState) -> None:
         self._failed_attempts += 1
         error = state.outcome.exception() if state.outcome else None
-        self._error = str(error).splitlines()[0] if error and str(error) else repr(error)
-        if state.attempt_number == 1 or time.monotonic() > self._warned_at + 300:
-            self._warned_at = time.monotonic()
-            log.warning(
-                "MLflow at %s cannot be reached (%s); training goes on, the metrics wait in %s.",
-                without_password(self.uri),
-                self._error[:300],
-                self.journal.folder,
-            )
+        if error is None:
+            return
+        self._error = first_line(error)
+        if isinstance(error, OSError) and error.filename:  # it is the journal, not the network
+            self._note_disk_error(error)
+            return
+        UNREACHABLE[self.uri].begin(
+            self,
+            f"MLflow at {without_password(self.uri)} cannot be reached ({self._error[:300]}); the "
+            f"job goes on, and what it records waits in {self.journal.folder}.",
+        )
 
 
 def open_run(

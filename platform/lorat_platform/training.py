@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorat.config import TrainConfig, to_dict
 from lorat.errors import UserError
-from lorat.home import home
+from lorat.home import home, storage_address
 from lorat.storage import Location, locate
 from lorat_platform import checkpoint_store, registry, run_record
 from lorat_platform.cluster import Cluster
@@ -65,7 +65,7 @@ def train(
     """
     began = time.perf_counter()
     datasets = datasets or open_datasets(config)
-    storage = locate(options.storage or str(home() / "runs"))
+    storage = locate(storage_address(options.storage))
     lease, folder, record, existed = run_record.choose(
         storage, options.name, config, datasets.fingerprints, options.resume, git_revision
     )
@@ -79,7 +79,7 @@ def train(
         verb = "going on with" if existed else "beginning"
         log.info("%s run %s in %s on %s", verb, record.name, folder.uri, cluster)
         with ConsolePrinter() as console:
-            run, id_kept = _open_run(record, folder, options, datasets, lease)
+            run, id_kept = _open_run(record, folder, options, datasets, lease, console)
             try:
                 result = _fit(
                     config, options, cluster, record, folder, datasets, run, console, lease
@@ -105,6 +105,7 @@ def _open_run(
     options: RunOptions,
     datasets: Datasets,
     lease: Lease,
+    console: Console,
 ) -> tuple[RemoteRun, threading.Thread]:
     """Open the MLflow run, the same one for a run that goes on; a thread records its id."""
     from lorat_platform.metric_sink import open_remote_run
@@ -115,6 +116,7 @@ def _open_run(
     run = open_remote_run(
         options.experiment,
         record.name,
+        console=console,
         folder=journal,
         run_id=record.mlflow_run_id,
         tags={"job": "train", "git_revision": record.git_revision or "unknown"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ def failure_reason(trial: Any) -> str:
     error: BaseException | None = None
     path = trial.pickled_error_file
     if path and Path(path).exists():
-        error = pickle.loads(Path(path).read_bytes())
+        error = _own_error(Path(path))
     if error is None:
         text = Path(trial.error_file).read_text() if trial.error_file else ""
         return MEMORY_SHORT if LOW_MEMORY.search(text) else last_line(text) or "unknown"
@@ -39,6 +41,18 @@ def failure_reason(trial: Any) -> str:
     if type(cause).__name__ in ("ActorDiedError", "ActorUnavailableError", "RayActorError"):
         return f"the trial's process died: {last_line(str(cause))}"
     return f"{type(cause).__name__}: {last_line(str(cause))}"
+
+
+def _own_error(path: Path) -> BaseException | None:
+    """Read the error that Ray Tune has just written; none if the file is not this user's alone.
+
+    It lies in a folder of Ray's session, which every user of the machine can write to.
+    """
+    with open(path, "rb") as file:
+        about = os.fstat(file.fileno())
+        if about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return None
+        return pickle.loads(file.read())
 
 
 def last_line(text: str) -> str:

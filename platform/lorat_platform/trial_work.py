@@ -130,6 +130,8 @@ def prepare_process(setup: TrialSetup) -> torch.device:
 
     # How long Ray Tune waits for a stopped trial before it gives this process up.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "20"
+    # A search is not gone on with where others can write.
+    os.umask(os.umask(0o077) | 0o022)
     gc.collect()
     sweep(Path(tempfile.gettempdir()))  # what killed trials left on this machine
     cv2.setNumThreads(1)

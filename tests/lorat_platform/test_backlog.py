@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -116,9 +117,10 @@ def test_dead_server_leaves_a_journal_for_the_documented_command(
     run.log_bytes(b"picture", "plots/a.txt")
     assert not run.close()
     assert time.monotonic() - start < 30
-    assert f"python -m lorat_platform.tracking replay {run.journal.folder}" in caplog.text
-
-    command = [sys.executable, "-m", "lorat_platform.tracking", "replay"]
+    said = re.search(r"(\d+) records wait in (\S+)\. .* or now: (.+)", caplog.text)
+    assert said, caplog.text
+    assert (int(said[1]), said[2]) == (run.journal.num_pending(), str(run.journal.folder))
+    command = ["sh", "-c", said[3]]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
     failed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert failed.returncode == 1

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lorat.errors import UserError
 from lorat_platform import crop_cache
 from lorat_platform.crop_cache import (
     BLOCK,
@@ -286,3 +287,23 @@ def test_a_cache_that_fills_the_memory_stays_the_only_one(
     assert not other.exists()
     assert not (memory / other.relative_to(disk)).exists()
     assert folder.exists()
+
+
+def test_a_place_that_somebody_else_made_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, disk, others = tmp_path / "memory", tmp_path / "disk", tmp_path / "others"
+    for folder in (memory, disk, others):
+        folder.mkdir()
+    monkeypatch.delenv("LORAT_CROP_CACHE", raising=False)
+    monkeypatch.setattr(crop_cache, "MEMORY", memory)
+    monkeypatch.setattr(crop_cache.tempfile, "gettempdir", lambda: str(disk))
+    (memory / f"lorat-crops-{os.getuid()}").symlink_to(others)
+    own = cache_folder("search", 1)
+    assert own.is_relative_to(disk)
+    assert own.parent.stat().st_mode & 0o777 == 0o700
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    with pytest.raises(UserError, match="LORAT_CROP_CACHE"):
+        cache_folder("search", 1)
+    assert list(others.iterdir()) == []

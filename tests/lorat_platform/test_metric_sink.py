@@ -11,10 +11,12 @@ import ray
 
 from infra.processes import free_port
 from lorat_platform import cluster
+from lorat_platform.console import ConsolePrinter
 from lorat_platform.metric_sink import RemoteRun, open_remote_run
 from lorat_platform.mlflow_store import connect
 from lorat_platform.tracking import CLOSE_S
 from tests.mlflow_home import make_home
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.processes(minutes=0.5)
 
@@ -41,6 +43,7 @@ def train(run: RemoteRun, steps: int, folder: Path) -> tuple[float, bool]:
     seconds = time.perf_counter() - began
     (folder / "plots").mkdir(exist_ok=True)
     (folder / "plots" / "a.txt").write_text("a")
+    (folder / "plots" / "link").symlink_to("/etc/hostname")
     run.log_artifact(folder / "plots")
     run.log_bytes(b"b", "other/b.txt")
     assert run.settle()
@@ -80,14 +83,21 @@ def test_killed_sink_comes_back_and_loses_nothing(tmp_path: Path) -> None:
     assert len(client.search_runs([experiment.experiment_id])) == 1
 
 
-def test_dead_server_does_not_hold_a_worker_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_dead_server_does_not_hold_a_worker_up_and_is_said_by_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-    run = open_remote_run("lorat", "dead", folder=tmp_path / "run")
-    seconds, _ = ray.get(train.remote(run, 500, tmp_path))
-    assert seconds < 5
-    assert run.run_id is None
-    began = time.monotonic()
-    assert not run.close()
-    assert time.monotonic() - began < CLOSE_S + 60
+    with ConsolePrinter() as console:
+        run = open_remote_run("lorat", "dead", console=console, folder=tmp_path / "run")
+        seconds, _ = ray.get(train.remote(run, 500, tmp_path))
+        assert seconds < 5
+        assert run.run_id is None
+        wait_until("line of the sink", lambda: "cannot be reached" in caplog.text)
+        began = time.monotonic()
+        assert not run.close()
+        assert time.monotonic() - began < CLOSE_S + 60
+    (journal,) = (tmp_path / "run").glob("mlflow-*")
+    assert caplog.text.count("cannot be reached") == 1, "at once, and once"
+    # 500 steps, two artefacts, the tags of the start, and the end
+    assert f"504 records wait in {journal}. The next job" in caplog.text
+    assert f"lorat_platform.tracking replay {journal}\n" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -127,3 +128,12 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         choose(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/tmp/elsewhere", "other", "", None])
+def test_a_record_that_names_another_folder_is_refused(tmp_path: Path, name: str | None) -> None:
+    choose(tmp_path, "mine")
+    file = tmp_path / "mine" / run_record.FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"name": name}))
+    with pytest.raises(UserError, match="holds the record of a run"):
+        choose(tmp_path, "mine")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -176,3 +178,37 @@ def test_a_restored_search_uses_the_slots_of_the_present_cluster(
     after = build()
     after.set_state(before.get_state())
     assert after.max_concurrent == 5
+
+
+@pytest.mark.parametrize("objectives", [["ao"], ["ao", "latency"]])
+def test_a_searcher_read_back_from_json_proposes_what_it_would_have(
+    tmp_path: Path, objectives: list[str]
+) -> None:
+    space = build_space(TrainConfig(variant="B-224"), ["lora.dropout=uniform(0,0.2)"])
+
+    def build() -> Any:
+        return build_searcher("tpe", space, objectives, num_trials=16, seed=3, max_concurrent=0)
+
+    def result(i: int) -> dict[str, float]:
+        return {"ao": 1.0 / (i + 1), "latency": float(i % 3), "training_iteration": 1}
+
+    before = build()
+    for i in range(8):
+        before.suggest(f"t{i}")
+        before.on_trial_result(f"t{i}", result(i))
+    for i in range(6):
+        before.on_trial_complete(f"t{i}", None if i == 5 else result(i), error=i == 5)
+    before.save_to_dir(str(tmp_path), "now")
+    (file,) = tmp_path.glob("searcher-state-*")
+    assert len(json.loads(file.read_text())["trials"]) == 8
+
+    after = build()
+    after.restore_from_dir(str(tmp_path))
+    for searcher in (before, after):
+        searcher.on_trial_complete("t6", result(6))
+        searcher.on_trial_result("t7", result(2) | {"training_iteration": 2})
+    assert after.suggest("t7") == before.suggest("t7"), "it is running"
+    assert [after.suggest(f"n{i}") for i in range(6)] == [before.suggest(f"n{i}") for i in range(6)]
+    file.write_text('{"trials": 7}')
+    with pytest.raises(ValueError, match="no state of a searcher"):
+        after.restore_from_dir(str(tmp_path))

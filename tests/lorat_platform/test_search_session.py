@@ -17,6 +17,7 @@ from lorat_platform.leaderboard import Leaderboard
 from lorat_platform.lease import LEASE_S, Lease
 from lorat_platform.scheduling import Rungs
 from lorat_platform.search_session import SearchCallback, SearchSession
+from lorat_platform.trouble import Ending
 
 
 class BlackHole:
@@ -28,10 +29,10 @@ class BlackHole:
     def __init__(self) -> None:
         self.status = ""
 
-    def close(self, status: str, timeout_s: float) -> bool:
+    def end(self, status: str, timeout_s: float) -> Ending:
         self.status = status
         time.sleep(timeout_s)
-        return False
+        return Ending(False, 1, 0, 0, Path(), "", "")
 
 
 def _session(folder: Path, *, num_trials: int = 100, resumes: bool = False) -> SearchSession:
@@ -62,7 +63,7 @@ def test_a_server_that_never_answers_is_waited_for_once(
             if status == "FINISHED":
                 session._close(f"{status}-{number}", "FINISHED")
     began = time.monotonic()
-    session.end()
+    assert sum(ending.waiting for ending in session.end()) == 100
     assert time.monotonic() - began < 5.0
     assert {run.status for run in ended} == {"FINISHED"}
     assert {run.status for run in running} == {"KILLED"}

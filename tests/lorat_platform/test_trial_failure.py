@@ -65,3 +65,11 @@ def test_a_process_that_ray_ended_for_memory_is_said_so(tmp_path: Path) -> None:
 def test_a_process_that_was_killed_is_said_so(tmp_path: Path) -> None:
     reason = failure_reason(_failed(tmp_path, RayActorError(error_msg="It received SIGKILL.")))
     assert reason == "the trial's process died: It received SIGKILL."
+
+
+def test_an_error_that_others_may_have_written_is_not_unpickled(tmp_path: Path) -> None:
+    failed = _failed(tmp_path, ValueError("pickled"))
+    (tmp_path / "error.txt").write_text("first\nas text")
+    assert failure_reason(failed) == "ValueError: pickled"
+    (tmp_path / "error.pkl").chmod(0o666)
+    assert failure_reason(failed) == "as text"
