@@ -35,6 +35,12 @@ except OSError:
 PY
 }
 
+# What is given here would stand in the list of processes and in Ray's logs.
+python -c 'import sys
+sys.path[:0] = [".", "platform"]
+from lorat_platform import command
+command.run(lambda: command.refuse_secrets_in(sys.argv[1:]))' "$@"
+
 if ! answers "$address/api/version"; then
   # Ray replaces 127.0.0.1 by an address that others reach, except where it may form no cluster.
   export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0

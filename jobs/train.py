@@ -6,6 +6,8 @@ python jobs/train.py --data URI --val-data URI --variant B-224 --workers 4
 
 from __future__ import annotations
 
+import bootstrap
+
 import json
 import logging
 import sys
@@ -13,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import bootstrap
 import tyro
 
 from lorat.config import TrainConfig, from_dict, resolve

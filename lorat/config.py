@@ -14,6 +14,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lorat.addresses import refuse_secrets
 from lorat.errors import UserError
 from lorat.field_types import describe, fits
 from lorat.variants import VARIANTS, Variant, get_variant
@@ -208,6 +209,8 @@ class TrainConfig:
         )
         _require(0 <= self.max_damaged <= 1, f"max_damaged is {self.max_damaged}; give 0 to 1.")
         _require(self.seed >= 0, f"seed is {self.seed}; give 0 or more.")
+        for name in ("data", "val_data", "init_from", "backbone"):
+            refuse_secrets(getattr(self, name) or "", name)
 
     @property
     def model_variant(self) -> Variant:

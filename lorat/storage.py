@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
+from lorat.addresses import refuse_secrets
 from lorat.errors import UserError
 from lorat.home import home
 
@@ -155,9 +156,10 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     """Resolve a URI.
 
     Raises:
-        UserError: if the scheme is unknown or the store refuses the URI.
+        UserError: if it has a secret in it, the scheme is unknown, or the store refuses it.
     """
     text = os.fspath(uri)
+    refuse_secrets(text, "The address")
     scheme = urllib.parse.urlsplit(text).scheme if "://" in text else ""
     if scheme in ("", "file"):
         path = urllib.parse.unquote(text.removeprefix("file://")) if scheme else text

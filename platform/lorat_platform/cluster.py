@@ -16,7 +16,9 @@ import tenacity
 
 import lorat
 import lorat_platform
+from lorat.addresses import refuse_secrets
 from lorat.errors import UserError
+from lorat_platform.interrupts import kept_handlers
 
 log = logging.getLogger(__name__)
 
@@ -117,10 +119,11 @@ def connect(
         env: More environment variables for the workers.
 
     Raises:
-        UserError: if no cluster answers at the address.
+        UserError: if no cluster answers at the address, or it has a secret in it.
     """
     os.environ |= {k: v for k, v in ENVIRONMENT.items() if k not in os.environ}
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    refuse_secrets(address if "://" in address else f"ray://{address}", "The Ray address")
     embedded = address == "local"
     options: dict[str, Any] = {}
     if embedded:
@@ -165,7 +168,7 @@ def _start_ray(options: dict[str, Any]) -> None:
     def too_slow(error: BaseException) -> bool:
         return "timed out during startup" in str(error)
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), kept_handlers():
         warnings.simplefilter("ignore")
         tenacity.Retrying(
             stop=tenacity.stop_after_attempt(3),

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorat.addresses import without_secrets
+
 MAX_WAITING = 10_000
 """Records held in memory while the disk refuses them; older ones are counted and dropped."""
 
@@ -68,7 +70,7 @@ class Journal:
     def append(self, record: dict[str, Any]) -> None:
         """Write one record; a full or broken disk never raises, see ``disk_error``."""
         with self._mutex:
-            self._waiting.append(json.dumps(record).encode() + b"\n")
+            self._waiting.append(without_secrets(json.dumps(record)).encode() + b"\n")
             while len(self._waiting) > MAX_WAITING:
                 self._waiting.popleft()
                 self.num_dropped += 1

@@ -26,7 +26,7 @@ from lorat.home import home
 from lorat_platform import backlog
 from lorat_platform.delivery import REPLAY_COMMAND, Delivery
 from lorat_platform.journal import Journal
-from lorat_platform.mlflow_store import tracking_uri, without_password
+from lorat_platform.mlflow_store import tracking_uri
 from lorat_platform.recorder import Recorder
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Run(Recorder):
             failed = self._failed_attempts - attempts
             if waited_s > timeout_s or failed >= ID_ATTEMPTS:
                 raise TimeoutError(
-                    f"MLflow at {without_password(self.uri)} has not answered in {waited_s:.0f} s"
+                    f"MLflow at {self.uri} has not answered in {waited_s:.0f} s"
                     f"{f': {self._error}' if self._error else ''}."
                 )
             if failed:
@@ -135,7 +135,7 @@ class Run(Recorder):
             log.warning(
                 "MLflow at %s did not take everything%s: %d records wait in %s. The next run "
                 "delivers them, or now: %s %s",
-                without_password(self.uri),
+                self.uri,
                 f" ({self._delivery.artifact_error})" if self.journal.is_read() else "",
                 self.journal.num_pending(),
                 self.journal.folder,
@@ -223,7 +223,7 @@ class Run(Recorder):
             self._warned_at = time.monotonic()
             log.warning(
                 "MLflow at %s cannot be reached (%s); training goes on, the metrics wait in %s.",
-                without_password(self.uri),
+                self.uri,
                 self._error[:300],
                 self.journal.folder,
             )
@@ -266,7 +266,7 @@ def open_run(
             name=name,
             parent=parent_run_id,
             start_ms=time.time_ns() // 1_000_000,
-            tracking_uri=without_password(uri),
+            tracking_uri=uri,
             store=store,
         )
     elif run_id and header.get("run_id") != run_id:

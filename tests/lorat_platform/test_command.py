@@ -13,7 +13,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from lorat.config import TrainConfig
 from lorat.errors import UserError
-from lorat_platform.command import out_of_memory_message, parse, user_message
+from lorat_platform.command import parse, surroundings_message, user_message
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,8 +64,8 @@ def test_running_out_of_memory_is_said_in_a_sentence_but_may_be_tried_again() ->
     group = WorkerGroupError(str(error), {0: error})
     assert user_message(group) is None  # so that the worker is replaced
     for either in (error, group):
-        assert "ran out of memory" in (out_of_memory_message(either) or "")
-    assert out_of_memory_message(ValueError("x")) is None
+        assert "ran out of memory" in (surroundings_message(either) or "")
+    assert surroundings_message(ValueError("x")) is None
 
 
 def run_script(body: str) -> subprocess.CompletedProcess[str]:
