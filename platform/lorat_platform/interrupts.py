@@ -30,8 +30,14 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         interrupted = True
         raise KeyboardInterrupt
 
+    def end(number: int, frame: FrameType | None) -> None:
+        # Whoever deals with Ctrl-C at the moment, as Ray Tune does, deals with this as well.
+        handler = signal.getsignal(signal.SIGINT)
+        (handler if callable(handler) else interrupt)(number, frame)
+
+    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: end}
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in heard}
+    before = {number: signal.signal(number, handlers[number]) for number in heard}
     try:
         yield lambda: interrupted
     finally:
@@ -41,7 +47,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def kept_handlers() -> Iterator[None]:
-    """Keep this process's handlers through a call that installs others, as ``ray.init`` does."""
+    """Have the same handlers after a call that installs others, as ``ray.init`` does."""
     before = {n: h for n in SIGNALS if (h := signal.getsignal(n)) is not None}
     if threading.current_thread() is not threading.main_thread():
         before = {}

@@ -6,15 +6,13 @@ request (``search.json``), Ray Tune's snapshot, and the checkpoints of the trial
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
 import os
-import signal
-import threading
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -26,6 +24,7 @@ from lorat.config import to_dict
 from lorat.errors import UserError
 from lorat_platform import run_record
 from lorat_platform.crop_cache import remove_cache
+from lorat_platform.interrupts import kept_handlers
 from lorat_platform.leaderboard import Leaderboard
 from lorat_platform.scheduling import SLOTS, RandomSearch, SlotLimiter
 from lorat_platform.search_outcome import SearchOutcome, write_outcome
@@ -244,7 +243,7 @@ def _drive(
     _quieten_tune()
     finished = False
     try:
-        with _stopping_on_sigterm(), warnings.catch_warnings():
+        with kept_handlers(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             make_tuner().fit()
         finished = True
@@ -253,25 +252,12 @@ def _drive(
         session.end()
         run_record.release(location)
         if not finished:
-            parent.close("FAILED")
+            stopped = isinstance(sys.exception(), KeyboardInterrupt)
+            parent.close("KILLED" if stopped else "FAILED")
     _remove_caches(plan)
     if not interrupted:
         location.delete_folder(BETWEEN_RUNGS)
     return write_outcome(plan, board, parent, interrupted=interrupted)
-
-
-@contextlib.contextmanager
-def _stopping_on_sigterm() -> Iterator[None]:
-    """Let a request to end, as ``ray job stop`` sends it, leave a resumable search like Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _quieten_tune() -> None:
