@@ -145,7 +145,9 @@ def writing_to(location: Location) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        lines = str(error.strerror or error).strip().splitlines()
+        # PyArrow writes what it did before what the system said.
+        said = re.sub(r"^.*\[errno \d+\] ", "", str(error.strerror or error))
+        lines = said.strip().splitlines()
         raise UserError(
             f"Cannot write to {location.uri}: {lines[0][:300] if lines else type(error).__name__}; "
             "make room there or give another place, then run the same command again."

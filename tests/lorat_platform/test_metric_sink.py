@@ -13,7 +13,7 @@ import ray
 
 from infra.processes import free_port
 from lorat_platform import cluster
-from lorat_platform.console import ConsolePrinter
+from lorat_platform.console import Console, ConsolePrinter
 from lorat_platform.metric_sink import RemoteRun, open_remote_run
 from lorat_platform.mlflow_store import connect
 from lorat_platform.tracking import CLOSE_S
@@ -72,6 +72,12 @@ def test_a_step_is_shown_once_it_is_recorded(tmp_path: Path) -> None:
     """So that nothing that was shown is lost, whatever is killed."""
     console = ConsolePrinter().console
 
+    @ray.remote(num_cpus=0)
+    def work(run: RemoteRun, console: Console) -> bool:
+        run.log_metrics({"loss": 0.0}, 1)
+        console.line("step 1", run.in_flight()[-1:])
+        return run.settle()
+
     def shown() -> list[str]:
         return [line for _, line in ray.get(console.actor.take.remote())]
 
@@ -79,12 +85,12 @@ def test_a_step_is_shown_once_it_is_recorded(tmp_path: Path) -> None:
     sink = ray.get(run._actor.__ray_call__.remote(lambda _: os.getpid()))
     os.kill(sink, signal.SIGSTOP)
     try:
-        run.log_metrics({"loss": 0.0}, 1)
-        console.line("step 1", run.in_flight()[-1:])
-        time.sleep(0.5)
+        working = work.remote(run, console)
+        ray.wait([working], timeout=3)
         assert shown() == []
     finally:
         os.kill(sink, signal.SIGCONT)
+    assert ray.get(working)
     wait_until("the line", lambda: shown() == ["step 1"])
     assert run.close()
 
