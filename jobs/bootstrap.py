@@ -14,20 +14,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
-
-ROOT = Path(__file__).resolve().parents[1]
-
-if (ROOT / "lorat" / "__init__.py").exists():
-    for folder in (str(ROOT / "platform"), str(ROOT)):
-        if folder in sys.path:
-            sys.path.remove(folder)
-        sys.path.insert(0, folder)
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """End a job that has not begun; :func:`lorat_platform.command.run` is what comes after."""
+    """End a job that has not begun; :func:`lorat_platform.command.run` deals with what has."""
     os.write(2, b"\nInterrupted.\n")
     os._exit(130)
 
@@ -35,3 +26,11 @@ def leave(number: int, frame: FrameType | None) -> None:
 for number in (signal.SIGINT, signal.SIGTERM):
     if signal.getsignal(number) is not signal.SIG_IGN:
         signal.signal(number, leave)
+
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+if os.path.exists(os.path.join(ROOT, "lorat", "__init__.py")):
+    for folder in (os.path.join(ROOT, "platform"), ROOT):
+        if folder in sys.path:
+            sys.path.remove(folder)
+        sys.path.insert(0, folder)

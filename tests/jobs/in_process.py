@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +15,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run_in_process(name: str, *arguments: object) -> int:
     """Run ``jobs/NAME.py`` as its command line would and return the exit code."""
-    with pytest.MonkeyPatch.context() as patch:
+    # What jobs/bootstrap.py does to Ctrl-C when it is imported is for a process of its own.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as after:
+        for number, handler in handlers.items():
+            after.callback(signal.signal, number, handler)
         path = ROOT / "jobs" / f"{name}.py"
         patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
         patch.syspath_prepend(str(ROOT / "jobs"))
