@@ -8,10 +8,10 @@ python jobs/benchmark.py --describe B-224     parameters and work of a model
 
 from __future__ import annotations
 
+import bootstrap  # noqa: F401  (makes the packages importable)
+
 import logging
 import sys
-
-import bootstrap  # noqa: F401  (makes the packages importable)
 
 from lorat.errors import UserError
 from lorat_platform import command

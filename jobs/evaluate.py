@@ -6,6 +6,8 @@ python jobs/evaluate.py --model static --data synthetic
 
 from __future__ import annotations
 
+import bootstrap
+
 import dataclasses
 import json
 import logging
@@ -15,7 +17,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import bootstrap
 import tyro
 
 from lorat.errors import UserError
@@ -24,7 +25,7 @@ from lorat.storage import locate
 from lorat_platform import cluster, command
 from lorat_platform.evaluation import check_distinct, evaluate
 from lorat_platform.lease import Lease
-from lorat_platform.mlflow_store import tracking_uri, without_password
+from lorat_platform.mlflow_store import tracking_uri
 from lorat_platform.report import check_place, record, write_report
 from lorat_platform.sequence_workers import EvaluationConfig
 from lorat_platform.subject import load_subject
@@ -107,7 +108,7 @@ def main() -> int:
         log.info("files   %s", folder)
     log.info(
         "MLflow  %s, experiment %s, run %s",
-        without_password(tracking_uri()), options.experiment, run.run_id,
+        tracking_uri(), options.experiment, run.run_id,
     )  # fmt: skip
     return 0
 

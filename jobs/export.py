@@ -5,12 +5,13 @@ python jobs/export.py --model models:/lorat@champion --output export
 
 from __future__ import annotations
 
+import bootstrap  # noqa: F401
+
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import bootstrap  # noqa: F401
 import torch
 
 from lorat.checkpoint import save_backbone

@@ -8,6 +8,8 @@ python jobs/ingest.py preview URI --output grid.png
 
 from __future__ import annotations
 
+import bootstrap  # noqa: F401
+
 import dataclasses
 import functools
 import logging
@@ -15,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-import bootstrap  # noqa: F401
 import tyro
 
 from lorat.bounds import Bounds, Seed, check_bounds

@@ -7,6 +7,8 @@ python jobs/promote.py --rollback
 
 from __future__ import annotations
 
+import bootstrap
+
 import contextlib
 import json
 import logging
@@ -17,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import bootstrap
 import tyro
 
 from lorat import plots
@@ -29,7 +30,7 @@ from lorat.storage import locate
 from lorat_platform import cluster, command, promotion, registry
 from lorat_platform.evaluation import check_distinct, evaluate
 from lorat_platform.gate import Comparison, GateConfig, compare
-from lorat_platform.mlflow_store import connect, tracking_uri, without_password
+from lorat_platform.mlflow_store import connect, tracking_uri
 from lorat_platform.report import markdown_table
 from lorat_platform.sequence_workers import EvaluationConfig
 from lorat_platform.sources import SYNTHETIC
@@ -239,7 +240,7 @@ def needing_mlflow() -> Iterator[None]:
     try:
         yield
     except (MlflowException, TimeoutError) as error:
-        where = without_password(tracking_uri())
+        where = tracking_uri()
         raise UserError(
             f"MLflow at {where} did not do it ({str(error).splitlines()[0][:200]}); correct "
             "MLFLOW_TRACKING_URI or start the server, and give the same command again."

@@ -7,6 +7,8 @@ python jobs/track.py camera:0 --select
 
 from __future__ import annotations
 
+import bootstrap  # noqa: F401
+
 import csv
 import json
 import logging
@@ -17,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import bootstrap  # noqa: F401
 import numpy as np
 import tyro
 from tqdm import tqdm

@@ -6,13 +6,14 @@ python jobs/train.py --data URI --val-data URI --variant B-224 --workers 4
 
 from __future__ import annotations
 
+import bootstrap
+
 import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import bootstrap
 import tyro
 
 from lorat.config import TrainConfig, from_dict, resolve

@@ -7,16 +7,17 @@ python jobs/tune.py --resume NAME
 
 from __future__ import annotations
 
+import bootstrap
+
 import logging
 from dataclasses import dataclass, field
 from typing import Annotated
 
-import bootstrap
 import tyro
 
 from lorat.config import TrainConfig
 from lorat_platform import cluster, command
-from lorat_platform.mlflow_store import tracking_uri, without_password
+from lorat_platform.mlflow_store import tracking_uri
 from lorat_platform.search import resume_search, run_search
 from lorat_platform.search_final import train_winner
 from lorat_platform.search_outcome import SearchOutcome, describe
@@ -84,7 +85,7 @@ def _conclude(outcome: SearchOutcome) -> int:
         log.info("best    python jobs/train.py --config %s", outcome.best_config_file)
     log.info(
         "MLflow  %s, experiment %s, run %s",
-        without_password(tracking_uri()), outcome.plan.options.experiment, outcome.run_id,
+        tracking_uri(), outcome.plan.options.experiment, outcome.run_id,
     )  # fmt: skip
     if outcome.interrupted:
         storage = outcome.plan.options.storage

@@ -14,6 +14,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from lorat.addresses import refuse_secrets
 from lorat.bounds import Bounds, Count, Seed, Share, ShareBelowOne, check_bounds
 from lorat.errors import UserError
 from lorat.field_types import describe, fits, shown
@@ -186,6 +187,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         get_variant(self.variant)
         check_bounds(self)
+        for name in ("data", "val_data", "init_from", "backbone"):
+            refuse_secrets(getattr(self, name) or "", name)
 
     @property
     def model_variant(self) -> Variant:

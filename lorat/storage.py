@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
+from lorat.addresses import refuse_secrets
 from lorat.errors import UserError
 from lorat.home import home
 from lorat.scratch import make_file, marked, remove, sweep
@@ -149,7 +150,9 @@ def writing_to(location: Location) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        lines = str(error.strerror or error).strip().splitlines()
+        # PyArrow writes what it did before what the system said.
+        said = re.sub(r"^.*\[errno \d+\] ", "", str(error.strerror or error))
+        lines = said.strip().splitlines()
         raise UserError(
             f"Cannot write to {location.uri}: {lines[0][:300] if lines else type(error).__name__}; "
             "make room there or give another place, then run the same command again."
@@ -160,9 +163,10 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     """Resolve a URI.
 
     Raises:
-        UserError: if the scheme is unknown or the store refuses the URI.
+        UserError: if it has a secret in it, the scheme is unknown, or the store refuses it.
     """
     text = os.fspath(uri)
+    refuse_secrets(text, "The address")
     scheme = urllib.parse.urlsplit(text).scheme if "://" in text else ""
     if scheme in ("", "file"):
         path = urllib.parse.unquote(text.removeprefix("file://")) if scheme else text

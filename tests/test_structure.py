@@ -48,6 +48,15 @@ def test_imports_point_only_downwards(package: str) -> None:
     assert not wrong
 
 
+def test_jobs_import_what_must_come_first_first() -> None:
+    for path in (ROOT / "jobs").glob("*.py"):
+        if path.stem != "bootstrap":
+            _, future, begin, *_ = ast.parse(path.read_text()).body
+            assert isinstance(future, ast.ImportFrom) and future.module == "__future__", path
+            assert isinstance(begin, ast.Import), path
+            assert begin.names[0].name == "bootstrap", path
+
+
 @pytest.mark.parametrize(
     ("package", "top"), [("lorat", "."), ("platform/lorat_platform", "platform")]
 )

@@ -19,7 +19,7 @@ from lorat_platform.delivery import (
     is_doubtful,
 )
 from lorat_platform.journal import Journal, write_json
-from lorat_platform.mlflow_store import tracking_uri, without_password
+from lorat_platform.mlflow_store import tracking_uri
 from lorat_platform.trouble import replay_command
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def replay(folder: Path, *, rejected: bool = False) -> int | None:
     if store_name(uri) != header["store"]:
         raise UserError(
             f"The journal in {folder} belongs to {header['tracking_uri']} but MLflow is "
-            f"{without_password(uri)}; set MLFLOW_TRACKING_URI."
+            f"{uri}; set MLFLOW_TRACKING_URI."
         )
     with journal.owned() as mine:
         if not mine:

@@ -17,8 +17,10 @@ import tenacity
 
 import lorat
 import lorat_platform
+from lorat.addresses import refuse_secrets
 from lorat.errors import UserError
 from lorat_platform import sockets
+from lorat_platform.interrupts import kept_handlers
 
 log = logging.getLogger(__name__)
 
@@ -132,16 +134,18 @@ def connect(
     is random.  A Ray at a loopback address gets no socket from here that others reach.
 
     Raises:
-        UserError: if no cluster answers at the address, or if this process or what it started
-            would listen for other machines though its Ray is on the loopback address.
+        UserError: if no cluster answers at the address, it has a secret in it, or this process or
+            what it started would listen for other machines though its Ray is on the loopback
+            address.
     """
     os.environ |= {k: v for k, v in ENVIRONMENT.items() if k not in os.environ}
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    refuse_secrets(address if "://" in address else f"ray://{address}", "The Ray address")
 
     import ray
 
     if ray.is_initialized():
         return _describe(embedded=False)
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
     embedded = address == "local"
     options: dict[str, Any] = {}
     if embedded:
@@ -241,7 +245,7 @@ def _start_ray(options: dict[str, Any]) -> None:
     def too_slow(error: BaseException) -> bool:
         return "timed out during startup" in str(error)
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), kept_handlers():
         warnings.simplefilter("ignore")
         tenacity.Retrying(
             stop=tenacity.stop_after_attempt(3),

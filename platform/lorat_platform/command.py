@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import io
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
+from lorat.addresses import refuse_secrets
 from lorat.errors import UserError
 from lorat.home import home, home_problem
+from lorat_platform.interrupts import EXIT_INTERRUPTED, interruptible, leave_at_once
+from lorat_platform.output import cleaned_output
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +28,14 @@ T = TypeVar("T")
 
 EXIT_USER_ERROR = 2
 EXIT_FAILURE = 1
-EXIT_INTERRUPTED = 130
+ADDRESSES = (
+    "LORAT_HOME", "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_S3_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "RAY_ADDRESS",
+)  # fmt: skip
+"""Variables that name a place; what is secret about it belongs into others."""
+WRAPPED = ("cause", "controller_failure", "_base_exc")
+"""Where Ray's errors of tasks, of controllers and of its libraries keep what was raised; those of
+worker groups have ``worker_failures``."""
 
 
 def parse(
@@ -36,9 +48,11 @@ def parse(
     """Read the command line into ``kind``: a frozen dataclass, or a function of dataclasses.
 
     Raises:
-        UserError: for an unknown flag or a value of the wrong type, in one sentence.
+        UserError: for an unknown flag, a value of the wrong type, or an address with a secret, in
+            one sentence.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    refuse_secrets_in(given)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -47,6 +61,20 @@ def parse(
         if stop.code in (0, None):
             raise
         raise UserError(_one_sentence(_plain(printed.getvalue()), kind)) from None
+
+
+def refuse_secrets_in(arguments: Sequence[str]) -> None:
+    """Refuse addresses with passwords and keys on a command line.
+
+    Raises:
+        UserError: for the first one.
+    """
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name, _, value = argument.partition("=")
+        if name.startswith("-"):
+            refuse_secrets(value, name)
+        else:
+            refuse_secrets(argument, before if before.startswith("-") else "The address")
 
 
 def _plain(box: str) -> str:
@@ -88,34 +116,45 @@ def flag(field: str) -> str:
 def run(main: Callable[[], int | None]) -> None:
     """Run a job and leave the process with its exit code.
 
-    A :class:`UserError`, also one raised in a Ray worker, and whatever comes of a home folder that
-    cannot be written become ``error: one sentence`` and code 2; an interrupt becomes code 130;
-    anything else keeps its traceback and code 1.
+    A :class:`UserError`, also one raised in a Ray worker, an error of the machine or its files and
+    whatever comes of a home folder that cannot be written become ``error: one sentence`` and code
+    2; an interrupt or a request to end becomes code 130; anything else keeps its traceback and code
+    1.  Nothing is printed with the secrets of addresses.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for name in ("ray", "mlflow", "alembic", "urllib3", "botocore", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # its import sets its logger again
+    with interruptible() as interrupted, cleaned_output():
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        for name in ("ray", "mlflow", "alembic", "urllib3", "botocore", "httpx"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # its import sets its logger again
+        try:
+            code = _exit_code(main, interrupted)
+        except KeyboardInterrupt:
+            print("\nInterrupted.", file=sys.stderr)
+            code = EXIT_INTERRUPTED
+        if code == EXIT_INTERRUPTED:
+            # Threads that wait for the cluster must not hold the process up nor change its code.
+            leave_at_once()
+        sys.stdout.flush()
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[], int | None], interrupted: Callable[[], bool]) -> int:
     try:
+        for name in ADDRESSES:
+            refuse_secrets(os.environ.get(name, ""), name)
         _sweep_left_overs()
-        code = main() or 0
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        code = EXIT_INTERRUPTED
+        return main() or 0
     except Exception as error:
-        message = user_message(error) or out_of_memory_message(error) or home_message(error)
+        if interrupted():  # the stop is the cause, as where Ray's processes were stopped as well
+            raise KeyboardInterrupt from error
+        message = user_message(error) or home_message(error) or surroundings_message(error)
         if message is None:
-            raise
+            traceback.print_exc()
+            return EXIT_FAILURE
         print(f"error: {message}", file=sys.stderr)
-        code = EXIT_USER_ERROR
+        return EXIT_USER_ERROR
     finally:
         _leave_ray()
-    sys.stdout.flush()
-    if code == EXIT_INTERRUPTED:
-        # Threads that wait for the cluster must neither hold the process up nor change its code.
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def _sweep_left_overs() -> None:
@@ -136,40 +175,71 @@ def _leave_ray() -> None:
             ray.shutdown()
 
 
-def user_message(error: BaseException | None, depth: int = 0) -> str | None:
-    """Return the sentence of the user error that ``error`` is or wraps, or none.
+def user_message(error: BaseException | None) -> str | None:
+    """Return the sentence of the user error that ``error`` is or wraps, or none."""
+    for one in _inside(error, *WRAPPED, "__cause__", "__context__"):
+        # What Ray makes of a task's error is of the same class, but its text says where it was.
+        if isinstance(one, UserError) and getattr(one, "cause", None) is None:
+            return str(one).strip().splitlines()[0]
+        # What an actor raised while it was made is only kept as text.
+        named = re.search(r"^lorat\.errors\.UserError: (.+)$", str(one), re.MULTILINE)
+        if named:
+            return named.group(1)
+    return None
 
-    Ray wraps what a task raised in several layers: task errors have ``cause``, worker groups
-    ``worker_failures``, controllers ``controller_failure``, user exceptions ``_base_exc``.
+
+def _inside(error: BaseException | None, *attributes: str) -> Iterator[BaseException]:
+    """Yield an error and all that it wraps, the outermost first.
+
+    Ray wraps what a task raised in several layers, more for tasks of tasks.
     """
-    if error is None or depth > 12:
-        return None
-    if isinstance(error, UserError):
-        return str(error).strip().splitlines()[0]
-    failures = getattr(error, "worker_failures", None)
-    inner: list[Any] = list(failures.values()) if isinstance(failures, dict) else []
-    inner += [
-        getattr(error, name, None)
-        for name in ("cause", "controller_failure", "_base_exc", "__cause__", "__context__")
-    ]
-    for wrapped in inner:
-        if isinstance(wrapped, BaseException):
-            message = user_message(wrapped, depth + 1)
-            if message is not None:
-                return message
-    # What an actor raised while it was made is only kept as text.
-    named = re.search(r"^lorat\.errors\.UserError: (.+)$", str(error), re.MULTILINE)
-    return named.group(1) if named else None
+    waiting: list[Any] = [error]
+    seen: set[int] = set()
+    while waiting:
+        one = waiting.pop(0)
+        if not isinstance(one, BaseException) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        failures = getattr(one, "worker_failures", None)
+        waiting += failures.values() if isinstance(failures, dict) else []
+        waiting += [getattr(one, name, None) for name in attributes]
 
 
-def out_of_memory_message(error: BaseException) -> str | None:
-    """Return a sentence if Ray ended a process because memory ran out, else none."""
-    if "OutOfMemoryError" not in type(error).__name__ and "low on memory" not in str(error):
-        return None
-    return (
-        "A machine of the cluster ran out of memory and Ray ended a process; use fewer or smaller "
-        "workers, or a machine with more memory."
-    )
+def surroundings_message(error: BaseException) -> str | None:
+    """Return a sentence if what failed is a machine or its files, also in a task, else none."""
+    for one in _inside(error, *WRAPPED):
+        name = type(one).__name__
+        if "OutOfMemoryError" in name or "low on memory" in str(one):
+            return (
+                "A machine of the cluster ran out of memory and Ray ended a process; use fewer or "
+                "smaller workers, or a machine with more memory."
+            )
+        if "OutOfDiskError" in name:
+            return (
+                "The disk on which Ray keeps its objects is full; make room there, or set "
+                "RAY_TMPDIR to a folder with room, then run the same command again."
+            )
+        if isinstance(one, OSError) and getattr(one, "cause", None) is None:
+            return _files_message(one)
+    return None
+
+
+def _files_message(error: OSError) -> str:
+    """Return what to tell the user of an error of files or of the network."""
+    lines = str(error.strerror or error).strip().splitlines()
+    reason = lines[0].rstrip(".")[:300] if lines else type(error).__name__
+    given = (error.filename, error.filename2)
+    names = [os.fsdecode(name) for name in given if isinstance(name, str | bytes)]
+    what = f"{' to '.join(names)}: {reason}" if names else reason
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            remedy = "make room there"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            remedy = "make it accessible to this user, or give another place"
+        case _:
+            remedy = "mend that"
+    return f"{what}; {remedy}, then run the same command again."
 
 
 def home_message(error: BaseException) -> str | None:

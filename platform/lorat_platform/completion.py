@@ -61,7 +61,7 @@ def finish(
     began: float,
 ) -> TrainingResult:
     """Evaluate beside the baselines, register, and say where everything is."""
-    from lorat_platform.mlflow_store import tracking_uri, without_password
+    from lorat_platform.mlflow_store import tracking_uri
 
     evaluated = bool(datasets.val) and options.final_evaluation
     model = None
@@ -99,7 +99,7 @@ def finish(
     log.info("checkpoint  %s", result.folder.child(result.checkpoint).uri)
     if version:
         log.info("model       models:/lorat/%s, alias candidate", version)
-    log.info("MLflow      %s, experiment %s, run %s", without_password(tracking_uri()),
+    log.info("MLflow      %s, experiment %s, run %s", tracking_uri(),
              options.experiment, run_id)  # fmt: skip
     log.info("open it     %s", ui_command())
     return dataclasses.replace(result, mlflow_run_id=run_id, model_version=version, scores=scores)
@@ -155,11 +155,11 @@ def _register(
 
 def ui_command() -> str:
     """Return what opens the MLflow UI on the store in use."""
-    from lorat_platform.mlflow_store import is_sqlite, tracking_uri, without_password
+    from lorat_platform.mlflow_store import is_sqlite, tracking_uri
 
     uri = tracking_uri()
     if not is_sqlite(uri):
-        return without_password(uri)
+        return uri
     return f"mlflow server --backend-store-uri {uri} --port 5000   then http://127.0.0.1:5000"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 POLL_S = 0.25
@@ -18,8 +19,8 @@ class _Lines:
         self._lines: list[tuple[int, str]] = []
         self._dropped = 0
 
-    def write(self, level: int, line: str) -> None:
-        """Append a line."""
+    def write(self, level: int, line: str, *_: Any) -> None:
+        """Append a line; Ray waits for the other arguments, which are results of other calls."""
         if len(self._lines) >= KEPT:
             self._dropped += 1
             return
@@ -52,9 +53,9 @@ class Console(logging.Handler):
         except Exception:
             self.handleError(record)
 
-    def line(self, text: str) -> None:
-        """Send a line."""
-        self.actor.write.remote(logging.INFO, text)
+    def line(self, text: str, after: Sequence[Any] = ()) -> None:
+        """Send a line, which is shown once the calls ``after`` have been answered, if they are."""
+        self.actor.write.remote(logging.INFO, text, *after)
 
     def install(self, level: int = logging.INFO) -> None:
         """Let the logs of both packages in this process go here."""

@@ -2,7 +2,8 @@
 
 A record that was sent but whose answer got lost is sent again: MLflow ignores a metric that it
 has with the same time stamp and step, parameters and tags are set to the same value, and the
-run itself is found again by its key.
+run itself is found again by its key.  A training that goes on from a checkpoint takes some steps
+again, at other times: a metric keeps the first value of a step, and only gaps are filled.
 
 Records go in order, but for artefacts that cannot be uploaded although MLflow answers: they are
 put aside and tried again later, so that nothing waits for them.
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorat.addresses import without_secrets
 from lorat.errors import UserError
 from lorat.scratch import temporary_folder
 from lorat.storage import check_plain_name
@@ -79,6 +81,9 @@ class Delivery:
         self._client: MlflowClient | None = None
         self._params: dict[str, str] | None = None
         self._nonfinite: set[str] = set()
+        self._is_new = False
+        self._last_step: dict[str, int] = {}
+        self._steps_again: dict[str, set[int]] = {}
         self._doubtful_attempts = 0
         self._retry_at = 0.0
         self._retry_pause_s = 1.0
@@ -158,7 +163,7 @@ class Delivery:
 
     def _reject(self, record: dict[str, Any], error: Exception) -> None:
         self.num_rejected += 1
-        self._journal.reject(record, str(error))
+        self._journal.reject(record, without_secrets(str(error)))
         if self.num_rejected > 1:  # their number is said at the end of the run
             return
         log.warning(
@@ -232,6 +237,7 @@ class Delivery:
             run_id = self.client.create_run(
                 experiment_id, start_time=header["start_ms"], tags=tags, run_name=header["name"]
             ).info.run_id
+            self._is_new = True
         for child in self._runs_with(experiment_id, PARENT_TAG, header["key"]):
             self.client.set_tag(child, MLFLOW_PARENT_TAG, run_id)
         self._journal.set_header(run_id=run_id, experiment_id=experiment_id)
@@ -270,10 +276,15 @@ class Delivery:
     def _send_metrics(self, run_id: str, records: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
-        metrics = []
+        metrics: list[Metric] = []
+        sent: set[tuple[str, int]] = set()
         notes: dict[str, str] = {}
         for record in records:
             for name, value in record["values"].items():
+                point = name, record["step"]
+                if point in sent or self._has(run_id, *point):
+                    continue
+                sent.add(point)
                 if not math.isfinite(value):
                     # MLflow turns an infinity into 1.8e308, which flattens the whole curve.
                     if name not in self._nonfinite:
@@ -286,6 +297,23 @@ class Delivery:
             self._nonfinite |= {name.removeprefix("nonfinite.") for name in notes}
         for start in range(0, len(metrics), MAX_METRICS):
             self.client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
+        for name, step in sent:
+            if step > self._last_step.get(name, -1):
+                self._last_step[name] = step
+                self._steps_again.pop(name, None)
+            elif name in self._steps_again:
+                self._steps_again[name].add(step)
+
+    def _has(self, run_id: str, name: str, step: int) -> bool:
+        """Tell whether MLflow has a metric of a step; it is asked where steps may come again."""
+        known = self._is_new or name in self._last_step
+        if known and step > self._last_step.get(name, -1):
+            return False
+        if name not in self._steps_again:
+            steps = {metric.step for metric in self.client.get_metric_history(run_id, name)}
+            self._steps_again[name] = steps
+            self._last_step[name] = max(steps, default=-1)
+        return step in self._steps_again[name]
 
     def _send_params(self, run_id: str, values: dict[str, str]) -> None:
         from mlflow.entities import Param

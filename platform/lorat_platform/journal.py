@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+from lorat.addresses import without_secrets
 from lorat.bounds import Bounds
 from lorat.errors import UserError
 from lorat.json_files import check_shape, parse_json, read_json
@@ -118,7 +119,7 @@ class Journal:
     def append(self, record: dict[str, Any]) -> None:
         """Write one record; a full or broken disk never raises, see ``disk_error``."""
         with self._mutex:
-            self._waiting.append(json.dumps(record).encode() + b"\n")
+            self._waiting.append(without_secrets(json.dumps(record)).encode() + b"\n")
             while len(self._waiting) > MAX_WAITING:
                 self._waiting.popleft()
                 self.num_dropped += 1

@@ -7,8 +7,8 @@ import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit, urlunsplit
 
+from lorat.addresses import refuse_secrets
 from lorat.home import home
 
 if TYPE_CHECKING:
@@ -24,21 +24,19 @@ EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
 def tracking_uri() -> str:
-    """Return ``MLFLOW_TRACKING_URI``, or the SQLite file ``mlflow.db`` in the home folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home().absolute()}/mlflow.db"
+    """Return ``MLFLOW_TRACKING_URI``, or the SQLite file ``mlflow.db`` in the home folder.
+
+    Raises:
+        UserError: if it has a secret in it.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home().absolute()}/mlflow.db"
+    refuse_secrets(uri, "MLFLOW_TRACKING_URI")
+    return uri
 
 
 def is_sqlite(uri: str) -> bool:
     """Tell whether the store is a file that only one machine should write."""
     return uri.startswith("sqlite:")
-
-
-def without_password(uri: str) -> str:
-    """Return the address without user name and password, fit for files and messages."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[1]))
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:

@@ -21,7 +21,7 @@ from lorat.home import home
 from lorat.scratch import temporary_folder
 from lorat.storage import Location, locate
 from lorat_platform import checkpoint_store
-from lorat_platform.mlflow_store import connect, tracking_uri, without_password
+from lorat_platform.mlflow_store import connect, tracking_uri
 
 if TYPE_CHECKING:
     from lorat.model import LoRAT
@@ -326,7 +326,7 @@ def _user_errors(uri: str) -> Iterator[None]:
     """Turn what MLflow says about a missing model or server into one sentence."""
     from mlflow.exceptions import MlflowException
 
-    where = without_password(tracking_uri())
+    where = tracking_uri()
     try:
         yield
     except MlflowException as error:

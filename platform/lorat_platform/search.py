@@ -11,8 +11,7 @@ import dataclasses
 import json
 import logging
 import os
-import signal
-import threading
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from lorat.config import to_dict
 from lorat.errors import UserError
 from lorat_platform.checkpoint_store import BETWEEN_RUNGS
 from lorat_platform.crop_cache import driven_here, remove_cache
+from lorat_platform.interrupts import kept_handlers
 from lorat_platform.leaderboard import Leaderboard
 from lorat_platform.lease import Lease
 from lorat_platform.scheduling import SLOTS, RandomSearch, SlotLimiter
@@ -269,7 +269,7 @@ def _drive(
     _quieten_tune()
     finished = False
     try:
-        with _stopping_on_sigterm(), _cache_here(plan), warnings.catch_warnings():
+        with kept_handlers(), _cache_here(plan), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             results = make_tuner().fit()
         finished = True
@@ -278,7 +278,8 @@ def _drive(
         lost = lease.is_lost_now()
         endings = session.end(close=not lost)
         if not finished and not lost:
-            say_what_is_left([*endings, parent.end("FAILED")])
+            stopped = isinstance(sys.exception(), KeyboardInterrupt)
+            say_what_is_left([*endings, parent.end("KILLED" if stopped else "FAILED")])
     lease.check()
     _remove_caches(plan)
     if not interrupted:
@@ -297,20 +298,6 @@ def _sweep_trials(location: storage.Location, results: tune.ResultGrid) -> None:
         for name in trial.folders():
             if kept and name.startswith("checkpoint_") and name not in kept:
                 trial.delete_folder(name)
-
-
-@contextlib.contextmanager
-def _stopping_on_sigterm() -> Iterator[None]:
-    """Let a request to end, as ``ray job stop`` sends it, leave a resumable search like Ctrl-C."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _quieten_tune() -> None:

@@ -26,7 +26,7 @@ from lorat.home import home
 from lorat_platform import backlog
 from lorat_platform.delivery import Delivery, first_line
 from lorat_platform.journal import Journal
-from lorat_platform.mlflow_store import is_sqlite, tracking_uri, without_password
+from lorat_platform.mlflow_store import is_sqlite, tracking_uri
 from lorat_platform.recorder import Recorder
 from lorat_platform.trouble import Ending, Trouble, say_what_is_left
 
@@ -97,7 +97,7 @@ class Run(Recorder):
             failed = self._failed_attempts - attempts
             if waited_s > timeout_s or failed >= ID_ATTEMPTS:
                 raise TimeoutError(
-                    f"MLflow at {without_password(self.uri)} has not answered in {waited_s:.0f} s"
+                    f"MLflow at {self.uri} has not answered in {waited_s:.0f} s"
                     f"{f': {self._error}' if self._error else ''}."
                 )
             if failed:
@@ -137,7 +137,7 @@ class Run(Recorder):
 
     def end(self, status: Status = "FINISHED", timeout_s: float = CLOSE_S) -> Ending:
         """End the run as :meth:`close` does, but leave it to the caller to say what is left."""
-        store, folder = without_password(self.uri), self.journal.folder
+        store, folder = self.uri, self.journal.folder
         if self._stop.is_set():
             return Ending(True, 0, 0, 0, folder, store, "")
         self._record("status", status=status)
@@ -226,9 +226,7 @@ class Run(Recorder):
                         break
                     self._error = None
                     self._failed_attempts = 0
-                    UNREACHABLE[self.uri].end(
-                        self, f"MLflow at {without_password(self.uri)} answers again."
-                    )
+                    UNREACHABLE[self.uri].end(self, f"MLflow at {self.uri} answers again.")
                     with self._idle:
                         self._idle.notify_all()
                     if num_sent == 0:
@@ -252,7 +250,7 @@ class Run(Recorder):
             return
         UNREACHABLE[self.uri].begin(
             self,
-            f"MLflow at {without_password(self.uri)} has not answered for {SILENT_S:.0f} s; the "
+            f"MLflow at {self.uri} has not answered for {SILENT_S:.0f} s; the "
             f"job goes on, and what it records waits in {self.journal.folder}.",
         )
 
@@ -271,7 +269,7 @@ class Run(Recorder):
             return
         UNREACHABLE[self.uri].begin(
             self,
-            f"MLflow at {without_password(self.uri)} cannot be reached ({self._error[:300]}); the "
+            f"MLflow at {self.uri} cannot be reached ({self._error[:300]}); the "
             f"job goes on, and what it records waits in {self.journal.folder}.",
         )
 
@@ -313,7 +311,7 @@ def open_run(
             name=name,
             parent=parent_run_id,
             start_ms=time.time_ns() // 1_000_000,
-            tracking_uri=without_password(uri),
+            tracking_uri=uri,
             store=store,
         )
     elif run_id and header.get("run_id") != run_id:

@@ -213,12 +213,15 @@ class _Reporter:
             self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
             self._last = (now, step)
             left = self._rate * (self._end - step)
-            self._setup.console.line(metrics_line(step, self._end, metrics, left))
+            recorded: list[Any] = []
+            if self._setup.run is not None:
+                self._setup.run.log_metrics(metrics, step)
+                recorded = self._setup.run.in_flight()[-1:]
+            # A step that was shown is in the journal, whatever kills this process or the driver.
+            self._setup.console.line(metrics_line(step, self._end, metrics, left), recorded)
             if now - self._parts_shown > PARTS_EVERY_S:
                 self._parts_shown = now
                 self._setup.console.line(parts_line(metrics))
-            if self._setup.run is not None:
-                self._setup.run.log_metrics(metrics, step)
             self._gauges.set(metrics)
 
     def checkpoint(self, learner: Any, metrics: dict[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -39,6 +40,8 @@ START_TIMEOUT_S = 300
 """Longest wait for the nodes of the training workers, by default; embedded, Ray's own minute."""
 VALIDATION_TIMEOUT_S = 3600.0
 """Longest validation; the end of the training waits for the last one."""
+STOP_S = 10.0
+"""Longest wait for the workers to end after an interrupt."""
 CONTROLLER_FAILURES = 3
 """Starts of the worker group that may fail or time out before the run gives up."""
 
@@ -275,7 +278,7 @@ def _fit(
         validation_config=validation,
     )
     began = time.perf_counter()
-    _in_thread(trainer.fit, place, lease.check)
+    _run(trainer, place, lease.check)
     lease.confirm()
     name = checkpoint_store.newest(folder)
     if name is None:
@@ -297,30 +300,45 @@ def _validation_steps(wanted: int, checkpoint_every: int) -> int:
     return max(1, round(wanted / checkpoint_every)) * checkpoint_every
 
 
-def _in_thread(fit: Callable[[], Any], place: Placement, check: Callable[[], None]) -> None:
-    """Run ``fit`` beside the main thread, which stays free for Ctrl-C and for ``check`` to raise.
+def _run(trainer: Any, place: Placement, check: Callable[[], None]) -> None:
+    """Train to the end; an interrupt, and what ``check`` raises, end the workers before all else.
 
-    Ray Train would install a handler of its own that ends the process with code 0.
+    Ray Train works beside the main thread, which stays free for both.
     """
-    failure: list[BaseException] = []
+    controllers: list[Any] = []
+    failures: list[Exception] = []
+    # The handler of Ctrl-C that Ray Train installs here would end the process with code 0.
+    trainer._register_sigint_handler = controllers.append
 
-    def work() -> None:
+    def fit() -> None:
         try:
-            fit()
-        except BaseException as error:
-            failure.append(error)
+            trainer.fit()
+        except Exception as error:
+            failures.append(error)
 
-    thread = threading.Thread(target=work, name="ray-train", daemon=True)
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(timeout=0.2)
-        check()
-    if failure:
-        message = user_message(failure[0])
-        message = message or _start_message(failure[0], place)
+    try:
+        while thread.is_alive():
+            thread.join(timeout=0.2)
+            check()
+    except BaseException:
+        for controller in controllers:
+            _abort(controller)
+        raise
+    for error in failures:
+        message = user_message(error) or _start_message(error, place)
         if message is not None:
-            raise UserError(message) from failure[0]
-        raise failure[0]
+            raise UserError(message) from error
+        raise error
+
+
+def _abort(controller: Any) -> None:
+    """End the workers of a training and, after them, its controller."""
+    import ray
+
+    with contextlib.suppress(ray.exceptions.RayError):  # that it has ended is its only answer
+        ray.get(controller.abort.remote(), timeout=STOP_S)
 
 
 def _start_message(error: BaseException, place: Placement) -> str | None:

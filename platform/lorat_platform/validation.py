@@ -157,13 +157,15 @@ class CheckpointValidation:
         device = "cuda" if _has_gpu() else "cpu"
         metrics = validate(checkpoint.load(folder).to(device), self.plan)
         metrics["val/seconds"] = time.perf_counter() - began
+        recorded: list[Any] = []
         if self.run is not None:
             self.run.log_metrics(metrics, step)
+            recorded = self.run.in_flight()[-1:]
         if self.console is not None:
             shown = {k.removeprefix("val/"): v for k, v in metrics.items() if k != "val/seconds"}
             text = "  ".join(
                 f"{k} {shown[k]:.4f}" for k in ("loss", "ao", "sr50", "sr75") if k in shown
             )
             took = metrics["val/seconds"]
-            self.console.line(f"validation of step {step}: {text}  ({took:.0f} s)")
+            self.console.line(f"validation of step {step}: {text}  ({took:.0f} s)", recorded)
         return metrics

@@ -63,6 +63,28 @@ def make_token(folder: Path) -> str:
     return "of-this-user"
 
 
+def test_an_address_with_a_secret_goes_nowhere(tmp_path: Path) -> None:
+    ray = tmp_path / "ray"
+    ray.write_text('#!/bin/sh\ntouch "$0.was-called"\n')
+    ray.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    for options, variables in (
+        (["--storage", "s3://KEY:PLANTED@bucket"], {}),
+        ([], {"MLFLOW_TRACKING_URI": "http://me:PLANTED@127.0.0.1:1"}),
+    ):
+        result = subprocess.run(
+            [ROOT / "infra" / "local_run.sh", *options],
+            env={"PATH": path, "HOME": str(tmp_path), **variables},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.returncode == 2, result.stderr
+        assert "was given with a password or key" in result.stderr
+        assert "PLANTED" not in result.stdout + result.stderr
+    assert not ray.with_name("ray.was-called").exists()
+
+
 def test_addresses_go_along_but_no_passwords(tmp_path: Path) -> None:
     """Ray shows a job's environment, and a process its command line, to everybody."""
     with dashboard(make_token(tmp_path)) as port:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import runpy
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +24,11 @@ def import_job(name: str) -> ModuleType:
 
 def run_in_process(name: str, *arguments: object) -> int:
     """Run ``jobs/NAME.py`` as its command line would and return the exit code."""
-    with pytest.MonkeyPatch.context() as patch:
+    # What jobs/bootstrap.py does to Ctrl-C when it is imported is for a process of its own.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as after:
+        for number, handler in handlers.items():
+            after.callback(signal.signal, number, handler)
         path = ROOT / "jobs" / f"{name}.py"
         patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
         patch.syspath_prepend(str(ROOT / "jobs"))

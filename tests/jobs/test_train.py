@@ -38,6 +38,10 @@ def test_wrong_options_give_one_sentence(
     assert "--workers is 200 but a global batch has 128 pairs" in wrong(
         capsys, "--variant", "B-224", "--workers", "200", "--dry-run"
     )
+    for option in ("--data", "--val-data", "--storage", "--init-from"):
+        error = wrong(capsys, option, "s3://KEY:PLANTED@bucket/a", "--dry-run")
+        assert f"{option} s3://bucket/a was given with a password" in error
+        assert "PLANTED" not in error
     missing = tmp_path / "config.json"
     assert f"{missing} cannot be read" in wrong(capsys, "--config", missing)
     missing.write_text('{"lora": {"rnak": 3}}')

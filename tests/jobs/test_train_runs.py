@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +38,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     )
 
 
-def train(home: Path, *options: str) -> subprocess.CompletedProcess[str]:
+PLANTED = {
+    "MLFLOW_TRACKING_USERNAME": "somebody",
+    "MLFLOW_TRACKING_PASSWORD": "planted-password-4711",
+    "AWS_ACCESS_KEY_ID": "planted-key-4711",
+    "AWS_SECRET_ACCESS_KEY": "planted-secret-4711",
+}
+"""Secrets where they belong."""
+
+
+def train(home: Path, *options: str, **more: str) -> subprocess.CompletedProcess[str]:
     make_home(home)
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     return subprocess.run(
@@ -44,7 +55,7 @@ def train(home: Path, *options: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         cwd=home,
-        env=environment | {"LORAT_HOME": str(home)},
+        env=environment | {"LORAT_HOME": str(home)} | more,
     )
 
 
@@ -56,18 +67,21 @@ class Trained:
     output: str
     data: tuple[str, ...]
     """Options that name its data."""
+    ray: Path
+    """Where its Ray wrote logs."""
 
 
 @pytest.fixture(scope="module")
-def trained(shards: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(shards: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     home = tmp_path_factory.mktemp("trained")
     data = ("--data", shards[0], "--val-data", shards[1])
-    done = train(
-        home, *SMALL, *data, "--name", "small", "--checkpoint-every", "1", "--keep", "2",
-        "--workers", "2", "--cpus-per-worker", "1",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return Trained(home=home, output=done.stdout, data=data)
+    with tempfile.TemporaryDirectory(prefix="ray-") as ray:  # short: a socket's name has a limit
+        done = train(
+            home, *SMALL, *data, "--name", "small", "--checkpoint-every", "1", "--keep", "2",
+            "--workers", "2", "--cpus-per-worker", "1", RAY_TMPDIR=ray, **PLANTED,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield Trained(home=home, output=done.stdout + done.stderr, data=data, ray=Path(ray))
 
 
 def test_a_training_ends_with_a_registered_tracker_and_says_where(
@@ -112,6 +126,18 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
     assert {"success.png", "precision.png", "sequences.csv", "report.md"} <= set(report)
     assert {name.split("-")[0] for name in report if name.endswith(".mp4")} == {"best", "worst"}
     assert json.loads(version.tags["benchmark"]) == [val]
+
+
+def test_no_file_page_or_log_of_a_run_holds_a_secret(trained: Trained) -> None:
+    """The pages of MLflow are in its database."""
+    secrets = [PLANTED[n].encode() for n in PLANTED if n != "MLFLOW_TRACKING_USERNAME"]
+    files = [p for folder in (trained.home, trained.ray) for p in folder.rglob("*") if p.is_file()]
+    assert {"mlflow.db", "run.json", "raylet.out"} <= {path.name for path in files}
+    holding = {
+        str(path) for path in files if any(secret in path.read_bytes() for secret in secrets)
+    }
+    assert not holding
+    assert not any(secret in trained.output.encode() for secret in secrets)
 
 
 @pytest.mark.usefixtures("shared_ray")

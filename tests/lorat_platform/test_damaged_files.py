@@ -88,7 +88,6 @@ def _changed(value: Any, rng: random.Random) -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with an undamaged file of every kind."""
-    from lorat_platform.tracking import without_password
 
     place = tmp_path_factory.mktemp("files")
     config = resolve(tiny_config())
@@ -121,7 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     journal = Journal(place / "journal")
     journal.set_header(
         key="k", run_id="r", experiment="e", name="n", parent=None, start_ms=5,
-        tracking_uri=without_password("sqlite:////x"), store="s",
+        tracking_uri="sqlite:////x", store="s",
     )  # fmt: skip
     journal.append({"op": "metrics", "time_ms": 1, "step": 2, "values": {"loss": float("nan")}})
     journal.deliver_to(1)

@@ -27,6 +27,30 @@ def test_run_is_created_once_although_the_answer_was_lost(tmp_path: Path) -> Non
     assert len(find_runs("lorat")) == 1
 
 
+@pytest.mark.parametrize("journal", ["kept", "lost"])
+def test_a_step_that_is_taken_again_is_shown_once_and_gaps_are_filled(
+    journal: str, tmp_path: Path
+) -> None:
+    """A training that was killed goes on from its last checkpoint, maybe on another machine."""
+    run = tracking.open_run("lorat", "a", folder=tmp_path / "first")
+    for step in (0, 1, 2, 4):  # what was to be said of step 3 was lost with its process
+        run.log_metrics({"loss": float(step), "speed": 1.0}, step)
+    for step in range(3):  # a worker died
+        run.log_metrics({"loss": float(step), "speed": 2.0}, step)
+    run.close()
+    folder = tmp_path / ("first" if journal == "kept" else "second")
+    again = tracking.open_run("lorat", "a", folder=folder, run_id=run.wait_for_id())
+    for step in range(1, 7):
+        again.log_metrics({"loss": float(step), "speed": 3.0}, step)
+        again.flush()
+    again.close()
+    client = connect()
+    points = client.get_metric_history(run.wait_for_id(), "loss")
+    assert sorted((p.step, p.value) for p in points) == [(s, float(s)) for s in range(7)]
+    speeds = client.get_metric_history(run.wait_for_id(), "speed")
+    assert [p.value for p in sorted(speeds, key=lambda p: p.step)] == [1, 1, 1, 3, 1, 3, 3]
+
+
 def test_nonfinite_metrics_are_kept_and_marked(tmp_path: Path) -> None:
     with tracking.open_run("lorat", "a", folder=tmp_path) as run:
         for step, value in enumerate([1.0, math.inf, math.nan, -math.inf, 2.0]):

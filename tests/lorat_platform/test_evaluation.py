@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -26,6 +27,7 @@ from lorat.one_pass import SequenceResult, track_sequences
 from lorat.shards import ImageReader
 from lorat.storage import locate
 from lorat_platform import cluster, sequence_workers
+from lorat_platform.command import user_message
 from lorat_platform.evaluation import DatasetResult, check_distinct, evaluate
 from lorat_platform.lease import Lease
 from lorat_platform.recorder import Recorder
@@ -249,6 +251,16 @@ def test_missing_model_or_data_is_one_sentence(tmp_path: Path, uri: str) -> None
         evaluate(load_subject("static"), str(tmp_path / "nowhere"), config(tmp_path))
     with pytest.raises(UserError, match="There is no model"):
         load_subject("nothing")
+
+
+def test_a_missing_shard_is_one_sentence(subject: Subject, uri: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(uri, tmp_path / "copy")
+    (copy / "shard-00001.parquet").unlink()
+    with pytest.raises(UserError) as caught:
+        evaluate(subject, str(copy), config(tmp_path, workers=1), progress=False)
+    assert user_message(caught.value) == (
+        f"The shard shard-00001.parquet of {copy} is missing; ingest the dataset again."
+    )
 
 
 def test_report_has_what_people_look_at(

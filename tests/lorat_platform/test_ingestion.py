@@ -6,14 +6,17 @@ import contextlib
 import functools
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from lorat import datasets
 from lorat.attributes import sequences_by_attribute
@@ -25,6 +28,7 @@ from lorat.shards import ImageReader
 from lorat.storage import locate
 from lorat.verification import rebuild_index, verify
 from lorat_platform import cluster, ingestion
+from lorat_platform.command import surroundings_message, user_message
 from lorat_platform.ingestion import IngestConfig, ingest, map_tasks
 from tests.lorat import layouts
 from tests.object_store import KEYS, object_store
@@ -224,6 +228,46 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_parts(
     assert "File too large; make room there" in done.stdout, done.stderr
     assert done.stderr == ""
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+
+
+def test_what_is_wrong_in_a_task_arrives_as_one_sentence(
+    got10k: datasets.Got10k, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard, uri = ingestion.write_shard, str(tmp_path / "out")
+
+    def without_room(*values: Any) -> int:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            return write_shard(*values)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingestion, "write_shard", without_room)
+        with pytest.raises(UserError) as caught:
+            ingest(got10k, IngestConfig(output=uri))
+    message = user_message(caught.value) or ""
+    assert message.startswith(f"Cannot write to {uri}: File too large; make room there"), message
+
+    ingest(got10k, IngestConfig(output=uri))
+    shard = next((tmp_path / "out").glob("shard-*.parquet"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(UserError) as caught:
+        rebuild_index(uri, functools.partial(map_tasks, what="reindex"))
+    assert (user_message(caught.value) or "").startswith(f"{shard} ")
+
+    @ray.remote(num_cpus=0)
+    def deep(levels: int) -> None:
+        if levels:
+            ray.get(deep.remote(levels - 1))
+        Path("/nowhere/at/all").read_bytes()
+
+    with pytest.raises(FileNotFoundError) as missing:
+        ray.get(deep.remote(2))
+    assert surroundings_message(missing.value) == (
+        "/nowhere/at/all: No such file or directory; mend that, then run the same command again."
+    )
 
 
 def test_an_output_that_cannot_be_written_is_a_user_error(

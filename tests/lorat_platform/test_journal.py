@@ -74,10 +74,17 @@ def test_a_line_cut_by_a_full_disk_is_written_again_as_a_whole(tmp_path: Path) -
 
 def test_passwords_are_not_written_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{free_port()}")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"):
+        tracking.open_run("lorat", "a", folder=tmp_path / "run")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     run = tracking.open_run("lorat", "a", folder=tmp_path / "run")
+    run.log_params({"storage": "s3://key:secret@bucket"})
+    run.set_tags({"lorat.failure": "no answer from s3://bucket?secret_key=secret&scheme=http"})
+    run.set_description("see https://me:secret@wiki/page")
     run.close()
-    for path in tmp_path.rglob("*.json*"):
-        assert "secret" not in path.read_text()
+    texts = [path.read_text() for path in tmp_path.rglob("*.json*")]
+    assert any("s3://bucket?secret_key=***&scheme=http" in text for text in texts)
+    assert not any("secret@" in text or "=secret" in text for text in texts)
 
 
 def test_a_process_of_the_same_number_overwrites_no_waiting_artefact(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ import ray
 
 from infra.processes import free_port
 from lorat_platform import cluster
-from lorat_platform.console import ConsolePrinter
+from lorat_platform.console import Console, ConsolePrinter
 from lorat_platform.metric_sink import RemoteRun, open_remote_run
 from lorat_platform.mlflow_store import connect
 from lorat_platform.tracking import CLOSE_S
@@ -65,6 +67,33 @@ def test_metrics_of_a_worker_arrive_in_one_run(tmp_path: Path) -> None:
     assert [a.path for a in client.list_artifacts(run_id, "other")] == ["other/b.txt"]
     left = [path for path in (tmp_path / "run").rglob("*") if path.name in ("a.txt", "b.txt")]
     assert left == [], "what was uploaded does not fill the disk"
+
+
+def test_a_step_is_shown_once_it_is_recorded(tmp_path: Path) -> None:
+    """So that nothing that was shown is lost, whatever is killed."""
+    console = ConsolePrinter().console
+
+    @ray.remote(num_cpus=0)
+    def work(run: RemoteRun, console: Console) -> bool:
+        run.log_metrics({"loss": 0.0}, 1)
+        console.line("step 1", run.in_flight()[-1:])
+        return run.settle()
+
+    def shown() -> list[str]:
+        return [line for _, line in ray.get(console.actor.take.remote())]
+
+    run = open_remote_run("lorat", "shown", folder=tmp_path / "run")
+    sink = ray.get(run._actor.__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(sink, signal.SIGSTOP)
+    try:
+        working = work.remote(run, console)
+        ray.wait([working], timeout=3)
+        assert shown() == []
+    finally:
+        os.kill(sink, signal.SIGCONT)
+    assert ray.get(working)
+    wait_until("the line", lambda: shown() == ["step 1"])
+    assert run.close()
 
 
 def test_killed_sink_comes_back_and_loses_nothing(tmp_path: Path) -> None:

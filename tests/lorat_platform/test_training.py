@@ -39,6 +39,7 @@ from tests.lorat_platform.training_jobs import (
     processes_of,
     resumed_steps,
     run_folder,
+    shown_steps,
     train_losses,
     training_config,
 )
@@ -277,6 +278,9 @@ def cornered(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Battered:
         story.wait(training)
         training.process.send_signal(signal.SIGINT)
         codes["ctrl-c"] = training.wait_for_end()
+        assert shown_steps(training.text) <= train_losses(home).keys(), (
+            "none that was shown is lost"
+        )
     story.interrupted(training)
     with job(home, uri) as training:
         story.went_on("ctrl-c", training)

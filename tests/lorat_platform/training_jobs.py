@@ -203,10 +203,17 @@ def mlflow_run(home: Path) -> Run:
 
 
 def train_losses(home: Path) -> dict[int, float]:
-    """Return the loss that the MLflow run shows, per logged step."""
+    """Return the loss that the MLflow run shows, per logged step, each of which is there once."""
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     history = client.get_metric_history(mlflow_run(home).info.run_id, "train/loss")
-    return {metric.step: metric.value for metric in history}
+    losses = {metric.step: metric.value for metric in history}
+    assert len(losses) == len(history), "a step that was taken again is there twice"
+    return losses
+
+
+def shown_steps(text: str) -> set[int]:
+    """Return the steps of all progress lines."""
+    return {int(step) for step in re.findall(r"^step +(\d+)/", text, re.MULTILINE)}
 
 
 def resumed_steps(text: str) -> list[int]:
