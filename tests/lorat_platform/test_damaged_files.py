@@ -8,18 +8,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lorat import checkpoint, storage
 from lorat.config import TrainConfig, resolve, to_dict
 from lorat.conversion import write_dataset
 from lorat.errors import UserError
-from lorat.frame_index import read_manifest
+from lorat.frame_index import FrameIndex, read_manifest
+from lorat.one_pass import SequenceResult
 from lorat.optimisation import build_optimizer
 from lorat.training_state import read_step
 from lorat_platform import backlog, checkpoint_store, ingestion, run_record, search_plan
+from lorat_platform.evaluation import _Store
 from lorat_platform.journal import Journal
 from lorat_platform.replay import replay
+from lorat_platform.sequence_workers import Conditions
+from lorat_platform.subject import load_subject
 from lorat_platform.trial import STATE_FILE, read_progress
 from tests.jobs.in_process import import_job
 from tests.lorat.small_sets import tracks
@@ -224,3 +229,23 @@ def test_a_configuration_with_any_value_is_used_or_refused_in_one_sentence(tmp_p
     for _ in range(2 * NUM_DAMAGED):
         file.write_bytes(damaged(text, rng))
         assert is_sentence(refusal(lambda: resolve(train_job.read_config(file))))
+
+
+def test_a_damaged_result_of_a_sequence_is_tracked_again(folder: Path, tmp_path: Path) -> None:
+    index = FrameIndex.open(folder / "set")
+    store = _Store(load_subject("static"), index, "cpu", tmp_path)
+    result = SequenceResult(
+        track=0, name=index.sequence(0), boxes=np.ones((3, 4)), scores=np.ones(3),
+        seconds=np.ones(3), decode_seconds=np.ones(3),
+    )  # fmt: skip
+    store.save(result, Conditions(batch=1, threads=1, host="a"))
+    file = store._file(0)
+    written, rng = file.read_bytes(), random.Random(2)
+    assert store.load([0, 1]).keys() == {0}
+    num_again = 0
+    for _ in range(NUM_DAMAGED):
+        place = rng.randrange(len(written))
+        cut = written[:place] if rng.random() < 0.3 else written[:place] + rng.randbytes(1)
+        file.write_bytes(cut + (b"" if len(cut) == place else written[place + 1 :]))
+        num_again += not store.load([0])
+    assert num_again > NUM_DAMAGED // 2
