@@ -240,9 +240,6 @@ def _score(
     }
 
 
-_REMEDY = "delete that file, or give --fresh"
-
-
 class _Store:
     """Results per sequence on disk, under the fingerprints of tracker and data."""
 
@@ -272,24 +269,33 @@ class _Store:
         part.replace(self._file(result.track))
 
     def load(self, tracks: Sequence[int]) -> dict[int, tuple[SequenceResult, Conditions]]:
-        """Return the results that are there."""
+        """Return the results that are there; what is damaged is tracked again."""
         found = {}
         for track in tracks:
-            with contextlib.suppress(FileNotFoundError), np.load(self._file(track)) as data:
-                noted = parse_json(
-                    str(data["conditions"]), str(self._file(track)), _REMEDY, shape=Conditions
-                )
-                result = SequenceResult(
-                    track=track,
-                    name=self._index.sequence(track),
-                    boxes=data["boxes"],
-                    scores=data["scores"],
-                    seconds=data["seconds"],
-                    decode_seconds=data["decode_seconds"],
-                    damaged=int(data["damaged"]),
-                )
-                found[track] = result, Conditions(**noted)
+            try:
+                found[track] = self._read(track)
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # a dozen classes, of zipfile and NumPy
+                log.warning("%s is damaged and tracked again: %s", self._file(track), error)
         return found
+
+    def _read(self, track: int) -> tuple[SequenceResult, Conditions]:
+        file = self._file(track)
+        with open(file, "rb") as stream, np.load(stream) as data:
+            noted = parse_json(
+                str(data["conditions"]), str(file), "delete that file", shape=Conditions
+            )
+            result = SequenceResult(
+                track=track,
+                name=self._index.sequence(track),
+                boxes=data["boxes"],
+                scores=data["scores"],
+                seconds=data["seconds"],
+                decode_seconds=data["decode_seconds"],
+                damaged=int(data["damaged"]),
+            )
+        return result, Conditions(**noted)
 
     def speed(
         self, threads: int, measure: Callable[[], tuple[float, Conditions]], *, fresh: bool
@@ -299,5 +305,6 @@ class _Store:
         if fresh or not file.exists():
             fps, conditions = measure()
             write_json(file, {"fps": fps, "conditions": dataclasses.asdict(conditions)})
-        stored = read_json(file, _REMEDY, shape={"fps": float, "conditions": Conditions})
+        shape = {"fps": float, "conditions": Conditions}
+        stored = read_json(file, "delete that file, or give --fresh", shape=shape)
         return stored["fps"], Conditions(**stored["conditions"])

@@ -31,12 +31,14 @@ import threading
 import time
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Self
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from lorat.bounds import Bounds
 from lorat.errors import UserError
+from lorat.json_files import parse_json
 from lorat.scratch import Process
 from lorat.storage import Location
 from lorat_platform.checkpoint_store import reason
@@ -53,6 +55,14 @@ PATIENT_LOOK_S = 1.0
 """Seconds between two looks at an owner of whom nobody knows whether it lives."""
 RELEASE_S = 5.0
 """Longest wait for a renewal that is under way, at the end."""
+_SHAPE = {
+    "host": str,
+    "process": {"machine": str, "pid": int, "start": str},
+    "began": float,
+    "held": bool,
+    "rank": Annotated[int, Bounds(0, 2**53)],
+}
+"""What a driver's file holds."""
 _FILE = re.compile(r"driver-([0-9a-f]{16})\.json")
 
 
@@ -86,7 +96,7 @@ class Announcement:
     def read(cls, token: str, data: bytes, written_s: float) -> Self:
         """Read a driver's file; a damaged one is of a process about which nothing is known."""
         try:
-            values: dict[str, Any] = json.loads(data)
+            values = parse_json(data, "a driver's file", "delete it", shape=_SHAPE)
             return cls(
                 token=token,
                 host=str(values["host"]),
@@ -96,7 +106,7 @@ class Announcement:
                 rank=int(values["rank"]),
                 written_s=written_s,
             )
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except UserError:
             unknown = Process("", 0, "")
             return cls(
                 token=token, host="an unknown host", process=unknown, began=0.0, held=True,

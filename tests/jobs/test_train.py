@@ -43,10 +43,10 @@ def test_wrong_options_give_one_sentence(
         assert f"{option} s3://bucket/a was given with a password" in error
         assert "PLANTED" not in error
     missing = tmp_path / "config.json"
-    assert f"{missing} cannot be read" in wrong(capsys, "--config", missing)
+    assert f"There is no {missing}; give" in wrong(capsys, "--config", missing)
     missing.write_text('{"lora": {"rnak": 3}}')
     assert "Unknown configuration field lora.rnak" in wrong(capsys, "--config", missing)
-    assert "holds no dump" in wrong(capsys, "--replay", tmp_path)
+    assert "dump.json; give the folder" in wrong(capsys, "--replay", tmp_path)
 
 
 def test_missing_data_gives_one_sentence(

@@ -8,18 +8,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lorat import checkpoint, storage
 from lorat.config import TrainConfig, resolve, to_dict
 from lorat.conversion import write_dataset
 from lorat.errors import UserError
-from lorat.frame_index import read_manifest
+from lorat.frame_index import FrameIndex, read_manifest
+from lorat.one_pass import SequenceResult
 from lorat.optimisation import build_optimizer
+from lorat.scratch import Process
 from lorat.training_state import read_step
-from lorat_platform import backlog, checkpoint_store, ingestion, run_record, search_plan
+from lorat_platform import backlog, checkpoint_store, ingestion, lease, run_record, search_plan
+from lorat_platform.evaluation import _Store
 from lorat_platform.journal import Journal
 from lorat_platform.replay import replay
+from lorat_platform.sequence_workers import Conditions
+from lorat_platform.subject import load_subject
 from lorat_platform.trial import STATE_FILE, read_progress
 from tests.jobs.in_process import import_job
 from tests.lorat.small_sets import tracks
@@ -107,7 +113,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name="run", config=to_dict(config), data={"a": "b"}, created="2026", results={"ao": 0.5}
     )
     record.write(location)
-    run_record.claim(location)
+    driver = lease.Announcement(token="0" * 16, host="h", process=Process.here(), began=1.0)
+    location.write_bytes(DRIVER, driver.to_bytes())
     checkpoint_store.upload(place / "checkpoint", location, "step-00000003")
     entry = {"checkpoint_dir_name": "step-00000003", "metrics": {"loss": 1.0}}
     location.write_bytes(
@@ -131,6 +138,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+DRIVER = f"driver-{'0' * 16}.json"
+
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "config": ("checkpoint/config.json", lambda f: checkpoint.load(f / "checkpoint")),
     "job": (
@@ -142,7 +151,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "trial": (f"checkpoint/{STATE_FILE}", lambda f: read_progress(f / "checkpoint")),
     "manifest": ("set/dataset.json", lambda f: read_manifest(storage.locate(f / "set"))),
     "run": ("run/run.json", lambda f: run_record.read(storage.locate(f / "run"))),
-    "driver": ("run/driver.json", lambda f: run_record.owner(storage.locate(f / "run"))),
+    "driver": (f"run/{DRIVER}", lambda f: lease.announcements(storage.locate(f / "run"))),
     "complete": (
         "run/step-00000003/complete.json",
         lambda f: checkpoint_store.newest(storage.locate(f / "run")),
@@ -223,3 +232,23 @@ def test_a_configuration_with_any_value_is_used_or_refused_in_one_sentence(tmp_p
     for _ in range(2 * NUM_DAMAGED):
         file.write_bytes(damaged(text, rng))
         assert is_sentence(refusal(lambda: resolve(train_job.read_config(file))))
+
+
+def test_a_damaged_result_of_a_sequence_is_tracked_again(folder: Path, tmp_path: Path) -> None:
+    index = FrameIndex.open(folder / "set")
+    store = _Store(load_subject("static"), index, "cpu", tmp_path)
+    result = SequenceResult(
+        track=0, name=index.sequence(0), boxes=np.ones((3, 4)), scores=np.ones(3),
+        seconds=np.ones(3), decode_seconds=np.ones(3),
+    )  # fmt: skip
+    store.save(result, Conditions(batch=1, threads=1, host="a"))
+    file = store._file(0)
+    written, rng = file.read_bytes(), random.Random(2)
+    assert store.load([0, 1]).keys() == {0}
+    num_again = 0
+    for _ in range(NUM_DAMAGED):
+        place = rng.randrange(len(written))
+        cut = written[:place] if rng.random() < 0.3 else written[:place] + rng.randbytes(1)
+        file.write_bytes(cut + (b"" if len(cut) == place else written[place + 1 :]))
+        num_again += not store.load([0])
+    assert num_again > NUM_DAMAGED // 2

@@ -52,7 +52,7 @@ def test_full_disk_does_not_stop_training(
 
 def test_a_line_cut_by_a_full_disk_is_written_again_as_a_whole(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    records = [{"op": "metrics", "step": step, "text": "x" * 100} for step in range(20)]
+    records = [{"op": "tags", "time_ms": step, "values": {"text": "x" * 80}} for step in range(20)]
     for record in records[:5]:
         journal.append(record)
     size = (tmp_path / "journal.jsonl").stat().st_size

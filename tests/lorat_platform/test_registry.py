@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_no_file_is_a_pickle(registered: dict[str, str]) -> None:
     for path in files:
         start = path.read_bytes()[:4]
         assert not start.startswith((b"\x80", b"PK\x03\x04")), f"{path} is a pickle or a zip"
-    assert [path.name for path in files if path.suffix == ""] == ["MLmodel"]
+    assert {path.name for path in files if path.suffix == ""} == {"MLmodel", "SHA256SUMS"}
 
 
 def test_requirements_are_pinned_and_signature_and_example_are_there(
@@ -183,6 +184,33 @@ def test_every_name_of_a_model_gives_the_same_weights(
     found = registry.load(uri).state_dict()
     for name, value in random_tracker().merge().state_dict().items():
         assert torch.equal(found[name], value), name
+
+
+def test_a_damaged_file_of_a_registered_model_is_refused(
+    registered: dict[str, str], home: Path
+) -> None:
+    uri = f"models:/lorat/{registered['version']}"
+    expected = {n: v.clone() for n, v in registry.load(uri).state_dict().items()}  # no file's map
+    (copy,) = (home / "models").iterdir()
+    flip_a_bit(copy / "model.safetensors")
+    for name, value in registry.load(uri).state_dict().items():  # the copy was fetched anew
+        assert torch.equal(value, expected[name])
+    stored = files_of(registered["version"]) / "artifacts" / "bundle"
+    for file in stored.iterdir():
+        written = file.read_bytes()
+        flip_a_bit(file)
+        shutil.rmtree(copy)
+        with pytest.raises(UserError, match="is damaged"):
+            registry.load(uri)
+        file.write_bytes(written)
+    shutil.rmtree(copy)
+    registry.load(uri)
+
+
+def flip_a_bit(file: Path) -> None:
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
 
 def test_checkpoint_folder_is_loaded_with_its_adapters(tmp_path: Path) -> None:
