@@ -75,7 +75,8 @@ class Trained:
 def trained(shards: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     home = tmp_path_factory.mktemp("trained")
     data = ("--data", shards[0], "--val-data", shards[1])
-    with tempfile.TemporaryDirectory(prefix="ray-") as ray:  # short: a socket's name has a limit
+    # A short name, since those of sockets have a limit.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as ray:
         done = train(
             home, *SMALL, *data, "--name", "small", "--checkpoint-every", "1", "--keep", "2",
             "--workers", "2", "--cpus-per-worker", "1", RAY_TMPDIR=ray, **PLANTED,

@@ -258,13 +258,15 @@ def test_what_is_wrong_in_a_task_arrives_as_one_sentence(
     assert (user_message(caught.value) or "").startswith(f"{shard} ")
 
     @ray.remote(num_cpus=0)
-    def deep(levels: int) -> None:
-        if levels:
-            ray.get(deep.remote(levels - 1))
+    def inner() -> None:
         Path("/nowhere/at/all").read_bytes()
 
+    @ray.remote(num_cpus=0)
+    def outer() -> None:
+        ray.get(inner.remote())
+
     with pytest.raises(FileNotFoundError) as missing:
-        ray.get(deep.remote(2))
+        ray.get(outer.remote())
     assert surroundings_message(missing.value) == (
         "/nowhere/at/all: No such file or directory; mend that, then run the same command again."
     )
