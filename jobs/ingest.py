@@ -19,6 +19,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from lorat import field_types
 from lorat.bounds import Bounds, Seed, check_bounds
 from lorat.datasets import DATASETS, Source
 from lorat.errors import UserError
@@ -67,7 +68,7 @@ class Preview:
 
     def __post_init__(self) -> None:
         get_variant(self.variant)
-        check_bounds(self, command.flag)
+        check_bounds(self, field_types.flag)
 
 
 def _ingest_command(name: str, source: type[Source]) -> Any:

@@ -23,6 +23,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from lorat import field_types
 from lorat.bounds import Count, check_bounds
 from lorat.clips import CODECS, ClipWriter, annotate
 from lorat.errors import UserError
@@ -58,7 +59,7 @@ class Options:
     """Stop after this many frames, 1 to 1,000,000,000."""
 
     def __post_init__(self) -> None:
-        check_bounds(self, command.flag)
+        check_bounds(self, field_types.flag)
         if self.output.suffix.lower() not in CODECS:
             raise UserError(f"output is {self.output}; give a name in {' or '.join(CODECS)}.")
         if self.output.resolve() == Path(self.source).expanduser().resolve():

@@ -56,3 +56,8 @@ def describe(kind: Any) -> str:
         types.NoneType: "null", dict: "an object", list: "a list", Any: "anything",
     }  # fmt: skip
     return names.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def flag(field: str) -> str:
+    """Return the option of a field on the command line."""
+    return f"--{field.replace('_', '-')}"

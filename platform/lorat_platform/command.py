@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import io
 import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
 from lorat.addresses import refuse_secrets
 from lorat.errors import UserError
-from lorat.home import home, home_problem
+from lorat_platform.failures import home_message, surroundings_message, user_message
 from lorat_platform.interrupts import EXIT_INTERRUPTED, interruptible, leave_at_once
 from lorat_platform.output import cleaned_output
 
@@ -33,9 +32,6 @@ ADDRESSES = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "RAY_ADDRESS",
 )  # fmt: skip
 """Variables that name a place; what is secret about it belongs into others."""
-WRAPPED = ("cause", "controller_failure", "_base_exc")
-"""Where Ray's errors of tasks, of controllers and of its libraries keep what was raised; those of
-worker groups have ``worker_failures``."""
 
 
 def parse(
@@ -108,11 +104,6 @@ def _flags(kind: Any) -> list[str]:
     return sorted(set(re.findall(r"(?<![\w-])--[A-Za-z][\w.-]*", printed.getvalue())))
 
 
-def flag(field: str) -> str:
-    """Return the option of a field on the command line."""
-    return f"--{field.replace('_', '-')}"
-
-
 def run(main: Callable[[], int | None]) -> None:
     """Run a job and leave the process with its exit code.
 
@@ -173,86 +164,6 @@ def _leave_ray() -> None:
 
         if ray.is_initialized():
             ray.shutdown()
-
-
-def user_message(error: BaseException | None) -> str | None:
-    """Return the sentence of the user error that ``error`` is or wraps, or none."""
-    for one in _inside(error, *WRAPPED, "__cause__", "__context__"):
-        # What Ray makes of a task's error is of the same class, but its text says where it was.
-        if isinstance(one, UserError) and getattr(one, "cause", None) is None:
-            return str(one).strip().splitlines()[0]
-        # What an actor raised while it was made is only kept as text.
-        named = re.search(r"^lorat\.errors\.UserError: (.+)$", str(one), re.MULTILINE)
-        if named:
-            return named.group(1)
-    return None
-
-
-def _inside(error: BaseException | None, *attributes: str) -> Iterator[BaseException]:
-    """Yield an error and all that it wraps, the outermost first.
-
-    Ray wraps what a task raised in several layers, more for tasks of tasks.
-    """
-    waiting: list[Any] = [error]
-    seen: set[int] = set()
-    while waiting:
-        one = waiting.pop(0)
-        if not isinstance(one, BaseException) or id(one) in seen:
-            continue
-        seen.add(id(one))
-        yield one
-        failures = getattr(one, "worker_failures", None)
-        waiting += failures.values() if isinstance(failures, dict) else []
-        waiting += [getattr(one, name, None) for name in attributes]
-
-
-def surroundings_message(error: BaseException) -> str | None:
-    """Return a sentence if what failed is a machine or its files, also in a task, else none."""
-    for one in _inside(error, *WRAPPED):
-        name = type(one).__name__
-        if "OutOfMemoryError" in name or "low on memory" in str(one):
-            return (
-                "A machine of the cluster ran out of memory and Ray ended a process; use fewer or "
-                "smaller workers, or a machine with more memory."
-            )
-        if "OutOfDiskError" in name:
-            return (
-                "The disk on which Ray keeps its objects is full; make room there, or set "
-                "RAY_TMPDIR to a folder with room, then run the same command again."
-            )
-        if isinstance(one, OSError) and getattr(one, "cause", None) is None:
-            return _files_message(one)
-    return None
-
-
-def _files_message(error: OSError) -> str:
-    """Return what to tell the user of an error of files or of the network."""
-    lines = str(error.strerror or error).strip().splitlines()
-    reason = lines[0].rstrip(".")[:300] if lines else type(error).__name__
-    given = (error.filename, error.filename2)
-    names = [os.fsdecode(name) for name in given if isinstance(name, str | bytes)]
-    what = f"{' to '.join(names)}: {reason}" if names else reason
-    match error.errno:
-        case errno.ENOSPC | errno.EDQUOT:
-            remedy = "make room there"
-        case errno.EACCES | errno.EPERM | errno.EROFS:
-            remedy = "make it accessible to this user, or give another place"
-        case _:
-            remedy = "mend that"
-    return f"{what}; {remedy}, then run the same command again."
-
-
-def home_message(error: BaseException) -> str | None:
-    """Return a sentence if the home folder, which most jobs need, cannot be written, else none."""
-    problem = home_problem()
-    if problem is None:
-        return None
-    lines = str(error).strip().splitlines()
-    return (
-        f"The home folder {home()} cannot be written ({problem}), which stopped the job "
-        f"({type(error).__name__}: {lines[0][:200] if lines else ''}); set LORAT_HOME to a folder "
-        "that can."
-    )
 
 
 def git_revision(folder: str | os.PathLike[str]) -> str | None:

@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 
 from lorat.bounds import Bounds, Count, check_bounds
 from lorat.errors import UserError
-from lorat.field_types import shown
+from lorat.field_types import flag, shown
 from lorat_platform.cluster import Cluster
-from lorat_platform.command import flag
 from lorat_platform.run_record import Resume
 
 MAX_WORKERS = 4096

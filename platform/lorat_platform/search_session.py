@@ -18,13 +18,13 @@ from ray.tune import Callback
 from ray.util.metrics import Gauge
 
 from lorat.errors import UserError
+from lorat_platform.failures import failure_reason, last_line
 from lorat_platform.leaderboard import REPORT_FIELDS, STATUSES, Leaderboard, Status, TrialRow
 from lorat_platform.lease import LEASE_S, Lease
 from lorat_platform.scheduling import BUDGET
 from lorat_platform.search_console import SearchConsole
 from lorat_platform.tracking import CLOSE_S, Run, open_run
 from lorat_platform.tracking import Status as RunStatus
-from lorat_platform.trial_failure import failure_reason, last_line
 from lorat_platform.trouble import Ending
 
 log = logging.getLogger(__name__)

@@ -19,11 +19,11 @@ from lorat.augment_spec import draw_augmentation
 from lorat.bounds import Bounds, check_bounds
 from lorat.config import TrainConfig, resolve
 from lorat.criterion import Criterion
+from lorat.field_types import flag
 from lorat.model import build_model
 from lorat.optimisation import build_optimizer
 from lorat_platform import cluster
 from lorat_platform.batches import Batch
-from lorat_platform.command import flag
 from lorat_platform.layout import Layout
 from lorat_platform.learner import Learner, World, resolve_precision
 from lorat_platform.run_options import Few

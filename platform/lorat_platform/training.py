@@ -20,9 +20,9 @@ from lorat.home import home, storage_address
 from lorat.storage import Location, locate
 from lorat_platform import checkpoint_store, registry, run_record
 from lorat_platform.cluster import Cluster
-from lorat_platform.command import user_message
 from lorat_platform.completion import TrainingResult, finish
 from lorat_platform.console import Console, ConsolePrinter
+from lorat_platform.failures import user_message
 from lorat_platform.lease import Lease
 from lorat_platform.run_options import Placement, RunOptions
 from lorat_platform.run_record import RunRecord

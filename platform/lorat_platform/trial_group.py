@@ -20,7 +20,7 @@ from lorat.json_files import read_json_at
 from lorat.scratch import temporary_folder
 from lorat.storage import Location
 from lorat_platform import checkpoint_store
-from lorat_platform.command import user_message
+from lorat_platform.failures import user_message
 from lorat_platform.learner import Learner, World
 from lorat_platform.process_group import PrivateTorchConfig
 from lorat_platform.train_loop import run

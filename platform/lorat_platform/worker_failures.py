@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from lorat.errors import UserError
-from lorat_platform.command import user_message
 from lorat_platform.console import Console
+from lorat_platform.failures import _is_dead, _is_preempted, cause, user_message
 
 
 def watch_workers(console: Console, max_failures: int) -> Any:
@@ -66,32 +66,3 @@ def watch_workers(console: Console, max_failures: int) -> Any:
             )
 
     return WatchWorkers()
-
-
-def cause(error: Exception) -> str:
-    """Say in one line why a worker failed."""
-    text = str(error)
-    if "low on memory" in text or "OutOfMemory" in type(error).__name__:
-        return "its machine ran out of memory and Ray ended it"
-    if _is_dead(error):
-        return "its process was killed (often because memory ran out) or its machine is gone"
-    lines = text.strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1][:300]}" if lines else repr(error)
-
-
-def _actor_error(error: Exception) -> Any:
-    """Return Ray's own error about an actor that Ray Train wraps when a health check fails."""
-    from ray.exceptions import RayActorError
-
-    inner = getattr(error, "health_check_failure", error)
-    return inner if isinstance(inner, RayActorError) else None
-
-
-def _is_dead(error: Exception) -> bool:
-    return _actor_error(error) is not None
-
-
-def _is_preempted(error: Exception) -> bool:
-    """Tell whether a worker died because its node was taken away, which is no failure."""
-    actor_error = _actor_error(error)
-    return actor_error is not None and actor_error.preempted

@@ -38,7 +38,7 @@ LOADERS = {
     "yaml.load", "yaml.unsafe_load", "os.system", "shutil.unpack_archive",
 }  # fmt: skip
 """Calls that run code from what they read."""
-ALLOWED = {("platform/lorat_platform/trial_failure.py", "pickle.loads")}
+ALLOWED = {("platform/lorat_platform/failures.py", "pickle.loads")}
 """Ray Tune keeps a trial's exception only as a pickle, in the search's own folder."""
 
 

@@ -15,7 +15,8 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from lorat.config import TrainConfig
 from lorat.errors import UserError
-from lorat_platform.command import parse, surroundings_message, user_message
+from lorat_platform.command import parse
+from lorat_platform.failures import surroundings_message, user_message
 
 ROOT = Path(__file__).resolve().parents[2]
 

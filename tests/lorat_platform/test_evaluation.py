@@ -27,8 +27,8 @@ from lorat.one_pass import SequenceResult, track_sequences
 from lorat.shards import ImageReader
 from lorat.storage import locate
 from lorat_platform import cluster, sequence_workers
-from lorat_platform.command import user_message
 from lorat_platform.evaluation import DatasetResult, check_distinct, evaluate
+from lorat_platform.failures import user_message
 from lorat_platform.lease import Lease
 from lorat_platform.recorder import Recorder
 from lorat_platform.report import check_place, flat_metrics, headline, lost_at, record, write_report

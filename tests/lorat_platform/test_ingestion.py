@@ -28,7 +28,7 @@ from lorat.shards import ImageReader
 from lorat.storage import locate
 from lorat.verification import rebuild_index, verify
 from lorat_platform import cluster, ingestion
-from lorat_platform.command import surroundings_message, user_message
+from lorat_platform.failures import surroundings_message, user_message
 from lorat_platform.ingestion import IngestConfig, ingest, map_tasks
 from tests.lorat import layouts
 from tests.object_store import KEYS, object_store

@@ -238,7 +238,7 @@ def test_a_decode_error_reaches_the_worker(sources: tuple[Source, ...]) -> None:
     settings = config()
     layout = Layout.plan(settings, 1, 0, 4)
     (iterator,) = split_stream(settings, missing, layout, ONE_ACTOR)
-    from lorat_platform.command import user_message
+    from lorat_platform.failures import user_message
 
     with pytest.raises(Exception, match="nowhere") as caught:
         list(RayStream(iterator, layout, 0).batches(0))

@@ -11,7 +11,7 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from lorat.errors import UserError
-from lorat_platform.trial_failure import failure_reason
+from lorat_platform.failures import failure_reason
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.80 GiB of "
