@@ -11,14 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from lorat import datasets
 from lorat.datasets import DATASETS, Findings
 from lorat.errors import UserError
 from lorat.verification import verify
-from tests import seeded_training
 from tests.jobs.in_process import run_in_process
 from tests.lorat.layouts import boxes, write_image, write_rows
 from tests.lorat.loading import to_shards
@@ -161,18 +159,6 @@ def test_a_dataset_is_added_as_the_recipe_says(
     (tmp_path / "holiday").mkdir()
     with pytest.raises(UserError, match=r"expected .*; found "):
         kind(source=tmp_path / "holiday").entries(Findings())
-
-
-def test_a_seeded_training_gives_the_same_again(tmp_path: Path) -> None:
-    """As often as it is run, so that a difference means a change."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        first = list(seeded_training.results(tmp_path / "first", num_steps=2))
-        assert [line.split()[0] for line in first[:3]] == ["step", "step", "weights"]
-        assert list(seeded_training.results(tmp_path / "second", num_steps=2)) == first
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
