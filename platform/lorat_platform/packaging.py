@@ -16,7 +16,7 @@ from lorat.scratch import temporary_folder
 
 BUNDLE = "bundle"
 """Name of the folder with ``config.json`` and ``model.safetensors`` in the model's artefacts."""
-LEFT_OUT = ("assets", "datasets", "__pycache__", "*.pyc")
+LEFT_OUT = ("assets", "datasets", "__pycache__", "*.pyc", "*.md", "py.typed")
 """Parts of ``lorat`` that a registered model does not need."""
 REQUIREMENTS = (
     "mlflow", "torch", "torchvision", "timm", "safetensors", "numpy", "pandas", "opencv-python",
