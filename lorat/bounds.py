@@ -88,3 +88,6 @@ def bounded_fields(cls: type[Any]) -> dict[str, tuple[type[Any], Bounds, bool]]:
             if marks:
                 found[field.name] = member.__origin__, marks[0], type(None) in inside
     return found
+
+
+Few = Annotated[int, Bounds(1, 1024)]

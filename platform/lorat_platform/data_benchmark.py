@@ -13,13 +13,12 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from lorat.bounds import Bounds, check_bounds
+from lorat.bounds import Bounds, Few, check_bounds
 from lorat.config import TrainConfig, resolve
 from lorat.field_types import flag
 from lorat.scratch import temporary_folder
 from lorat_platform import cluster
 from lorat_platform.layout import Layout
-from lorat_platform.run_options import Few
 from lorat_platform.sources import Source, open_pairs, resolve_sources
 from lorat_platform.stream import DecodePool, RayStream, split_stream
 

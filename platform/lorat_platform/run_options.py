@@ -6,14 +6,13 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from lorat.bounds import Bounds, Count, check_bounds
+from lorat.bounds import Bounds, Count, Few, check_bounds
 from lorat.errors import UserError
 from lorat.field_types import flag, shown
 from lorat_platform.cluster import Cluster
 from lorat_platform.run_record import Resume
 
 MAX_WORKERS = 4096
-Few = Annotated[int, Bounds(1, 1024)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lorat import storage
-from lorat.bounds import Bounds, Count, Seed, check_bounds
+from lorat.bounds import Bounds, Count, Few, Seed, check_bounds
 from lorat.config import TrainConfig, from_dict
 from lorat.errors import UserError
 from lorat.field_types import flag
 from lorat.home import home, storage_address
 from lorat.json_files import read_json_at
-from lorat_platform.run_options import Few
 from lorat_platform.scheduling import (
     OBJECTIVES,
     Rungs,

@@ -16,7 +16,7 @@ import torch
 
 from lorat.augment import augment, foreground_mask
 from lorat.augment_spec import draw_augmentation
-from lorat.bounds import Bounds, check_bounds
+from lorat.bounds import Bounds, Few, check_bounds
 from lorat.config import TrainConfig, resolve
 from lorat.criterion import Criterion
 from lorat.field_types import flag
@@ -26,7 +26,6 @@ from lorat_platform import cluster
 from lorat_platform.batches import Batch
 from lorat_platform.layout import Layout
 from lorat_platform.learner import Learner, World, resolve_precision
-from lorat_platform.run_options import Few
 from lorat_platform.sources import resolve_sources
 from lorat_platform.stream import DecodePool, RayStream, split_stream
 from lorat_platform.telemetry import peak_flops
