@@ -79,8 +79,8 @@ PY
 
 # What is given here would stand in the list of processes and in Ray's logs.
 python -c 'import sys
-sys.path[:0] = [".", "platform"]
-from lorat_platform import command
+sys.path[:0] = [".", "platform", "jobs"]
+import command
 command.run(lambda: command.refuse_secrets_in(sys.argv[1:]))' "$@"
 
 found="$(look)"
@@ -138,7 +138,7 @@ fi
 # shows it to everybody on this machine.  A Ray that is started here has them from this shell.
 environment="$(python -c 'import json, os, sys
 sys.path[:0] = [".", "platform"]
-from lorat_platform.cluster import FORWARDED
+from lorat_platform.cluster.connection import FORWARDED
 print(json.dumps({"env_vars": {n: os.environ[n] for n in FORWARDED if n in os.environ}}))')"
 exec ray job submit --address "$address" --working-dir . --runtime-env-json "$environment" \
   -- python jobs/train.py "$@"

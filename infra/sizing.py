@@ -13,11 +13,11 @@ import argparse
 import time
 from dataclasses import dataclass
 
-from lorat.complexity import describe
-from lorat.config import RECIPES, TrainConfig, resolve
-from lorat.variants import VARIANTS
-from lorat_platform.estimate import ASSUMED_MFU, FORECAST_GPU, training_memory
-from lorat_platform.telemetry import PEAK_FLOPS
+from lorat.config.training import RECIPES, TrainConfig, resolve
+from lorat.config.variants import VARIANTS
+from lorat.learning.clock import PEAK_FLOPS
+from lorat.model.complexity import describe
+from lorat_platform.training.estimate import ASSUMED_MFU, FORECAST_GPU, training_memory
 
 GIB = 1 << 30
 OVERHEAD_BYTES = 2 * GIB
@@ -101,10 +101,10 @@ def measure(uri: str, name: str, *, seconds: float = 10.0) -> Decoding:
     """Load pairs of a dataset with one core and count."""
     import cv2
 
-    from lorat.config import AugmentConfig, SamplingConfig
-    from lorat.frame_index import FrameIndex
-    from lorat.pairs import PairSampler, load_pairs
-    from lorat.shards import ImageReader
+    from lorat.config.training import AugmentConfig, SamplingConfig
+    from lorat.data.pairs.sampler import PairSampler, load_pairs
+    from lorat.data.shards.frame_index import FrameIndex
+    from lorat.data.shards.images import ImageReader
 
     cv2.setNumThreads(1)
     index = FrameIndex.open(uri)

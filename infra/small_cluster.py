@@ -43,10 +43,10 @@ LOOPBACK = ("127.", "::ffff:127.", "::1")
 
 
 DATA = """
-from lorat.conversion import MemoryTrack, write_dataset
-from lorat.synthetic import render
-from lorat.variants import get_variant
-from lorat.windows import WindowLaw
+from lorat.data.shards.conversion import MemoryTrack, write_dataset
+from lorat.data.synthetic.videos import render
+from lorat.config.variants import get_variant
+from lorat.data.shards.windows import WindowLaw
 
 law = WindowLaw.for_variant(get_variant("N-112"))
 for split, videos, frames in (("train", 8, 16), ("val", 2, 16)):

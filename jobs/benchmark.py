@@ -13,8 +13,9 @@ import bootstrap  # noqa: F401  (makes the packages importable)
 import logging
 import sys
 
+import command
+
 from lorat.errors import UserError
-from lorat_platform import command
 
 log = logging.getLogger(__name__)
 
@@ -23,22 +24,22 @@ def main() -> int:
     """Run the job."""
     first, *rest = sys.argv[1:] or ["--help"]
     if first == "data":
-        from lorat_platform.data_benchmark import DataBenchmark, benchmark_data
+        from lorat_platform.data.benchmark import DataBenchmark, benchmark_data
 
         benchmark_data(command.parse(DataBenchmark, rest))
     elif first == "train":
-        from lorat_platform.train_benchmark import TrainBenchmark, benchmark_train
+        from lorat_platform.training.benchmark import TrainBenchmark, benchmark_train
 
         benchmark_train(command.parse(TrainBenchmark, rest))
     elif first == "search":
-        from lorat_platform.search_benchmark import SearchBenchmark, benchmark_search
+        from lorat_platform.search.benchmark import SearchBenchmark, benchmark_search
 
         benchmark_search(command.parse(SearchBenchmark, rest))
     elif first in ("-h", "--help"):
         print(__doc__.strip())
     elif first == "--describe" or first.startswith("--describe="):
-        from lorat.complexity import describe
-        from lorat.variants import VARIANTS
+        from lorat.config.variants import VARIANTS
+        from lorat.model.complexity import describe
 
         name = first.partition("=")[2] or " ".join(rest)
         for variant in [name] if name else VARIANTS:

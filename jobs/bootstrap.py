@@ -4,7 +4,7 @@ A job runs as ``python jobs/NAME.py`` from any folder, installed or not, or as
 ``ray job submit --working-dir . -- python jobs/NAME.py`` on a cluster that has the dependencies
 but not this project.  The code beside the job always wins over an installed copy, so that a
 submitted job never mixes two versions.  Workers get the same through the runtime environment
-(:func:`lorat_platform.cluster.connect`).
+(:func:`lorat_platform.cluster.connection.connect`).
 
 Importing the rest takes seconds, in which a job can be stopped without a traceback already.
 """
@@ -18,7 +18,7 @@ from types import FrameType
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """End a job that has not begun; :func:`lorat_platform.command.run` deals with what has."""
+    """End a job that has not begun; :func:`command.run` deals with what has."""
     os.write(2, b"\nInterrupted.\n")
     os._exit(130)
 

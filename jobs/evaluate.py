@@ -17,19 +17,20 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import command
 import tyro
 
 from lorat.errors import UserError
-from lorat.home import home
-from lorat.storage import locate
-from lorat_platform import cluster, command
-from lorat_platform.evaluation import check_distinct, evaluate
-from lorat_platform.lease import Lease
-from lorat_platform.mlflow_store import tracking_uri
-from lorat_platform.report import check_place, record, write_report
-from lorat_platform.sequence_workers import EvaluationConfig
-from lorat_platform.subject import load_subject
-from lorat_platform.tracking import open_run
+from lorat.files.home import home
+from lorat.files.storage import locate
+from lorat_platform import cluster
+from lorat_platform.evaluation.report import check_place, record, write_report
+from lorat_platform.evaluation.sets import check_distinct, evaluate
+from lorat_platform.evaluation.subject import load_subject
+from lorat_platform.evaluation.workers import EvaluationConfig
+from lorat_platform.recording.run import open_run
+from lorat_platform.recording.store import tracking_uri
+from lorat_platform.runs.claim import Lease
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Options:
 def dataset_uri(name: str) -> str:
     """Return the URI of a data set; ``synthetic`` is made on first use."""
     if name == "synthetic":
-        from lorat import synthetic
+        from lorat.data import synthetic
 
         return synthetic.ensure(None, "val")
     return name

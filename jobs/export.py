@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import command
 import torch
 
-from lorat.checkpoint import save_backbone
-from lorat.export import FORMATS, TOLERANCE, export
-from lorat_platform import command, registry
-from lorat_platform.report import markdown_table
+from lorat.checkpoint.export import FORMATS, TOLERANCE, export
+from lorat.checkpoint.folder import save_backbone
+from lorat_platform.evaluation.report import markdown_table
+from lorat_platform.registry import versions as registry
 
 log = logging.getLogger(__name__)
 

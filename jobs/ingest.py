@@ -17,16 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union
 
+import command
 import tyro
 
-from lorat import field_types
-from lorat.bounds import Bounds, Seed, check_bounds
-from lorat.datasets import DATASETS, Source
+from lorat.config import fields as field_types
+from lorat.config.bounds import Bounds, Seed, check_bounds
+from lorat.config.variants import get_variant
+from lorat.data.datasets import DATASETS, Source
+from lorat.data.shards.frame_index import FrameIndex
 from lorat.errors import UserError
-from lorat.frame_index import FrameIndex
-from lorat.variants import get_variant
-from lorat_platform import cluster, command
-from lorat_platform.ingestion import IngestConfig, format_report, ingest, map_tasks
+from lorat_platform import cluster
+from lorat_platform.data.ingestion import IngestConfig, format_report, ingest, map_tasks
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def describe(index: FrameIndex) -> str:
 
 def run_verify(uri: str, address: str | None) -> int:
     """Verify a dataset and print what is wrong with it; 1 if anything is."""
-    from lorat.verification import verify
+    from lorat.data.shards.verification import verify
 
     index = FrameIndex.open(uri)
     with cluster.connected(address):
@@ -137,7 +138,7 @@ def run_verify(uri: str, address: str | None) -> int:
 
 def run_reindex(uri: str, address: str | None) -> int:
     """Rebuild an index."""
-    from lorat.verification import rebuild_index
+    from lorat.data.shards.verification import rebuild_index
 
     with cluster.connected(address):
         index = rebuild_index(uri, functools.partial(map_tasks, what="reindex"))
@@ -160,7 +161,7 @@ def run_preview(options: Preview) -> int:
     """Write the picture of some pairs."""
     import cv2
 
-    from lorat.preview import draw_pairs
+    from lorat.learning.preview import draw_pairs
 
     index = FrameIndex.open(options.uri)
     picture = draw_pairs(

@@ -19,23 +19,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import command
 import tyro
 
-from lorat import plots
+from lorat.config.json_files import parse_json
 from lorat.errors import UserError
-from lorat.home import home
-from lorat.json_files import parse_json
-from lorat.scratch import temporary_folder
-from lorat.storage import locate
-from lorat_platform import cluster, command, promotion, registry
-from lorat_platform.evaluation import check_distinct, evaluate
-from lorat_platform.gate import Comparison, GateConfig, compare
-from lorat_platform.mlflow_store import connect, tracking_uri
-from lorat_platform.report import markdown_table
-from lorat_platform.sequence_workers import EvaluationConfig
-from lorat_platform.sources import SYNTHETIC
-from lorat_platform.subject import load_subject
-from lorat_platform.tracking import Run, open_run, user_name
+from lorat.files.home import home
+from lorat.files.scratch import temporary_folder
+from lorat.files.storage import locate
+from lorat.metrics import plots
+from lorat.metrics.comparison import Comparison, GateConfig, compare
+from lorat_platform import cluster
+from lorat_platform.data.sources import SYNTHETIC
+from lorat_platform.evaluation.report import markdown_table
+from lorat_platform.evaluation.sets import check_distinct, evaluate
+from lorat_platform.evaluation.subject import load_subject
+from lorat_platform.evaluation.workers import EvaluationConfig
+from lorat_platform.promotion import champion as promotion
+from lorat_platform.recording.run import Run, open_run, user_name
+from lorat_platform.recording.store import connect, tracking_uri
+from lorat_platform.registry import versions as registry
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +107,7 @@ def overlaps_on(
     uri_of_model: str, data: Sequence[str], config: EvaluationConfig
 ) -> dict[str, float]:
     """Evaluate a model and return AO per sequence, named with its data set."""
-    from lorat import synthetic
+    from lorat.data import synthetic
 
     data = [synthetic.ensure(None, "val") if uri == SYNTHETIC else uri for uri in data]
     check_distinct(data)

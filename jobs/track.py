@@ -19,18 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import command
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from lorat import field_types
-from lorat.bounds import Count, check_bounds
-from lorat.clips import CODECS, ClipWriter, annotate
+from lorat.config import fields as field_types
+from lorat.config.bounds import Count, check_bounds
 from lorat.errors import UserError
-from lorat.geometry import xywh_from_xyxy, xyxy_from_xywh
-from lorat.video_source import VideoSource
-from lorat_platform import command
-from lorat_platform.subject import load_subject
+from lorat.image.crops import xywh_from_xyxy, xyxy_from_xywh
+from lorat.tracking.clips import CODECS, ClipWriter, annotate
+from lorat.tracking.video_source import VideoSource
+from lorat_platform.evaluation.subject import load_subject
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import command
 import tyro
 
-from lorat.config import TrainConfig, from_dict, resolve
-from lorat.json_files import read_json
-from lorat_platform import cluster, command
-from lorat_platform.run_options import RunOptions
-from lorat_platform.sources import open_datasets, with_whole_paths
-from lorat_platform.training import resolved_text, train
+from lorat.config.json_files import read_json
+from lorat.config.training import TrainConfig, from_dict, resolve
+from lorat_platform import cluster
+from lorat_platform.data.sources import open_datasets, with_whole_paths
+from lorat_platform.training.driver import resolved_text, train
+from lorat_platform.training.options import RunOptions
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +70,13 @@ def main() -> int:
     """Run the job."""
     options = parse(sys.argv[1:])
     if options.replay is not None:
-        from lorat_platform.replay import replay
+        from lorat.learning.replay import replay
 
         print(replay(options.replay))
         return 0
     config = resolve(with_whole_paths(options.train))
     if options.dry_run:
-        from lorat_platform.estimate import estimate
+        from lorat_platform.training.estimate import estimate
 
         print(resolved_text(config))
         print(estimate(config, options.run))

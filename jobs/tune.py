@@ -13,15 +13,16 @@ import logging
 from dataclasses import dataclass, field
 from typing import Annotated
 
+import command
 import tyro
 
-from lorat.config import TrainConfig
-from lorat_platform import cluster, command
-from lorat_platform.mlflow_store import tracking_uri
-from lorat_platform.search import resume_search, run_search
-from lorat_platform.search_final import train_winner
-from lorat_platform.search_outcome import SearchOutcome, describe
-from lorat_platform.search_plan import SearchOptions, check_data, make_plan, read_plan
+from lorat.config.training import TrainConfig
+from lorat_platform import cluster
+from lorat_platform.recording.store import tracking_uri
+from lorat_platform.search.driver import resume_search, run_search
+from lorat_platform.search.plan import SearchOptions, check_data, make_plan, read_plan
+from lorat_platform.search.results.final import train_winner
+from lorat_platform.search.results.outcome import SearchOutcome, describe
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lorat.tracker import Tracker
+    from lorat.tracking.tracker import Tracker
 
 __all__ = ["Tracker"]
 
@@ -14,5 +14,5 @@ __all__ = ["Tracker"]
 def __getattr__(name: str) -> object:
     """Import the tracker on first use, since decode workers must not import torch."""
     if name == "Tracker":
-        return importlib.import_module("lorat.tracker").Tracker
+        return importlib.import_module("lorat.tracking.tracker").Tracker
     raise AttributeError(f"module {__name__} has no attribute {name}")

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from lorat.config import TrainConfig
-from lorat.model import LoRAT, build_model
+from lorat.config.training import TrainConfig
+from lorat.model.network import LoRAT, build_model
 
 
 def random_tracker(seed: int = 42) -> LoRAT:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from lorat_platform.mlflow_store import connect
+from lorat_platform.recording.store import connect
 
 
 @functools.cache

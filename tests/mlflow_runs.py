@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from lorat_platform import tracking
-from lorat_platform.mlflow_store import connect
+from lorat_platform.recording import run as tracking
+from lorat_platform.recording.store import connect
 
 
 def history(run_id: str, name: str) -> dict[int, float]:

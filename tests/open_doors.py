@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from infra.processes import listeners
-from lorat_platform.sockets import is_loopback
+from lorat_platform.cluster.sockets import is_loopback
 from tests.time_limit import started
 
 EVERY_S = 0.5

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import time
 
-from lorat.scratch import Process
-from lorat.storage import Location
-from lorat_platform.lease import Announcement
+from lorat.files.scratch import Process
+from lorat.files.storage import Location
+from lorat_platform.runs.claim import Announcement
 
 FOREIGN = Process("0123456789ab", 7, "1")
 """Of a machine that nobody can ask."""

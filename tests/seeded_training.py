@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from lorat.config import AugmentConfig, TrainConfig, resolve
-from lorat.model import LoRAT
-from lorat_platform.batches import Decoder
-from lorat_platform.sources import open_datasets, open_pairs
-from lorat_platform.train_loop import Hooks, run
-from lorat_platform.validation import ValidationPlan, validate
+from lorat.config.training import AugmentConfig, TrainConfig, resolve
+from lorat.data.pairs.batches import Decoder
+from lorat.learning.loop import Hooks, run
+from lorat.model.network import LoRAT
+from lorat_platform.data.sources import open_datasets, open_pairs
+from lorat_platform.training.validation import ValidationPlan, validate
 from tests.lorat_platform.local_source import LocalSource
 from tests.small_shards import make_shards
 

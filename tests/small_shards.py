@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorat import synthetic
-from lorat.verification import rebuild_index
+from lorat.data import synthetic
+from lorat.data.shards.verification import rebuild_index
 
 
 def make_shards(folder: Path, *, num_shards: int = 1, split: synthetic.Split = "val") -> str:

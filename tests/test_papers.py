@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
-from lorat import datasets
-from lorat.datasets import DATASETS, Findings
+from lorat.data import datasets
+from lorat.data.datasets import DATASETS, Findings
+from lorat.data.shards.verification import verify
 from lorat.errors import UserError
-from lorat.verification import verify
 from tests.jobs.in_process import run_in_process
 from tests.lorat.layouts import boxes, write_image, write_rows
 from tests.lorat.loading import to_shards

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from infra.processes import answers, free_port, wait_for
-from lorat import synthetic
+from lorat.data import synthetic
 from tests.jobs.in_process import run_in_process
 from tests.small_shards import make_shards
 

@@ -1,7 +1,7 @@
 """Scores of tracking results, as the published toolkits compute them."""
 
 from lorat.metrics.dialects import DIALECTS, FrameErrors, GroundTruth
-from lorat.metrics.evaluation import (
+from lorat.metrics.scores import (
     PRECISION_THRESHOLDS_PX,
     SCORE_NAMES,
     Evaluation,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorat.errors import UserError
-from lorat.home import home, home_problem
+from lorat.files.home import home, home_problem
 
 WRAPPED = ("cause", "controller_failure", "_base_exc")
 """Where Ray's errors of tasks, of controllers and of its libraries keep what was raised; those of

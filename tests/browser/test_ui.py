@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import pytest
 
-from lorat import synthetic
-from lorat.config import TrainConfig
-from lorat_platform import cluster, registry
-from lorat_platform.evaluation import EvaluationConfig, evaluate
-from lorat_platform.report import record, write_report
-from lorat_platform.search import run_search
-from lorat_platform.search_outcome import SearchOutcome
-from lorat_platform.search_plan import SearchOptions, make_plan
-from lorat_platform.subject import load_subject
-from lorat_platform.tracking import open_run
+from lorat.config.training import TrainConfig
+from lorat.data import synthetic
+from lorat_platform import cluster
+from lorat_platform.evaluation.report import record, write_report
+from lorat_platform.evaluation.sets import EvaluationConfig, evaluate
+from lorat_platform.evaluation.subject import load_subject
+from lorat_platform.recording.run import open_run
+from lorat_platform.registry import versions as registry
+from lorat_platform.search.driver import run_search
+from lorat_platform.search.plan import SearchOptions, make_plan
+from lorat_platform.search.results.outcome import SearchOutcome
 from tests.constant_trackers import shrinking_tracker, staying_tracker
 from tests.mlflow_server import running_server
 from tests.small_shards import make_shards

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorat.variants import Variant
+from lorat.config.variants import Variant
 
 
 def variant_of(io: Mapping[str, Any], *, pretrain_grid: int = 37) -> Variant:

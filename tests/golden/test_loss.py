@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorat.criterion import Criterion, positive_mask
+from lorat.learning.criterion import Criterion, positive_mask
 from tests.golden.fixture_files import golden, name_of
 
 COVERS = ("*_loss.npz",)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorat.optimisation import learning_rate
+from lorat.learning.optimisation import learning_rate
 from tests.golden.fixture_files import golden, name_of
 
 COVERS = ("*_lr_*.npz",)

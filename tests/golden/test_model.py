@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorat.checkpoint import load_merged, save_merged
-from lorat.model import LoRAT
-from lorat.official import import_official, official_state
+from lorat.checkpoint.folder import load_merged, save_merged
+from lorat.checkpoint.official import import_official, official_state
+from lorat.model.network import LoRAT
 from tests.golden.fixture_files import beside, golden, name_of
 from tests.golden.official_sets import variant_of
 

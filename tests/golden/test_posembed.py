@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lorat.backbone import adapt_keys
-from lorat.embedding import resize_position, template_position
+from lorat.model.backbone import adapt_keys
+from lorat.model.embedding import resize_position, template_position
 from tests.golden.fixture_files import golden, name_of
 
 COVERS = ("*_posembed.npz",)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from lorat.official import import_official
-from lorat.postprocess import WINDOW_PENALTY
-from lorat.tracker import MIN_OBJECT_SIZE, Tracker
-from lorat.variants import Variant
+from lorat.checkpoint.official import import_official
+from lorat.config.variants import Variant
+from lorat.tracking.postprocess import WINDOW_PENALTY
+from lorat.tracking.tracker import MIN_OBJECT_SIZE, Tracker
 from tests.golden.fixture_files import beside, golden, name_of
 
 COVERS = ("*_track.npz", "*_track_checkpoint.safetensors")

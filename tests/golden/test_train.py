@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorat.config import TrainConfig
-from lorat.model import LoRAT
-from lorat.official import import_official, official_state
-from lorat.optimisation import build_optimizer
-from lorat_platform.learner import Learner
+from lorat.checkpoint.official import import_official, official_state
+from lorat.config.training import TrainConfig
+from lorat.learning.learner import Learner
+from lorat.learning.optimisation import build_optimizer
+from lorat.model.network import LoRAT
 from tests.golden.fixture_files import beside, golden, name_of
 from tests.golden.official_sets import variant_of
 

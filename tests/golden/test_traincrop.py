@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorat.geometry import jittered_crop_params
+from lorat.image.crops import jittered_crop_params
 from tests.golden.fixture_files import golden, name_of
 
 COVERS = ("*_traincrop.npz",)

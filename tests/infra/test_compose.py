@@ -215,7 +215,7 @@ def _dashboard() -> dict[str, Any]:
 
 def _exported() -> set[str]:
     """Return the names under which the platform's metrics reach Prometheus."""
-    from lorat_platform import telemetry
+    from lorat.learning import clock as telemetry
 
     shown = telemetry.summarise(
         wall_s=1.0, parts_s=dict.fromkeys(telemetry.PARTS, 0.1), num_steps=1, num_pairs=1,

@@ -21,9 +21,9 @@ import yaml
 from pydantic import Field, model_validator
 
 from infra import sizing
-from lorat.config import TrainConfig, resolve
-from lorat.variants import VARIANTS, get_variant
-from lorat.windows import WindowLaw
+from lorat.config.training import TrainConfig, resolve
+from lorat.config.variants import VARIANTS, get_variant
+from lorat.data.shards.windows import WindowLaw
 from tests.infra import overlays
 from tests.infra.overlays import Strict
 from tests.jobs.in_process import run_in_process

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lorat.errors import UserError
-from lorat.tensor_files import read_tensors
+from lorat.files.tensors import read_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("lorat", "platform", "jobs", "infra")
@@ -127,7 +127,7 @@ def test_a_model_file_with_code_in_it_is_refused_and_does_not_run(
 
 @pytest.mark.parametrize("name", ["../outside", "folder/../../outside", "link"])
 def test_an_archive_from_another_node_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
-    from lorat_platform.metric_sink import MetricSink
+    from lorat_platform.recording.remote import MetricSink
 
     member = tarfile.TarInfo(name)
     if name == "link":
@@ -146,7 +146,7 @@ def test_an_archive_from_another_node_cannot_write_elsewhere(tmp_path: Path, nam
 def test_mlflow_on_this_machine_reports_nothing_about_its_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorat_platform import mlflow_store
+    from lorat_platform.recording import store as mlflow_store
 
     assert re.search(
         r"^export MLFLOW_DISABLE_TELEMETRY \?= true$", (ROOT / "Makefile").read_text(), re.M

@@ -28,8 +28,8 @@ def test_the_figures_follow_from_each_other() -> None:
 
 
 def test_decoding_can_be_measured_again(tmp_path: Path) -> None:
-    from lorat.conversion import MemoryTrack, write_dataset
-    from lorat.synthetic import render
+    from lorat.data.shards.conversion import MemoryTrack, write_dataset
+    from lorat.data.synthetic.videos import render
 
     video = render("val", 0, 24)
     track = MemoryTrack(name="0", images=video.images, box=video.box)

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from infra.processes import free_port
-from lorat.checkpoint import save_merged
-from lorat.model import LoRAT
-from lorat_platform import cluster, promotion, registry
-from lorat_platform.mlflow_store import connect
-from lorat_platform.tracking import open_run
+from lorat.checkpoint.folder import save_merged
+from lorat.model.network import LoRAT
+from lorat_platform import cluster
+from lorat_platform.promotion import champion as promotion
+from lorat_platform.recording.run import open_run
+from lorat_platform.recording.store import connect
+from lorat_platform.registry import versions as registry
 from tests.constant_trackers import shrinking_tracker, staying_tracker
 from tests.jobs.in_process import run_in_process
 from tests.mlflow_home import make_home

@@ -17,9 +17,9 @@ import cv2
 import numpy as np
 import pytest
 
-from lorat import synthetic
-from lorat.checkpoint import save_merged
-from lorat.clips import ClipWriter
+from lorat.checkpoint.folder import save_merged
+from lorat.data import synthetic
+from lorat.tracking.clips import ClipWriter
 from tests.constant_trackers import staying_tracker
 from tests.jobs.in_process import run_in_process
 from tests.mlflow_home import make_home

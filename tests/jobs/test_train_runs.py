@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from lorat.frame_index import FrameIndex
-from lorat.storage import locate
-from lorat_platform.mlflow_store import connect
+from lorat.data.shards.frame_index import FrameIndex
+from lorat.files.storage import locate
+from lorat_platform.recording.store import connect
 from tests.jobs.in_process import ROOT
 from tests.jobs.test_train import SMALL, wrong
 from tests.mlflow_home import make_home

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lorat.images import DamagedImage
+from lorat.image.codec import DamagedImage
 
 
 class FakeIndex:

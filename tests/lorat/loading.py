@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorat import shards, storage
-from lorat.conversion import convert, dataset_info
-from lorat.datasets import Findings, Recording, Source
-from lorat.verification import rebuild_index
+from lorat.data.datasets import Findings, Recording, Source
+from lorat.data.shards import images as shards
+from lorat.data.shards.conversion import convert, dataset_info
+from lorat.data.shards.verification import rebuild_index
+from lorat.files import storage
 
 
 def load_all(source: Source) -> tuple[dict[str, Recording], dict[tuple[str, str], str]]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorat.config import LoraConfig, TrainConfig
-from lorat.model import LoRAT, build_model
-from lorat.variants import VARIANTS, Variant
+from lorat.config.training import LoraConfig, TrainConfig
+from lorat.config.variants import VARIANTS, Variant
+from lorat.model.network import LoRAT, build_model
 
 MLP_VARIANT = VARIANTS["N-112"]
 SWIGLU_VARIANT = dataclasses.replace(MLP_VARIANT, name="tiny-swiglu", ffn="swiglu", dim=48)

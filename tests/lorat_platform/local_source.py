@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from lorat_platform.batches import Batch
-from lorat_platform.layout import local_range
+from lorat.data.pairs.batches import Batch
+from lorat_platform.data.layout import local_range
 
 
 class LocalSource:

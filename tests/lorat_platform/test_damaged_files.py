@@ -11,22 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorat import checkpoint, storage
-from lorat.config import TrainConfig, resolve, to_dict
-from lorat.conversion import write_dataset
+from lorat import checkpoint
+from lorat.checkpoint.training_state import read_step
+from lorat.config.training import TrainConfig, resolve, to_dict
+from lorat.data.shards.conversion import write_dataset
+from lorat.data.shards.frame_index import FrameIndex, read_manifest
 from lorat.errors import UserError
-from lorat.frame_index import FrameIndex, read_manifest
-from lorat.one_pass import SequenceResult
-from lorat.optimisation import build_optimizer
-from lorat.scratch import Process
-from lorat.training_state import read_step
-from lorat_platform import backlog, checkpoint_store, ingestion, lease, run_record, search_plan
-from lorat_platform.evaluation import _Store
-from lorat_platform.journal import Journal
-from lorat_platform.replay import replay
-from lorat_platform.sequence_workers import Conditions
-from lorat_platform.subject import load_subject
-from lorat_platform.trial import STATE_FILE, read_progress
+from lorat.files import storage
+from lorat.files.scratch import Process
+from lorat.learning.optimisation import build_optimizer
+from lorat.learning.replay import replay
+from lorat.tracking.one_pass import SequenceResult
+from lorat_platform.data import ingestion
+from lorat_platform.evaluation.sets import _Store
+from lorat_platform.evaluation.subject import load_subject
+from lorat_platform.evaluation.workers import Conditions
+from lorat_platform.recording import backlog
+from lorat_platform.recording.journal import Journal
+from lorat_platform.runs import checkpoints as checkpoint_store
+from lorat_platform.runs import claim as lease
+from lorat_platform.runs import record as run_record
+from lorat_platform.search import plan as search_plan
+from lorat_platform.search.trial.single import STATE_FILE, read_progress
 from tests.jobs.in_process import import_job
 from tests.lorat.small_sets import tracks
 from tests.lorat.tiny_models import tiny_config, tiny_model

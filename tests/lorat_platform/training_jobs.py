@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors.torch import load_file
 
-from lorat.config import LoraConfig, TrainConfig
+from lorat.config.training import LoraConfig, TrainConfig
 from tests.mlflow_home import make_home
 from tests.waiting import wait_until
 

@@ -1,0 +1,1 @@
+"""What can be configured: trainings, variants, and which values a field may have."""

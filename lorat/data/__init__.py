@@ -1,0 +1,1 @@
+"""Everything up to the batch: datasets as published, shards, pairs; no torch."""

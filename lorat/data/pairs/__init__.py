@@ -1,0 +1,1 @@
+"""Pairs of a template and a search region, each a pure function of seed and number."""

@@ -1,0 +1,1 @@
+"""Datasets as Parquet shards with an index of their frames: written, read, verified."""

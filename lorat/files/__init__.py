@@ -1,0 +1,1 @@
+"""Files and folders of any storage, read and written whole or not at all."""

@@ -1,0 +1,1 @@
+"""Boxes, crops and the pixels of images, in NumPy and OpenCV."""

@@ -1,0 +1,1 @@
+"""How the network learns: losses, optimiser, augmentation on the device, and the loop."""

@@ -1,0 +1,89 @@
+"""Preview: sampled pairs as the network gets them, as one picture."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from lorat.config.training import AugmentConfig, SamplingConfig
+from lorat.config.variants import Variant
+from lorat.data.pairs.sampler import PairSampler, load_pairs
+from lorat.data.shards.frame_index import FrameIndex
+from lorat.data.shards.images import ImageReader
+
+_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_STD = np.array([0.229, 0.224, 0.225], np.float32)
+_MARGIN = 6
+_HEADER = 22
+_BOX_COLOUR = (255, 60, 30)
+_TITLES = ("template", "search", "template, augmented, mask", "search, augmented")
+
+
+def draw_pairs(index: FrameIndex, variant: Variant, *, num_pairs: int, seed: int) -> np.ndarray:
+    """Draw pairs of a dataset: both crops as cut, then as augmented, with box and mask.
+
+    Returns:
+        RGB uint8; a row per pair, with its sequence and frames.
+    """
+    import torch
+
+    from lorat.learning.augment import augment, foreground_mask
+
+    sampler = PairSampler([index], [1.0], variant, SamplingConfig(), AugmentConfig(), seed)
+    batch = load_pairs(sampler, [ImageReader(index)], list(range(num_pairs)))
+    tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+    template, search, template_box, search_box = augment(tensors)
+    masks = foreground_mask(template_box, variant).numpy()
+    rows = []
+    for i in range(num_pairs):
+        masked = _tint(_restore(template[i].numpy()), masks[i])
+        pictures = [
+            _with_box(batch["template"][i], batch["template_box"][i]),
+            _with_box(batch["search"][i], batch["search_box"][i]),
+            _with_box(masked, template_box[i].numpy()),
+            _with_box(_restore(search[i].numpy()), search_box[i].numpy()),
+        ]
+        spec = sampler.sample(i)
+        numbers = index.frame_number[[spec.template_row, spec.search_row]]
+        caption = f"{index.sequence(spec.track)}  frames {numbers[0]} and {numbers[1]}"
+        rows.append(_join(pictures, caption, variant.search_size))
+    heading = _join([], "   |   ".join(_TITLES), 0, rows[0].shape[1])
+    return np.concatenate([heading, *rows])
+
+
+def _restore(image_CHW: np.ndarray) -> np.ndarray:
+    """Undo the normalisation of a network input."""
+    image_HWC = image_CHW.transpose(1, 2, 0) * _STD + _MEAN
+    return np.clip(image_HWC * 255, 0, 255).astype(np.uint8)
+
+
+def _tint(image_HWC: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Tint the foreground tokens of a template."""
+    size = image_HWC.shape[1], image_HWC.shape[0]
+    cells = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)[..., None]
+    tinted = image_HWC * 0.6 + np.array([40.0, 220.0, 60.0]) * 0.4
+    return np.where(cells == 1, tinted, image_HWC).astype(np.uint8)
+
+
+def _with_box(image_HWC: np.ndarray, box: np.ndarray) -> np.ndarray:
+    drawn = np.ascontiguousarray(image_HWC)
+    x1, y1, x2, y2 = (round(float(v)) for v in box)
+    cv2.rectangle(drawn, (x1, y1), (x2 - 1, y2 - 1), _BOX_COLOUR, 1)
+    return drawn
+
+
+def _join(
+    pictures: list[np.ndarray], caption: str, height: int, width: int | None = None
+) -> np.ndarray:
+    """Lay pictures side by side under a caption."""
+    if width is None:
+        width = sum(p.shape[1] + _MARGIN for p in pictures) + _MARGIN
+    row = np.full((height + _HEADER + _MARGIN, width, 3), 255, np.uint8)
+    origin = (_MARGIN, _HEADER - 7)
+    cv2.putText(row, caption, origin, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+    left = _MARGIN
+    for picture in pictures:
+        picture_height, picture_width = picture.shape[:2]
+        row[_HEADER : _HEADER + picture_height, left : left + picture_width] = picture
+        left += picture_width + _MARGIN
+    return row

@@ -1,0 +1,1 @@
+"""The network: a frozen DINOv2 transformer, adapters, embeddings and the head."""

@@ -1,0 +1,154 @@
+"""LoRA adapters on the linear layers of every block, through peft.
+
+timm keeps q, k and v in one linear layer.  Each gets its own adapter here (the paper counts ranks
+that way) while the frozen product stays fused: the base layer of such an adapter is a slice that
+owns no weights, and :class:`lorat.model.backbone.Attention` adds the low-rank part to its third of
+the fused product.  So LoRA on q, k and v costs one frozen product and the adapters' own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from peft.tuners.lora import Linear as PeftLinear
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lorat.config.training import LoraConfig
+
+ADAPTER = "default"
+"""peft's name of the only adapter."""
+
+INIT_STD = 0.02
+
+
+class LinearSlice(nn.Linear):
+    """A third of a fused q|k|v layer: a linear layer whose weights are views, not its own."""
+
+    def __init__(self, fused: nn.Linear, index: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features = fused.in_features
+        self.out_features = fused.out_features // 3
+        self._rows = slice(index * self.out_features, (index + 1) * self.out_features)
+        # In a tuple, so that the fused layer is not registered a second time.
+        self._fused = (fused,)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The rows of the fused weight, (out, in)."""
+        return self._fused[0].weight[self._rows]
+
+    @property
+    def bias(self) -> Tensor:  # type: ignore[override]
+        """The rows of the fused bias, (out,)."""
+        return self._fused[0].bias[self._rows]
+
+
+def peft_config(lora: LoraConfig) -> PeftLoraConfig:
+    """Return peft's form of a LoRA configuration, as ``adapter_config.json`` keeps it."""
+    attention = "|".join(t for t in lora.targets if t in {"q", "k", "v", "proj"})
+    ffn = "|".join(t for t in lora.targets if t in {"fc1", "fc2"})
+    parts = [
+        f"{room}\\.(?:{names})" for room, names in (("attn", attention), ("mlp", ffn)) if names
+    ]
+    alpha = lora.resolved_alpha
+    return PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        # A bare "proj" would also match the patch embedding's.
+        target_modules=rf"(?:.*\.)?blocks\.\d+\.(?:{'|'.join(parts)})",
+        bias="none",
+    )
+
+
+def attach_slices(backbone: VisionTransformer) -> None:
+    """Give every attention layer the modules ``q``, ``k``, ``v`` that peft can adapt."""
+    for block in backbone.blocks:
+        attention: Any = block.attn
+        for index, name in enumerate("qkv"):
+            setattr(attention, name, LinearSlice(attention.qkv, index))
+
+
+def add_lora(backbone: VisionTransformer, lora: LoraConfig) -> None:
+    """Adapt the blocks in place and draw the adapters' weights from the global generator.
+
+    Slices that get no adapter are taken away again.
+    """
+    attach_slices(backbone)
+    device = next(backbone.parameters()).device
+    # peft would make the adapters on the CPU first, also those of a model without storage.
+    with device:
+        inject_adapter_in_model(peft_config(lora), backbone, adapter_name=ADAPTER)
+    for block in backbone.blocks:
+        for name in "qkv":
+            if not isinstance(getattr(block.attn, name), PeftLinear):
+                delattr(block.attn, name)
+    for _, layer in adapted_layers(backbone):
+        initialise(*matrices(layer), lora)
+
+
+def initialise(a_Rin: Tensor, b_outR: Tensor, lora: LoraConfig) -> None:
+    """Draw A and B: both truncated normal (the paper's), or A Kaiming / Gaussian and B zero."""
+    if lora.init == "truncated_normal":
+        nn.init.trunc_normal_(a_Rin, std=INIT_STD)
+        nn.init.trunc_normal_(b_outR, std=INIT_STD)
+        return
+    if lora.init == "kaiming":
+        nn.init.kaiming_uniform_(a_Rin, a=math.sqrt(5))
+    else:
+        nn.init.normal_(a_Rin, std=1 / lora.rank)
+    nn.init.zeros_(b_outR)
+
+
+def adapted_layers(backbone: nn.Module) -> Iterator[tuple[str, PeftLinear]]:
+    """Yield name and layer of everything that has an adapter, such as ``blocks.0.attn.q``."""
+    for name, module in backbone.named_modules():
+        if isinstance(module, PeftLinear):
+            yield name, module
+
+
+def matrices(layer: PeftLinear) -> tuple[Tensor, Tensor]:
+    """Return A (rank, in) and B (out, rank) of an adapted layer."""
+    a: Any = layer.lora_A[ADAPTER]
+    b: Any = layer.lora_B[ADAPTER]
+    return a.weight, b.weight
+
+
+def merged_weights(backbone: VisionTransformer) -> dict[str, Tensor]:
+    """Return the adapted weights with the adapters folded in, under their timm names.
+
+    W + scaling · B A, computed in float32 and rounded once to the weight's dtype; q, k and v are
+    folded into their rows of the fused weight.
+    """
+    merged: dict[str, Tensor] = {}
+    for name, layer in adapted_layers(backbone):
+        a, b = matrices(layer)
+        delta = layer.scaling[ADAPTER] * (b.detach().float() @ a.detach().float())
+        base: Any = layer.get_base_layer()
+        if isinstance(base, LinearSlice):
+            fused = name.rpartition(".")[0] + ".qkv.weight"
+            if fused not in merged:
+                merged[fused] = base._fused[0].weight.detach().float().clone()
+            merged[fused][base._rows] += delta
+        else:
+            merged[f"{name}.weight"] = base.weight.detach().float() + delta
+    dtypes = {n: p.dtype for n, p in backbone.named_parameters()}
+    return {
+        name: value.to(dtypes.get(name, dtypes.get(name.replace(".weight", ".base_layer.weight"))))
+        for name, value in merged.items()
+    }
+
+
+def adapter_weights(backbone: VisionTransformer) -> dict[str, Tensor]:
+    """Return A and B under the names of peft's ``adapter_model.safetensors``."""
+    weights: dict[str, Tensor] = {}
+    for name, layer in adapted_layers(backbone):
+        for matrix, value in zip(("lora_A", "lora_B"), matrices(layer), strict=True):
+            weights[f"base_model.model.{name}.{matrix}.weight"] = value.detach()
+    return weights

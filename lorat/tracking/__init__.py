@@ -1,0 +1,1 @@
+"""The tracker: one pass over a video from the box in its first frame."""

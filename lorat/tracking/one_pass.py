@@ -1,0 +1,251 @@
+"""One-pass evaluation: track whole sequences from their first box, many in one batch.
+
+At most ``batch_size`` sequences run at the same time, each advancing by one frame per step; the
+longest start first, and a finished one makes room for the next.  Nothing of a sequence depends on
+which others share its batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from lorat.errors import UserError
+from lorat.image.codec import DamagedImage
+
+if TYPE_CHECKING:
+    from lorat.data.shards.frame_index import FrameIndex
+
+_log = logging.getLogger(__name__)
+
+
+class FrameReader(Protocol):
+    """Where the frames come from, such as :class:`lorat.data.shards.images.ImageReader`."""
+
+    def decode(self, row: int) -> np.ndarray:
+        """Return a frame as RGB uint8 (H, W, 3), or raise ``DamagedImage``."""
+        ...
+
+
+class SequenceTracker(Protocol):
+    """What tracks sequences: :class:`lorat.tracking.tracker.Tracker` or one of the baselines.
+
+    Both methods return once the work is done, on the device too, so their time is the true one.
+    """
+
+    def start(self, frames: Sequence[np.ndarray], boxes: Sequence[Sequence[float]]) -> list[Any]:
+        """Make one target per first frame and box (xyxy)."""
+        ...
+
+    def step(
+        self, targets: Sequence[Any], frames: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Advance the targets by one frame each; return boxes (B, 4) xyxy and scores (B,)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceResult:
+    """What tracking one sequence gave."""
+
+    track: int
+    name: str
+    boxes: np.ndarray
+    """float64 (n, 4), xyxy frame pixels; the first is the ground truth."""
+    scores: np.ndarray
+    """float64 (n,); the first is 1."""
+    seconds: np.ndarray
+    """float64 (n,); tracking time per frame: the step's wall time over the sequences in it."""
+    decode_seconds: np.ndarray
+    """float64 (n,); reading and decoding time per frame, accounted likewise."""
+    damaged: int = 0
+    """Frames that could not be decoded; there the last box is repeated with score 0."""
+    left_out: str = ""
+    """Why the sequence was not tracked at all; empty if it was."""
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of tracking alone."""
+        return 1.0 / float(self.seconds.mean())
+
+    @property
+    def fps_with_decoding(self) -> float:
+        """Frames per second including reading and decoding."""
+        return 1.0 / float((self.seconds + self.decode_seconds).mean())
+
+
+@dataclass
+class _Running:
+    track: int
+    first_row: int
+    length: int
+    target: Any = None
+    position: int = 0
+    damaged: int = 0
+    left_out: str = ""
+    boxes: np.ndarray = field(default_factory=lambda: np.empty((0, 4)))
+    scores: np.ndarray = field(default_factory=lambda: np.empty(0))
+    seconds: np.ndarray = field(default_factory=lambda: np.empty(0))
+    decode_seconds: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.left_out) or self.position + 1 == self.length
+
+
+def track_sequences(
+    tracker: SequenceTracker,
+    index: FrameIndex,
+    reader: FrameReader,
+    tracks: Iterable[int],
+    *,
+    batch_size: int = 8,
+    decode_threads: int | None = None,
+    on_sequence: Callable[[SequenceResult], None] | None = None,
+) -> list[SequenceResult]:
+    """Track sequences of a data set.
+
+    Args:
+        tracker: network tracker or baseline.
+        index: data set with full frames.
+        reader: its images.
+        tracks: numbers of the sequences.
+        batch_size: most sequences in one step.
+        decode_threads: threads that read and decode the frames of a step; by default one per
+            core, at most 8.
+        on_sequence: called with each result as soon as its sequence ends, and with one whose
+            ``left_out`` says why for a sequence that cannot be tracked: its first frame is damaged.
+
+    Returns:
+        The results of the sequences that were tracked, in the order of ``tracks``.
+
+    Raises:
+        UserError: if the data set holds windows, or a first frame has no usable box.
+    """
+    if index.storage == "window":
+        raise UserError(
+            f"Data set {index.name} stores windows around the target, which a tracker may leave; "
+            "ingest it again with --full-frame to evaluate on it."
+        )
+    if batch_size < 1:
+        raise UserError(f"The batch size is {batch_size}; give 1 or more.")
+    order = list(tracks)
+    pending = deque(sorted((_open(index, track) for track in order), key=lambda r: -r.length))
+    running: list[_Running] = []
+    results: dict[int, SequenceResult] = {}
+    num_threads = decode_threads or min(os.cpu_count() or 1, 8)
+    with ThreadPoolExecutor(num_threads, "decode") as pool:
+        while pending or running:
+            new = [pending.popleft() for _ in range(min(batch_size - len(running), len(pending)))]
+            if new:
+                _start(tracker, index, reader, new, pool)
+                running += new
+            moving = [run for run in running if not run.ended]
+            if moving:
+                _step(tracker, reader, moving, pool)
+            for run in [run for run in running if run.ended]:
+                running.remove(run)
+                results[run.track] = result = _result(index, run)
+                if on_sequence is not None:
+                    on_sequence(result)
+    return [results[track] for track in order if not results[track].left_out]
+
+
+def _open(index: FrameIndex, track: int) -> _Running:
+    first, end = int(index.track_start[track]), int(index.track_start[track + 1])
+    if not np.isfinite(index.box[first]).all() or not index.valid[first]:
+        raise UserError(
+            f"Sequence {index.sequence(track)} of {index.name} has no usable box in its first "
+            "frame; leave it out or correct its annotation."
+        )
+    run = _Running(track, first, end - first)
+    run.boxes = np.full((run.length, 4), np.nan)
+    run.scores, run.seconds, run.decode_seconds = (np.zeros(run.length) for _ in range(3))
+    return run
+
+
+def _start(
+    tracker: SequenceTracker,
+    index: FrameIndex,
+    reader: FrameReader,
+    runs: list[_Running],
+    pool: ThreadPoolExecutor,
+) -> None:
+    frames, decode_seconds = _decode(reader, runs, pool)
+    seen = [(run, frame) for run, frame in zip(runs, frames, strict=True) if frame is not None]
+    for run, frame in zip(runs, frames, strict=True):
+        if frame is None:
+            run.left_out = "the first frame is damaged"
+            name = index.sequence(run.track)
+            _log.warning("%s of %s is left out: %s", name, index.name, run.left_out)
+    if not seen:
+        return
+    boxes = [tuple(index.box[run.first_row].tolist()) for run, _ in seen]
+    began = time.perf_counter()
+    targets = tracker.start([frame for _, frame in seen], boxes)
+    seconds = (time.perf_counter() - began) / len(seen)
+    for (run, _), target, box in zip(seen, targets, boxes, strict=True):
+        run.target = target
+        run.boxes[0], run.scores[0] = box, 1.0
+        run.seconds[0], run.decode_seconds[0] = seconds, decode_seconds
+
+
+def _step(
+    tracker: SequenceTracker,
+    reader: FrameReader,
+    runs: list[_Running],
+    pool: ThreadPoolExecutor,
+) -> None:
+    for run in runs:
+        run.position += 1
+    frames, decode_seconds = _decode(reader, runs, pool)
+    seen = [(run, frame) for run, frame in zip(runs, frames, strict=True) if frame is not None]
+    began = time.perf_counter()
+    if seen:
+        boxes, scores = tracker.step([run.target for run, _ in seen], [frame for _, frame in seen])
+        for (run, _), box, score in zip(seen, boxes, scores, strict=True):
+            run.boxes[run.position], run.scores[run.position] = box, score
+    seconds = (time.perf_counter() - began) / len(runs)
+    for run, frame in zip(runs, frames, strict=True):
+        run.seconds[run.position], run.decode_seconds[run.position] = seconds, decode_seconds
+        if frame is None:
+            run.damaged += 1
+            run.boxes[run.position] = run.boxes[run.position - 1]
+
+
+def _decode(
+    reader: FrameReader, runs: list[_Running], pool: ThreadPoolExecutor
+) -> tuple[list[np.ndarray | None], float]:
+    """Decode each sequence's present frame; none for a damaged one."""
+
+    def decode(run: _Running) -> np.ndarray | None:
+        try:
+            return reader.decode(run.first_row + run.position)
+        except DamagedImage as error:
+            _log.warning("a frame is skipped, its image is damaged: %s", error)
+            return None
+
+    began = time.perf_counter()
+    frames = list(pool.map(decode, runs)) if len(runs) > 1 else [decode(runs[0])]
+    return frames, (time.perf_counter() - began) / len(runs)
+
+
+def _result(index: FrameIndex, run: _Running) -> SequenceResult:
+    return SequenceResult(
+        track=run.track,
+        name=index.sequence(run.track),
+        boxes=run.boxes,
+        scores=run.scores,
+        seconds=run.seconds,
+        decode_seconds=run.decode_seconds,
+        damaged=run.damaged,
+        left_out=run.left_out,
+    )

@@ -1,0 +1,1 @@
+"""Data on the cluster: ingesting datasets, naming them, streaming pairs to the workers."""

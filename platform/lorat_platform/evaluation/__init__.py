@@ -1,0 +1,1 @@
+"""Tracking whole sets of sequences, spread over the cluster, and reporting their scores."""

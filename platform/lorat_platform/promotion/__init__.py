@@ -1,0 +1,1 @@
+"""Which version is champion, and on what grounds."""

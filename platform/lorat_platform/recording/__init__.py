@@ -1,0 +1,1 @@
+"""Runs in MLflow: written to a journal at once, delivered whenever the server takes them."""

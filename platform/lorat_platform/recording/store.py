@@ -1,0 +1,107 @@
+"""Which MLflow store is used, and a client that never waits for long."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorat.files.addresses import refuse_secrets
+from lorat.files.home import home
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+REQUEST_RETRIES = "1"
+"""Retries inside one MLflow call (the default of 7 blocks for 97 s); the sender repeats anyway."""
+REQUEST_TIMEOUT_S = "60"
+"""Longest wait for one answer; a server that needs 10 s per call still works."""
+
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Makes the UI open an experiment as one of trained models, not of language-model traces."""
+
+
+def tracking_uri() -> str:
+    """Return ``MLFLOW_TRACKING_URI``, or the SQLite file ``mlflow.db`` in the home folder.
+
+    Raises:
+        UserError: if it has a secret in it.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home().absolute()}/mlflow.db"
+    refuse_secrets(uri, "MLFLOW_TRACKING_URI")
+    return uri
+
+
+def is_sqlite(uri: str) -> bool:
+    """Tell whether the store is a file that only one machine should write."""
+    return uri.startswith("sqlite:")
+
+
+def artifact_location(uri: str, experiment: str) -> str | None:
+    """Return the artefact folder of a new experiment; none leaves it to the server.
+
+    A SQLite store keeps them in ``mlartifacts`` beside the file, wherever the job was started.
+    """
+    if not is_sqlite(uri):
+        return None
+    folder = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts"
+    # A name such as ".." would be another folder.
+    return (folder / (re.sub(r"[^\w.-]+", "-", experiment).lstrip(".") or "-")).as_uri()
+
+
+def connect(uri: str | None = None) -> MlflowClient:
+    """Return a client; importing MLflow takes 2 to 3 s, so it happens here and not above.
+
+    Pickled models are refused in this process from here on.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", REQUEST_RETRIES)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", REQUEST_TIMEOUT_S)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when MLflow is imported
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    from mlflow import MlflowClient
+
+    uri = uri or tracking_uri()
+    if is_sqlite(uri):
+        _make_database(Path(uri.removeprefix("sqlite:///")).absolute())
+    return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI", uri))
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's tables in one step; several processes at once, or a kill, would spoil them."""
+    from mlflow import MlflowClient
+
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f"{path.name}.lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        scratch = path.with_name(f"{path.name}.making")
+        scratch.unlink(missing_ok=True)
+        client = MlflowClient(f"sqlite:///{scratch}", registry_uri=f"sqlite:///{scratch}")
+        client.search_experiments(max_results=1)
+        client.search_registered_models(max_results=1)
+        os.replace(scratch, path)
+
+
+def ensure_experiment(client: MlflowClient, name: str, uri: str) -> str:
+    """Return the id of the experiment, making or restoring it; safe for many processes at once."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return client.create_experiment(name, artifact_location(uri, name), EXPERIMENT_TAGS)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return experiment.experiment_id

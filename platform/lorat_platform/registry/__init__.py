@@ -1,0 +1,1 @@
+"""Trackers as registered models of MLflow."""

@@ -1,0 +1,340 @@
+"""The model registry: versions of ``lorat``, their aliases, and getting one back as files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from lorat.errors import UserError
+from lorat.files import checksums
+from lorat.files.home import home
+from lorat.files.scratch import temporary_folder
+from lorat.files.storage import Location, locate
+from lorat_platform.recording.store import connect, tracking_uri
+from lorat_platform.runs import checkpoints as checkpoint_store
+
+if TYPE_CHECKING:
+    from lorat.model.network import LoRAT
+
+log = logging.getLogger(__name__)
+
+MODEL_NAME = "lorat"
+CONFIG_FILE = "config.json"
+CANDIDATE = "candidate"
+CHAMPION = "champion"
+MAX_DESCRIPTION = 5000
+"""Characters of a version's description that every database of MLflow takes."""
+
+
+def register(
+    model: LoRAT,
+    *,
+    run_id: str,
+    datasets: Mapping[str, str] | None = None,
+    scores: Mapping[str, float] | None = None,
+    benchmark: Sequence[str] = (),
+    git_revision: str | None = None,
+    tags: Mapping[str, Any] | None = None,
+) -> str:
+    """Register a trained model as the candidate and return its version.
+
+    Args:
+        model: any form; the registered one is merged.
+        run_id: the MLflow run that trained it.
+        datasets: name -> fingerprint of what it was trained on.
+        scores: results of its evaluation, such as ``{"val/ao": 0.61}``.
+        benchmark: URIs of the data sets that the scores are of; a candidate is compared with
+            this model on them.
+        git_revision: of the code that trained it.
+        tags: more tags of the version.
+
+    Raises:
+        MlflowException: if MLflow does not take it; nothing is registered then.
+    """
+    from lorat_platform.registry.package import package
+
+    client = connect()
+    from mlflow.models import Model
+
+    about: dict[str, str] = {"variant": model.variant.name}
+    about |= {f"dataset.{key}": value for key, value in (datasets or {}).items()}
+    about |= {f"score.{key}": f"{value:.4f}" for key, value in (scores or {}).items()}
+    about |= {"benchmark": json.dumps(list(benchmark))} if benchmark else {}
+    about |= {"git_revision": git_revision} if git_revision else {}
+    about |= {key: str(value) for key, value in (tags or {}).items()}
+
+    run = client.get_run(run_id)
+    logged = client.create_logged_model(
+        run.info.experiment_id, name="model", source_run_id=run_id, tags=about, model_type="tracker"
+    )
+    try:
+        with temporary_folder() as scratch:
+            description = Model(
+                artifact_path=logged.artifact_location,
+                run_id=run_id,
+                model_uuid=logged.model_id,
+                model_id=logged.model_id,
+            )
+            package(model, scratch / "model", mlflow_model=description)
+            client.log_model_artifacts(logged.model_id, str(scratch / "model"))
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to hear about
+            client.finalize_logged_model(logged.model_id, "FAILED")
+        raise
+    client.finalize_logged_model(logged.model_id, "READY")
+    from mlflow.entities import LoggedModelOutput
+
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])  # on the run's page
+    about["model_id"] = logged.model_id  # MLflow's own field is empty when a version is read
+    ensure_registered_model(client, MODEL_NAME)
+    version = client.create_model_version(
+        MODEL_NAME,
+        source=logged.artifact_location,
+        run_id=run_id,
+        tags=about,
+        description=describe(MODEL_NAME, about)[:MAX_DESCRIPTION],
+        model_id=logged.model_id,
+    ).version
+    client.set_registered_model_alias(MODEL_NAME, CANDIDATE, version)
+    return str(version)
+
+
+def describe(name: str, about: Mapping[str, str]) -> str:
+    """Return a version's Markdown description."""
+    rows = "\n".join(f"| {key} | {value} |" for key, value in sorted(about.items()))
+    return (
+        f"LoRAT {about['variant']}, safetensors, no pickle.\n\n| | |\n|---|---|\n{rows}\n\n"
+        "```python\n"
+        "import mlflow\n"
+        f'model = mlflow.pyfunc.load_model("models:/{name}@{CHAMPION}")\n'
+        'table = model.predict({"frames": frames_uint8_rgb, "box": xyxy_of_first_frame})\n'
+        "```\n"
+    )
+
+
+def ensure_registered_model(client: Any, name: str) -> None:
+    """Make the registered model if it is missing; safe for many processes at once."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(
+            name, description="Visual object tracker: DINOv2 adapted with LoRA."
+        )
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def version_of(uri: str) -> tuple[str, str]:
+    """Return name and version that ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` means now.
+
+    Raises:
+        UserError: if there is none, or MLflow cannot be reached.
+    """
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([\w-]+)|/(\d+))", uri)
+    if not match:
+        raise UserError(f"{uri} is no model; give models:/NAME@ALIAS or models:/NAME/VERSION.")
+    name, alias, number = match.groups()
+    with _user_errors(uri):
+        client = connect()
+        if alias:
+            version = client.get_model_version_by_alias(name, alias)
+        else:
+            version = client.get_model_version(name, number)
+    return name, str(version.version)
+
+
+def pinned(uri: str) -> str:
+    """Return an address that means the same model later too: an alias becomes its version.
+
+    Raises:
+        UserError: if there is no such alias, or MLflow cannot be reached.
+    """
+    if not re.fullmatch(r"models:/[^/@]+@[\w-]+", uri):
+        return uri
+    name, version = version_of(uri)
+    return f"models:/{name}/{version}"
+
+
+def registered_by(run_id: str) -> str | None:
+    """Return the version that an MLflow run has registered, or none.
+
+    What killed that run may have come before the alias was set: it is set unless a newer version
+    has it.
+    """
+    client = connect()
+    found = client.search_model_versions(f"name='{MODEL_NAME}' and run_id='{run_id}'")
+    if not found:
+        return None
+    version = max(int(each.version) for each in found)
+    aliases = client.get_registered_model(MODEL_NAME).aliases
+    if int(aliases.get(CANDIDATE, 0)) < version:
+        client.set_registered_model_alias(MODEL_NAME, CANDIDATE, str(version))
+    return str(version)
+
+
+def resolve(uri: str | os.PathLike[str]) -> Path:
+    """Return the local folder (or released file) of a model.
+
+    Args:
+        uri: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, ``models:/m-ID``,
+            ``runs:/RUN_ID/model``, a checkpoint folder (also ``s3://`` or ``gs://``), a bundle, the
+            folder of a downloaded MLflow model, or a released LoRAT file.  What is fetched is kept
+            in the home folder.
+
+    Raises:
+        UserError: if there is no such model, or MLflow cannot be reached.
+    """
+    text = os.fspath(uri)
+    if text.startswith(("models:/", "runs:/")):
+        return _download(text)
+    location = locate(text)
+    if not location.is_local:
+        return _download_checkpoint(location)
+    path = Path(location.path)
+    if not path.exists():
+        raise UserError(
+            f"There is no model {text}; give models:/{MODEL_NAME}@{CHAMPION}, "
+            "models:/NAME/VERSION, runs:/RUN_ID/model, a checkpoint folder or a released file."
+        )
+    if (path / "MLmodel").exists():
+        return path / "artifacts" / "bundle"
+    return path
+
+
+def load(uri: str | os.PathLike[str], *, variant: str | None = None) -> LoRAT:
+    """Load a model from anything that :func:`resolve` takes, on the CPU.
+
+    Args:
+        uri: the model.
+        variant: needed for a released file, which does not name its variant.
+
+    Raises:
+        UserError: if it is missing, damaged or of another shape.
+    """
+    from lorat import checkpoint
+
+    return checkpoint.load(resolve(uri), variant=variant)
+
+
+def _download(uri: str) -> Path:
+    """Download the safetensors bundle of a logged model, once."""
+    with _user_errors(uri):
+        location = _artifact_location(uri)
+        key = hashlib.sha256(f"{tracking_uri()} {location}".encode()).hexdigest()[:16]
+        target = home() / "models" / key
+        if _is_kept(target):
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        from mlflow.artifacts import download_artifacts
+
+        with temporary_folder(target.parent) as scratch:
+            found = download_artifacts(
+                artifact_uri=f"{location.rstrip('/')}/artifacts/bundle",
+                dst_path=str(scratch),
+                tracking_uri=tracking_uri(),
+            )
+            Path(found, "origin.json").write_text(json.dumps({"uri": uri, "location": location}))
+            try:
+                os.rename(found, target)
+            except OSError:  # another process was faster
+                shutil.rmtree(found)
+    return target
+
+
+def _is_kept(target: Path) -> bool:
+    """Tell whether a model was fetched before; a damaged copy of it is removed."""
+    if not (target / CONFIG_FILE).exists():
+        return False
+    if checksums.is_intact(target):
+        return True
+    log.warning("The copy of a model in %s is damaged and is fetched anew.", target)
+    shutil.rmtree(target)
+    return False
+
+
+def _download_checkpoint(location: Location) -> Path:
+    """Download a training's checkpoint from its storage, once."""
+    try:
+        mark = location.filesystem.get_file_info(location.file(checkpoint_store.MANIFEST))
+        if not mark.is_file:
+            raise UserError(
+                f"There is no checkpoint at {location.uri}; give its folder as the end of the "
+                "training names it."
+            )
+        key = hashlib.sha256(f"{location.uri} {mark.mtime_ns}".encode()).hexdigest()[:16]
+        target = home() / "models" / key
+        if _is_kept(target):
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        parent, _, name = location.path.rpartition("/")
+        run = Location(location.uri, location.filesystem, parent)
+        with temporary_folder(target.parent) as scratch:
+            found = checkpoint_store.download(run, name, scratch / name)
+            with contextlib.suppress(OSError):  # another process was faster
+                os.rename(found, target)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"The checkpoint {location.uri} cannot be read: {checkpoint_store.reason(error)}; "
+            "check the address and the connection."
+        ) from error
+    return target
+
+
+def _artifact_location(uri: str) -> str:
+    client = connect()
+    if uri.startswith("runs:/"):
+        run_id, _, path = uri.removeprefix("runs:/").partition("/")
+        run = client.get_run(run_id)
+        outputs = run.outputs.model_outputs if run.outputs else []
+        models = [client.get_logged_model(output.model_id) for output in outputs]
+        models = [model for model in models if not path or model.name == path]
+        if not models:
+            raise UserError(
+                f"The run {run_id} has no model {path}; give a run that registered one."
+            )
+        return models[-1].artifact_location
+    if re.fullmatch(r"models:/m-[0-9a-f]+", uri):
+        return client.get_logged_model(uri.removeprefix("models:/")).artifact_location
+    name, version = version_of(uri)
+    return client.get_model_version_download_uri(name, version)
+
+
+def add_to_description(client: Any, name: str, version: str, heading: str, text: str) -> None:
+    """Append a section to a version's description; the oldest sections make room."""
+    stored = client.get_model_version(name, version).description or ""
+    first, *sections = re.split(r"\n(?=### )", stored)
+    sections.append(f"### {heading}\n\n{text}")
+    while len("\n".join([first, *sections])) > MAX_DESCRIPTION and len(sections) > 1:
+        del sections[0]
+    whole = "\n".join([first, *sections])
+    client.update_model_version(name, version, whole[:MAX_DESCRIPTION])
+
+
+@contextlib.contextmanager
+def _user_errors(uri: str) -> Iterator[None]:
+    """Turn what MLflow says about a missing model or server into one sentence."""
+    from mlflow.exceptions import MlflowException
+
+    where = tracking_uri()
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+            raise UserError(
+                f"There is no {uri} in MLflow at {where}; its models page shows names and aliases."
+            ) from error
+        raise UserError(
+            f"MLflow at {where} does not give {uri} ({str(error).splitlines()[0][:200]}); "
+            "correct MLFLOW_TRACKING_URI or start the server."
+        ) from error

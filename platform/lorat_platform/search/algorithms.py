@@ -1,0 +1,360 @@
+"""Which trials go on: rungs, Ray Tune's schedulers made resumable, and searchers.
+
+A rung is a number of optimisation steps of the full schedule.  Schedulers count in *budget*: the
+first rung is 1, each next one ``reduction`` times more, the last ``reduction ** (num_rungs - 1)``.
+Ray keeps no scheduler state in a search's snapshot, so every report carries the trial's whole
+history and a restored trial tells it to the scheduler again.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    HyperBandForBOHB,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    TrialScheduler,
+)
+from ray.tune.search import ConcurrencyLimiter, Searcher
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from lorat.errors import UserError
+from lorat_platform.search.space import Dimension, SearchSpace
+from lorat_platform.searcher_state import JsonOptuna
+
+SearcherName = Literal["tpe", "random", "bohb"]
+SchedulerName = Literal["asha", "median", "hyperband", "none"]
+
+BUDGET = "budget"
+"""Reported progress: 1 at the first rung, ``reduction ** (num_rungs - 1)`` at the last."""
+HISTORY = "history"
+"""Reported list of all the trial's reports so far, as ``{"budget": ..., objective: ...}``."""
+
+OBJECTIVES: dict[str, Literal["max", "min"]] = {
+    "ao": "max",
+    "auc": "max",
+    "sr50": "max",
+    "sr75": "max",
+    "loss": "min",
+    "latency": "min",
+    "parameters": "min",
+}
+"""What can be searched for, and which way is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rungs:
+    """The steps at which trials are compared."""
+
+    max_steps: int
+    """Optimisation steps of a trial that is never stopped."""
+    reduction: int
+    """About one trial in so many goes on from a rung; also the ratio of two rungs."""
+    num_rungs: int
+
+    def __post_init__(self) -> None:
+        if self.reduction < 2 or self.num_rungs < 1:
+            raise UserError(
+                f"There are {self.num_rungs} rungs with a reduction of {self.reduction}; "
+                "give 1 or more rungs and a reduction of 2 or more."
+            )
+        if self.max_steps < self.max_budget:
+            raise UserError(
+                f"{self.max_steps} steps cannot hold {self.num_rungs} rungs with a reduction of "
+                f"{self.reduction}; give fewer rungs or at least {self.max_budget} steps."
+            )
+
+    @property
+    def max_budget(self) -> int:
+        """Budget of the last rung."""
+        return self.reduction ** (self.num_rungs - 1)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps of all rungs, ascending; the last is ``max_steps``."""
+        return tuple(
+            math.ceil(self.max_steps / self.reduction**k) for k in reversed(range(self.num_rungs))
+        )
+
+    def budget(self, rung: int) -> int:
+        """Return the budget of a rung, counted from 0."""
+        return self.reduction**rung
+
+
+def _history(trial: Any) -> list[dict[str, Any]]:
+    """Return copies of what a restored trial reported before."""
+    return [dict(report) for report in (trial.last_result or {}).get(HISTORY, [])]
+
+
+class ResumableASHA(ASHAScheduler):
+    """Asynchronous successive halving (Li et al. 2020) that survives a restart."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Take in what a restored trial reported before."""
+        super().on_trial_add(tune_controller, trial)
+        for report in _history(trial):
+            super().on_trial_result(tune_controller, trial, report)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide, also where the rung was reported before but its checkpoint was lost."""
+        for milestone, recorded in self._trial_info[trial.trial_id]._rungs:
+            if milestone == result.get(BUDGET):
+                recorded.pop(trial.trial_id, None)
+        return super().on_trial_result(tune_controller, trial, result)
+
+
+class ResumableMedian(MedianStoppingRule):
+    """Median stopping (Golovin et al. 2017) that survives a restart."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Take in what a restored trial reported before.
+
+        Nothing is decided again: restored trials come in another order than they reported in, so
+        other ones would be stopped.
+        """
+        super().on_trial_add(tune_controller, trial)
+        if history := _history(trial):
+            self._results[trial].extend(history)
+
+
+class _Synchronous:
+    """Mixin for Hyperband: trials that an earlier process finished must not fill its brackets."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        if not trial.is_finished():
+            typing.cast(FIFOScheduler, super()).on_trial_add(tune_controller, trial)
+
+
+class ResumableHyperBand(_Synchronous, HyperBandScheduler):
+    """Hyperband (Li et al. 2018); unfinished trials enter new brackets after a restart."""
+
+
+class ResumableHyperBandForBOHB(_Synchronous, HyperBandForBOHB):
+    """Hyperband in the order that BOHB (Falkner et al. 2018) expects."""
+
+
+SLOTS: dict[str, int] = {}
+"""Trials at once in every search that this process drives."""
+
+
+class _Slots:
+    """Mixin: what limits the trials at once is this process's cluster, not that of the snapshot."""
+
+    search = ""
+    """Name of the search."""
+    _given = 0
+
+    @property
+    def max_concurrent(self) -> int:
+        """Trials at once."""
+        return SLOTS.get(self.search, self._given)
+
+    @max_concurrent.setter
+    def max_concurrent(self, value: int) -> None:
+        self._given = value
+
+
+class SlotLimiter(_Slots, ConcurrencyLimiter):
+    """Asks the searcher for no more trials at once than there are slots."""
+
+
+class RandomSearch(_Slots, BasicVariantGenerator):
+    """Random search, or a list of points."""
+
+
+class PausableOptuna(JsonOptuna):
+    """Optuna under Hyperband in BOHB's order, which tells the searcher about pauses."""
+
+    def on_pause(self, trial_id: str) -> None:
+        """A paused trial changes nothing for Optuna."""
+
+    def on_unpause(self, trial_id: str) -> None:
+        """Nor does one that goes on."""
+
+
+class ParetoHalving(FIFOScheduler):
+    """Asynchronous successive halving for several objectives.
+
+    A trial goes on from a rung if it is among the best 1 / reduction there, ordered by
+    non-dominated front, and within a front by crowding distance (NSGA-II, Deb et al. 2002).
+    """
+
+    def __init__(self, objectives: Sequence[str], rungs: Rungs) -> None:
+        super().__init__()
+        self._signs = {name: 1.0 if OBJECTIVES[name] == "max" else -1.0 for name in objectives}
+        self._rungs = rungs
+        self._recorded: dict[int, dict[str, list[float]]] = {}
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Take in what a restored trial reported before."""
+        for report in _history(trial):
+            self.on_trial_result(tune_controller, trial, report)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Stop the trial unless it belongs to the best of its rung."""
+        if BUDGET not in result:
+            return TrialScheduler.CONTINUE
+        if result[BUDGET] >= self._rungs.max_budget:
+            return TrialScheduler.STOP
+        recorded = self._recorded.setdefault(result[BUDGET], {})
+        recorded[trial.trial_id] = [s * result[name] for name, s in self._signs.items()]
+        order = pareto_order(np.array(list(recorded.values())))
+        place = order.index(list(recorded).index(trial.trial_id))
+        goes_on = place < math.ceil(len(recorded) / self._rungs.reduction)
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+
+def pareto_fronts(points: np.ndarray) -> list[list[int]]:
+    """Sort points (n, d), where more is better, into non-dominated fronts of indices."""
+    left = list(range(len(points)))
+    fronts: list[list[int]] = []
+    while left:
+        rows = points[left]
+        at_least = np.all(rows[None] >= rows[:, None], axis=2)
+        more = np.any(rows[None] > rows[:, None], axis=2)
+        dominated = np.any(at_least & more, axis=1).tolist()
+        fronts.append([index for index, worse in zip(left, dominated, strict=True) if not worse])
+        left = [index for index, worse in zip(left, dominated, strict=True) if worse]
+    return fronts
+
+
+def pareto_order(points: np.ndarray) -> list[int]:
+    """Order points (n, d) by front, then by crowding distance, the most isolated first."""
+    order: list[int] = []
+    for front in pareto_fronts(points):
+        distance = np.zeros(len(front))
+        for column in points[front].T:
+            ranks = np.argsort(column, kind="stable")
+            span = column[ranks[-1]] - column[ranks[0]]
+            distance[ranks[[0, -1]]] = np.inf
+            if span > 0 and len(front) > 2:
+                distance[ranks[1:-1]] += (column[ranks[2:]] - column[ranks[:-2]]) / span
+        order += [front[i] for i in np.argsort(-distance, kind="stable")]
+    return order
+
+
+def build_scheduler(
+    name: SchedulerName, objectives: Sequence[str], rungs: Rungs, *, searcher: SearcherName = "tpe"
+) -> TrialScheduler:
+    """Build the scheduler.
+
+    Raises:
+        UserError: if it does not work with several objectives, or not with the searcher.
+    """
+    if searcher == "bohb" and name != "hyperband":
+        raise UserError(
+            f"--searcher bohb works only with --scheduler hyperband, not {name}; set both."
+        )
+    if name == "none" or rungs.num_rungs == 1:
+        return FIFOScheduler()
+    if len(objectives) > 1:
+        if name == "asha":
+            return ParetoHalving(objectives, rungs)
+        raise UserError(
+            f"--scheduler {name} compares one objective but {', '.join(objectives)} are given; "
+            "use asha or none."
+        )
+    metric: dict[str, Any] = {"metric": objectives[0], "mode": OBJECTIVES[objectives[0]]}
+    if name == "asha":
+        return ResumableASHA(
+            time_attr=BUDGET,
+            max_t=rungs.max_budget,
+            grace_period=1,
+            reduction_factor=rungs.reduction,
+            **metric,
+        )
+    if name == "median":
+        return ResumableMedian(time_attr=BUDGET, grace_period=1, min_samples_required=3, **metric)
+    # Proposals come one by one but for random search; only BOHB's order of filling the brackets
+    # compares trials that are not all there from the beginning.
+    kind = ResumableHyperBand if searcher == "random" else ResumableHyperBandForBOHB
+    return kind(
+        time_attr=BUDGET, max_t=rungs.max_budget, reduction_factor=rungs.reduction, **metric
+    )
+
+
+def build_searcher(
+    name: SearcherName,
+    space: SearchSpace,
+    objectives: Sequence[str],
+    *,
+    num_trials: int,
+    seed: int,
+    max_concurrent: int,
+) -> Searcher | BasicVariantGenerator:
+    """Build the searcher; its first trial is always the base configuration's own values.
+
+    Raises:
+        UserError: if the installed packages lack it, or it cannot take several objectives.
+    """
+    prior = [space.prior()]
+    if name == "random":
+        return RandomSearch(
+            points_to_evaluate=prior, max_concurrent=max_concurrent, random_state=seed
+        )
+    modes: list[str] = [OBJECTIVES[objective] for objective in objectives]
+    several = len(objectives) > 1
+    if name == "bohb":
+        return _bohb(space, objectives, prior=prior, seed=seed)
+
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = optuna.samplers.TPESampler(
+        multivariate=True,
+        constant_liar=True,
+        n_startup_trials=max(4, min(10, num_trials // 3)),
+        seed=seed,
+    )
+    return PausableOptuna(
+        space={path: distribution(d) for path, d in space.dimensions.items()},
+        metric=list(objectives) if several else objectives[0],
+        mode=modes if several else modes[0],
+        points_to_evaluate=prior,
+        sampler=sampler,
+    )
+
+
+def distribution(dimension: Dimension) -> Any:
+    """Return a dimension in Optuna's terms."""
+    import optuna.distributions as od
+
+    if dimension.kind == "choice":
+        return od.CategoricalDistribution(dimension.values)
+    low, high = dimension.bounds
+    if dimension.kind in ("int", "logint"):
+        return od.IntDistribution(int(low), int(high), log=dimension.log)
+    return od.FloatDistribution(low, high, log=dimension.log)
+
+
+def _bohb(
+    space: SearchSpace, objectives: Sequence[str], *, prior: list[dict[str, Any]], seed: int
+) -> Searcher:
+    try:
+        import ConfigSpace  # noqa: F401
+        from hpbandster.optimizers.config_generators.bohb import BOHB  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"--searcher bohb needs hpbandster and ConfigSpace ({error}); install them, or use "
+            "--searcher tpe --scheduler hyperband."
+        ) from error
+    if len(objectives) > 1:
+        raise UserError("--searcher bohb takes one objective; use --searcher tpe for several.")
+    from ray.tune.search.bohb import TuneBOHB
+
+    searcher = TuneBOHB(
+        metric=objectives[0],
+        mode=OBJECTIVES[objectives[0]],
+        points_to_evaluate=prior,
+        seed=seed,
+    )
+    searcher.set_search_properties(None, None, space.to_tune())
+    return searcher

@@ -1,0 +1,332 @@
+"""Run and resume a search with Ray Tune.
+
+Everything that a search needs to go on after any crash lies in its folder ``STORAGE/NAME``: the
+request (``search.json``), Ray Tune's snapshot, and the checkpoints of the trials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray import tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lorat.config.training import to_dict
+from lorat.errors import UserError
+from lorat.files import storage
+from lorat_platform.cluster.interrupts import kept_handlers
+from lorat_platform.recording.run import open_run
+from lorat_platform.recording.trouble import say_what_is_left
+from lorat_platform.runs.checkpoints import BETWEEN_RUNGS
+from lorat_platform.runs.claim import Lease
+from lorat_platform.search.algorithms import SLOTS, RandomSearch, SlotLimiter
+from lorat_platform.search.plan import (
+    REQUEST_FILE,
+    SearchPlan,
+    algorithms,
+    check_data,
+    read_plan,
+)
+from lorat_platform.search.results.board import Leaderboard
+from lorat_platform.search.results.outcome import SearchOutcome, write_outcome
+from lorat_platform.search.session import SearchCallback, SearchSession
+from lorat_platform.search.slots import check_reach, count_slots, worker_resources
+from lorat_platform.search.trial.crop_cache import driven_here, remove_cache
+from lorat_platform.search.trial.group import run_group_trial
+from lorat_platform.search.trial.process import TrialSetup
+from lorat_platform.search.trial.single import run_trial
+from lorat_platform.search.trust import note_origin
+
+log = logging.getLogger(__name__)
+
+PARENT_FILE = "mlflow-run-id"
+TUNE_ENVIRONMENT = {
+    # The snapshot is what --resume starts from: at most this many seconds are redone.
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    # Its CSV, JSON and TensorBoard copies of every result cost time and nobody reads them.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    # The old output engine is the one that can be silenced; there is a table of our own.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Trials name every file by a full path.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+@contextlib.contextmanager
+def _writable_only_here() -> Iterator[None]:
+    """Let nobody else write to new files: a search is not gone on with where others can."""
+    before = os.umask(0o077)
+    os.umask(before | 0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@_writable_only_here()
+def run_search(
+    plan: SearchPlan,
+    *,
+    points: Sequence[Mapping[str, Any]] | None = None,
+    git_revision: str | None = None,
+) -> SearchOutcome:
+    """Run a search on the connected cluster.
+
+    A trial that raises, whose loss is not finite, or whose process dies is failed for good, with
+    its reason, and the others go on: Ray Tune counts all of these alike, so that trying again
+    after the death of a process would train every diverging trial again, too.  Only trials of a
+    node that says beforehand that it will be gone (preemption) go on from their last rung.
+
+    Args:
+        plan: the checked request.
+        points: configurations to try, instead of the searcher's proposals.
+        git_revision: of the code.
+
+    Raises:
+        UserError: if a search of that name exists, data does not fit, or no node can hold a trial.
+    """
+    location = storage.locate(plan.storage).child(plan.name)
+    if location.exists(REQUEST_FILE):
+        with _lease(plan.name, location).claim():  # or it is said who drives it
+            raise _begun(plan)
+    check_data(plan)
+    slots = count_slots(plan.options)
+    location.make()
+    check_reach(location, plan.options)
+    # Hyperband pauses trials, which a limit would count as running.
+    limit = 0 if plan.options.scheduler == "hyperband" else slots
+    SLOTS[plan.name] = limit
+    searcher, scheduler = algorithms(plan, max_concurrent=limit)
+    by_itself = plan.options.searcher == "random" or points is not None
+    if points is not None:
+        searcher = RandomSearch(
+            points_to_evaluate=[dict(point) for point in points], max_concurrent=limit
+        )
+    elif not by_itself and limit:
+        searcher = SlotLimiter(searcher, max_concurrent=limit)
+    searcher.search = plan.name
+
+    def make_tuner() -> tune.Tuner:
+        return tune.Tuner(
+            _trainable(plan),
+            param_space=plan.space.to_tune() if by_itself else {},
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=scheduler,
+                num_samples=plan.options.trials,
+                reuse_actors=True,
+                trial_dirname_creator=_trial_name,
+                trial_name_creator=_trial_name,
+            ),
+            run_config=tune.RunConfig(
+                name=plan.name,
+                storage_path=storage.locate(plan.storage).path,
+                storage_filesystem=_filesystem(plan),
+                callbacks=[SearchCallback(plan.name)],
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+                failure_config=tune.FailureConfig(max_failures=0),
+                verbose=0,
+            ),
+        )
+
+    with _lease(plan.name, location).claim() as lease:
+        if location.exists(REQUEST_FILE):
+            raise _begun(plan)
+        note_origin(plan.name, location)
+        request = {"options": dataclasses.asdict(plan.options), "config": to_dict(plan.space.base)}
+        location.write_bytes(REQUEST_FILE, json.dumps(request, indent=2).encode())
+        return _drive(plan, make_tuner, lease, tags={"git_revision": git_revision or "unknown"})
+
+
+@_writable_only_here()
+def resume_search(
+    name: str, storage_path: str | None = None, *, trust_folder: bool = False
+) -> SearchOutcome:
+    """Go on with a search whose driver or machine died, on the connected cluster.
+
+    Finished trials stay as they are, half-finished ones go on from their last rung, failed ones
+    stay failed.  Runs code from the search's folder, see :mod:`lorat_platform.search.trust`.
+
+    Raises:
+        UserError: if there is no such search, it never began, its folder is not trusted, another
+            process drives it, or its snapshot is damaged.
+    """
+    plan = read_plan(name, storage_path, trust_folder=trust_folder)
+    location = storage.locate(plan.storage).child(name)
+    with _lease(name, location).claim() as lease:
+        slots = count_slots(plan.options)
+        check_reach(location, plan.options)
+        SLOTS[name] = 0 if plan.options.scheduler == "hyperband" else slots
+        if not tune.Tuner.can_restore(location.path, storage_filesystem=_filesystem(plan)):
+            raise UserError(
+                f"The search {name} had not begun; start it again under another --name."
+            )
+
+        def make_tuner() -> tune.Tuner:
+            return tune.Tuner.restore(
+                location.path,
+                trainable=_trainable(plan),
+                resume_unfinished=True,
+                storage_filesystem=_filesystem(plan),
+            )
+
+        return _drive(plan, make_tuner, lease, resumes=True)
+
+
+def _lease(name: str, location: storage.Location) -> Lease:
+    return Lease(location, f"The search {name}", "give another --name")
+
+
+def _begun(plan: SearchPlan) -> UserError:
+    return UserError(
+        f"There is a search {plan.name} in {plan.storage}; go on with --resume {plan.name}, or "
+        "give another --name."
+    )
+
+
+def _trainable(plan: SearchPlan) -> Callable[[dict[str, Any]], None]:
+    options = plan.options
+    resources = worker_resources(options)
+    setup = TrialSetup(
+        space=plan.space,
+        objectives=options.objectives,
+        rungs=plan.rungs,
+        folder=storage.join(plan.storage, plan.name),
+        val_sequences=options.val_sequences,
+        workers=options.workers_per_trial,
+        worker_resources=resources,
+        crop_cache=plan.name,
+        crop_cache_bytes=int(options.crop_cache_gb * 2**30),
+    )
+    several = options.workers_per_trial > 1
+
+    def trial(config: dict[str, Any]) -> None:
+        (run_group_trial if several else run_trial)(config, setup)
+
+    # Workers of a group bring their own resources: what the trial held besides would be lost, but
+    # a bundle must hold something.
+    bundle = {"memory": 1.0} if several else {k: v for k, v in resources.items() if v > 0}
+    return tune.with_resources(trial, tune.PlacementGroupFactory([bundle]))
+
+
+def _trial_name(trial: Any) -> str:
+    return f"trial-{trial.trial_id}"
+
+
+def _filesystem(plan: SearchPlan) -> Any:
+    location = storage.locate(plan.storage)
+    return None if location.is_local else location.filesystem
+
+
+def _drive(
+    plan: SearchPlan,
+    make_tuner: Callable[[], tune.Tuner],
+    lease: Lease,
+    *,
+    tags: dict[str, str] | None = None,
+    resumes: bool = False,
+) -> SearchOutcome:
+    """Run or go on, and write the outcome, whatever happened."""
+    os.environ |= TUNE_ENVIRONMENT
+    board = Leaderboard(objectives=plan.options.objectives, rungs=plan.rungs)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    location = storage.locate(plan.storage).child(plan.name)
+    known = location.read_bytes(PARENT_FILE).decode() if location.exists(PARENT_FILE) else None
+    parent = open_run(
+        plan.options.experiment,
+        plan.name,
+        folder=plan.folder / "mlflow-parent",
+        run_id=known,
+        tags={"lorat.search": plan.name, "lorat.kind": "search", **(tags or {})},
+    )
+    parent.log_params(
+        {f"search.{k}": v for k, v in dataclasses.asdict(plan.options).items() if v is not None}
+        | {"search.space": plan.space.describe(), "search.rung_steps": list(plan.rungs.steps)}
+        | {"base": to_dict(plan.space.base)}
+    )
+    session = SearchSession(
+        plan.name,
+        folder=plan.folder,
+        board=board,
+        parent=parent,
+        experiment=plan.options.experiment,
+        num_trials=plan.options.trials,
+        remember_parent=lambda run_id: location.write_bytes(PARENT_FILE, run_id.encode()),
+        lease=lease,
+        resumes=resumes,
+    )
+    _quieten_tune()
+    finished = False
+    try:
+        with kept_handlers(), _cache_here(plan), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            results = make_tuner().fit()
+        finished = True
+    finally:
+        interrupted = session.interrupted
+        lost = lease.is_lost_now()
+        endings = session.end(close=not lost)
+        if not finished and not lost:
+            stopped = isinstance(sys.exception(), KeyboardInterrupt)
+            say_what_is_left([*endings, parent.end("KILLED" if stopped else "FAILED")])
+    lease.check()
+    _remove_caches(plan)
+    if not interrupted:
+        location.delete_folder(BETWEEN_RUNGS)
+        _sweep_trials(location, results)
+    return write_outcome(plan, board, parent, endings, interrupted=interrupted)
+
+
+def _sweep_trials(location: storage.Location, results: tune.ResultGrid) -> None:
+    """Remove checkpoints of trials that Ray Tune does not know of: it was killed in between."""
+    for result in (results[number] for number in range(len(results))):
+        kept = {
+            checkpoint.path.rpartition("/")[2] for checkpoint, _ in result.best_checkpoints or ()
+        }
+        trial = location.child(result.path.rpartition("/")[2])
+        for name in trial.folders():
+            if kept and name.startswith("checkpoint_") and name not in kept:
+                trial.delete_folder(name)
+
+
+def _quieten_tune() -> None:
+    """Drop Tune's own remarks on failed trials, result files that are off, and resuming."""
+    dropped = ("Trials did not", "Failed to fetch metrics", "Experiment has been interrupted")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(dropped)
+
+    for name in ("ray.tune.tune", "ray.tune.analysis.experiment_analysis"):
+        logging.getLogger(name).addFilter(keep)
+
+
+def _cache_here(plan: SearchPlan) -> contextlib.AbstractContextManager[None]:
+    """Keep the search's crop cache on this machine as long as this process lives."""
+    max_bytes = int(plan.options.crop_cache_gb * 2**30)
+    return driven_here(plan.name, max_bytes) if max_bytes else contextlib.nullcontext()
+
+
+def _remove_caches(plan: SearchPlan) -> None:
+    """Remove the search's crop cache from every node."""
+    if not plan.options.crop_cache_gb:
+        return
+    task = ray.remote(num_cpus=0)(remove_cache)
+    pending = [
+        task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
+        ).remote(plan.name)
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    ray.wait(pending, num_returns=len(pending), timeout=30)

@@ -1,0 +1,249 @@
+"""What a search is asked to do, checked before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from lorat.config.bounds import Bounds, Count, Few, Seed, check_bounds
+from lorat.config.fields import flag
+from lorat.config.json_files import read_json_at
+from lorat.config.training import TrainConfig, from_dict
+from lorat.errors import UserError
+from lorat.files import storage
+from lorat.files.home import home, storage_address
+from lorat_platform.data.sources import open_datasets, with_whole_paths
+from lorat_platform.search.algorithms import (
+    OBJECTIVES,
+    Rungs,
+    SchedulerName,
+    SearcherName,
+    build_scheduler,
+    build_searcher,
+)
+from lorat_platform.search.space import SearchSpace, build_space
+from lorat_platform.search.trust import check_trusted
+
+REQUEST_FILE = "search.json"
+"""Where a search's folder keeps the request."""
+SMALL_SCHEDULE = {"epochs": 32, "pairs_per_epoch": 512, "batch_size": 16}
+"""Full schedule of a trial of a small variant where none is given: 1024 steps, 16 of warm-up.
+
+After a sixteenth of it, the first rung, good and bad configurations already track differently.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What to search, how, and with which resources."""
+
+    trials: Annotated[int, Bounds(1, 100_000)] = 32
+    """Configurations to try, 1 to 100,000."""
+    space: tuple[str, ...] = ()
+    """Entries that add or replace fields, such as lora.dropout=uniform(0,0.2) or head.depth=3."""
+    objective: str = "ao"
+    """What to optimise, or several by commas for the Pareto front: ao, auc, sr50, sr75, loss,
+    latency (ms per frame), parameters (trained ones)."""
+    searcher: SearcherName = "tpe"
+    """Who proposes configurations: tpe (Optuna), random, or bohb (with hyperband)."""
+    scheduler: SchedulerName = "asha"
+    """Who stops trials early: asha, median, hyperband, or none."""
+    reduction: Annotated[int, Bounds(2, 1000)] = 4
+    """About one trial in so many goes on from a rung, 2 to 1000; rungs grow by the same factor."""
+    rungs: Annotated[int, Bounds(1, 32)] = 3
+    """Comparisons in a trial's life, 1 to 32; the last is its end, the earlier ones judge the mean
+    of the weights over the second half of the steps up to them."""
+    max_steps: Count | None = None
+    """Steps after which every trial ends, 1 to 1,000,000,000; none means the full schedule, which
+    the learning rate follows in any case."""
+    val_sequences: Count | None = None
+    """Validation sequences per evaluation, 1 to 1,000,000,000; none means all."""
+    search_seed: Seed = 0
+    """Seed of the searcher, 0 to 4,294,967,295; the trials' own is --seed."""
+
+    workers_per_trial: Few = 1
+    """Training processes of one trial, 1 to 1024."""
+    cpus_per_trial: Annotated[float, Bounds(0, 1024)] = 1.0
+    """CPUs of every training process, 0 to 1024."""
+    gpus_per_trial: Annotated[float, Bounds(0, 64)] | None = None
+    """GPUs of every training process, 0 to 64, such as 0.5; none means 1 where there are any."""
+    concurrent: Annotated[int, Bounds(1, 10_000)] | None = None
+    """Most trials at once, 1 to 10,000; none means as many as fit."""
+    crop_cache_gb: Annotated[float, Bounds(0, 100_000)] = 2.0
+    """Bound of the decoded crops that trials on a node share, 0 to 100,000; 0 means none."""
+
+    name: str | None = None
+    """Name of the search; none means search-, the time, and four random digits."""
+    storage: str | None = None
+    """Folder or s3:// / gs:// address for snapshots and checkpoints; none means LORAT_STORAGE of
+    the environment, or runs/ at home."""
+    experiment: str = "lorat-search"
+    """MLflow experiment."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, flag)
+        unknown = [o for o in self.objectives if o not in OBJECTIVES]
+        if unknown or len(set(self.objectives)) != len(self.objectives):
+            raise UserError(
+                f"--objective is {self.objective}; give one or more of {', '.join(OBJECTIVES)}, "
+                "each once."
+            )
+        if self.scheduler == "hyperband" and self.concurrent is not None:
+            raise UserError(
+                "--concurrent does not work with --scheduler hyperband, which pauses trials; "
+                "leave it out, or use asha."
+            )
+        if self.scheduler == "hyperband" and self.workers_per_trial > 1:
+            raise UserError(
+                f"--workers-per-trial is {self.workers_per_trial} with --scheduler hyperband, "
+                "which cannot limit how many such trials run at once; give 1, or use asha."
+            )
+        if self.name is not None and not re.fullmatch(r"[\w][\w.-]*", self.name):
+            raise UserError(
+                f"--name is {self.name!r}; give letters, digits, dots, dashes and underscores."
+            )
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The objectives, the first first."""
+        return tuple(name.strip() for name in self.objective.split(","))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPlan:
+    """A request that was checked: nothing of it can fail for a reason known beforehand."""
+
+    name: str
+    options: SearchOptions
+    space: SearchSpace
+    rungs: Rungs
+
+    @property
+    def folder(self) -> Path:
+        """The search's folder on this machine."""
+        return home() / "runs" / self.name
+
+    @property
+    def storage(self) -> str:
+        """Where Ray Tune keeps searches, this one in a folder of its name."""
+        return storage_address(self.options.storage)
+
+    def text(self) -> str:
+        """Say what will be done."""
+        options, base = self.options, self.space.base
+        stops = ", ".join(str(step) for step in self.rungs.steps)
+        return "\n".join(
+            [
+                f"Search {self.name}: {options.trials} trials of {base.variant} on {base.data} for "
+                f"{' and '.join(options.objectives)} on {base.val_data}",
+                *(f"  {line}" for line in self.space.describe()),
+                f"  {options.searcher} proposes, {options.scheduler} compares at steps {stops} of "
+                f"the {base.total_steps}-step schedule (batch {base.batch_size})",
+            ]
+        )
+
+
+def make_plan(config: TrainConfig, options: SearchOptions) -> SearchPlan:
+    """Check a request and fill in what it leaves open.
+
+    Raises:
+        UserError: if anything in it cannot be.
+    """
+    if config.model_variant.recipe == "small" and config.recipe in ("auto", "small"):
+        missing: dict[str, Any] = {
+            k: v for k, v in SMALL_SCHEDULE.items() if getattr(config, k) is None
+        }
+        config = dataclasses.replace(config, **missing)
+    space = build_space(with_whole_paths(config), options.space)
+    if space.base.val_data is None:
+        raise UserError("A search needs validation sequences with full frames; give --val-data.")
+    total = space.base.total_steps
+    max_steps = min(options.max_steps or total, total)
+    num_rungs = 1 if options.scheduler == "none" else options.rungs
+    rungs = Rungs(max_steps=max_steps, reduction=options.reduction, num_rungs=num_rungs)
+    # Two that start in the same second are two searches.
+    stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    plan = SearchPlan(
+        name=options.name or f"search-{stamp}", options=options, space=space, rungs=rungs
+    )
+    algorithms(plan, max_concurrent=1)
+    return plan
+
+
+def check_data(plan: SearchPlan) -> None:
+    """Open the datasets of the base configuration and of all values that others follow from.
+
+    Raises:
+        UserError: if one is missing, damaged, or not fit for its purpose.
+    """
+    space = plan.space
+    open_datasets(space.base)
+    for path, dimension in space.dimensions.items():
+        if path not in ("variant", "data", "val_data") and not path.startswith("sampling."):
+            continue
+        for value in dimension.values:
+            config = space.configure({path: value})
+            if config.val_data is None:
+                raise UserError(
+                    f"--space {dimension} leaves out the validation sequences, which a search "
+                    "needs; leave none out of the choice."
+                )
+            try:
+                open_datasets(config)
+            except UserError as error:
+                raise UserError(f"--space {dimension} cannot be with {value}: {error}") from error
+
+
+def read_plan(
+    name: str, storage_path: str | None = None, *, trust_folder: bool = False
+) -> SearchPlan:
+    """Read the request of a search back, to go on with it.
+
+    Args:
+        name: of the search.
+        storage_path: where it is; none as in :class:`SearchOptions`.
+        trust_folder: believe its folder whoever may have written it.
+
+    Raises:
+        UserError: if there is none of that name, or its folder is not trusted.
+    """
+    root = storage.locate(storage_address(storage_path))
+    if not storage.is_plain_name(name) or not root.child(name).exists(REQUEST_FILE):
+        raise UserError(f"There is no search {name} in {root.uri}; give its --name or --storage.")
+    location = root.child(name)
+    if not trust_folder:
+        check_trusted(name, location)
+    request = read_json_at(
+        location,
+        REQUEST_FILE,
+        "begin the search anew under another --name",
+        shape={"options": dict, "config": dict},
+    )
+    options = from_dict(SearchOptions, request["options"] | {"name": name, "storage": storage_path})
+    return make_plan(from_dict(TrainConfig, request["config"]), options)
+
+
+def algorithms(plan: SearchPlan, *, max_concurrent: int) -> tuple[Any, Any]:
+    """Build searcher and scheduler.
+
+    Raises:
+        UserError: if they cannot do what is asked.
+    """
+    options = plan.options
+    scheduler = build_scheduler(
+        options.scheduler, options.objectives, plan.rungs, searcher=options.searcher
+    )
+    searcher = build_searcher(
+        options.searcher,
+        plan.space,
+        options.objectives,
+        num_trials=options.trials,
+        seed=options.search_seed,
+        max_concurrent=max_concurrent,
+    )
+    return searcher, scheduler

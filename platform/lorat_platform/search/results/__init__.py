@@ -1,0 +1,1 @@
+"""What a search has found: table, console, plots, best configuration."""

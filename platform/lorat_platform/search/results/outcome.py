@@ -1,0 +1,110 @@
+"""What a search ends with: table, plots, best configuration, cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorat.config.training import TrainConfig, to_dict
+from lorat_platform.recording.run import Run
+from lorat_platform.recording.trouble import Ending, say_what_is_left
+from lorat_platform.search.plan import SearchPlan
+from lorat_platform.search.results.board import Leaderboard, TrialRow
+from lorat_platform.search.results.plots import write_plots
+
+BEST_FILE = "best_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOutcome:
+    """What a search ended with."""
+
+    plan: SearchPlan
+    board: Leaderboard
+    best: TrialRow | None
+    best_config: TrainConfig | None
+    best_config_file: Path | None
+    run_id: str | None
+    interrupted: bool
+
+
+def write_outcome(
+    plan: SearchPlan,
+    board: Leaderboard,
+    parent: Run,
+    endings: Sequence[Ending],
+    *,
+    interrupted: bool,
+) -> SearchOutcome:
+    """Write table, plots, best configuration and cost, here and to the parent run.
+
+    ``endings`` are what the trials' runs left behind, which is said with the parent's.
+    """
+    cost = board.cost()
+    best = board.best()
+    files = board.write(plan.folder / "results")
+    plots = write_plots(board, plan.space, plan.folder / "results" / "plots")
+    best_config: TrainConfig | None = None
+    best_file: Path | None = None
+    if best is not None:
+        best_config = plan.space.configure(best.values)
+        best_file = plan.folder / "results" / BEST_FILE
+        best_file.write_text(json.dumps(to_dict(best_config), indent=2) + "\n")
+        files.append(best_file)
+        objectives = {f"best_{name}": best.last(name) for name in plan.options.objectives}
+        parent.log_metrics(objectives, cost.steps)
+        parent.set_tags({"lorat.best_trial": best.number})
+    for path in files:
+        parent.log_artifact(path)
+    for path in plots:
+        parent.log_artifact(path, "plots")
+    parent.log_metrics(
+        {
+            "steps_spent": cost.steps,
+            "steps_of_full_runs": cost.full_steps,
+            "cost_saved": cost.saved,
+            "trial_seconds": cost.seconds,
+            "trials_completed": board.count("completed"),
+            "trials_stopped": board.count("stopped"),
+            "trials_failed": board.count("failed"),
+        },
+        cost.steps,
+    )
+    parent.set_description(describe(plan, board))
+    say_what_is_left([*endings, parent.end("KILLED" if interrupted else "FINISHED")])
+    return SearchOutcome(
+        plan=plan,
+        board=board,
+        best=best,
+        best_config=best_config,
+        best_config_file=best_file,
+        run_id=parent.run_id,
+        interrupted=interrupted,
+    )
+
+
+def describe(plan: SearchPlan, board: Leaderboard) -> str:
+    """Say in Markdown what a search found and what it cost."""
+    cost = board.cost()
+    best = board.best()
+    lines = [f"Search `{plan.name}` over " + ", ".join(f"`{d}`" for d in plan.space.describe())]
+    if best is not None:
+        found = ", ".join(f"{name} {best.last(name):.4f}" for name in plan.options.objectives)
+        values = ", ".join(f"{path} = {value}" for path, value in best.values.items())
+        lines.append(f"Best is trial {best.number}: {found} after {best.steps} steps ({values}).")
+    lines.append(
+        f"{len(board.rows)} trials: {board.count('completed')} completed, "
+        f"{board.count('stopped')} stopped early, {board.count('failed')} failed. "
+        f"{cost.steps} of the {cost.full_steps} steps of full runs: {cost.saved:.0%} saved."
+    )
+    if board.count("failed") or any(row.starts > 1 for row in board.rows.values()):
+        lines.append(
+            "Steps count up to the trials' last reports: not those of failed trials after it, nor "
+            "those that an interruption let be trained twice."
+        )
+    if len(plan.options.objectives) > 1:
+        front = ", ".join(str(row.number) for row in board.pareto())
+        lines.append(f"Pareto front of {' and '.join(plan.options.objectives)}: trials {front}.")
+    return "\n\n".join(lines)

@@ -1,0 +1,334 @@
+"""A search while it runs: every event of a trial goes to the table, the console and MLflow.
+
+:class:`SearchCallback` is what Ray Tune stores with the search and calls; it finds the session of
+this process by name, since a session holds threads and files that cannot be stored.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Callback
+from ray.util.metrics import Gauge
+
+from lorat.errors import UserError
+from lorat_platform.failures import failure_reason, last_line
+from lorat_platform.recording.run import CLOSE_S, Run, open_run
+from lorat_platform.recording.run import Status as RunStatus
+from lorat_platform.recording.trouble import Ending
+from lorat_platform.runs.claim import LEASE_S, Lease
+from lorat_platform.search.algorithms import BUDGET
+from lorat_platform.search.results.board import (
+    REPORT_FIELDS,
+    STATUSES,
+    Leaderboard,
+    Status,
+    TrialRow,
+)
+from lorat_platform.search.results.console import SearchConsole
+
+log = logging.getLogger(__name__)
+
+_SESSIONS: dict[str, SearchSession] = {}
+CLOSERS = 32
+"""Runs that are closed at once; each mostly waits."""
+
+
+class SearchSession:
+    """What one process keeps of the search that it drives.
+
+    Args:
+        name: of the search.
+        folder: the search's local folder.
+        board: table to fill; a resumed search replaces its rows by the snapshot's.
+        parent: MLflow run of the search.
+        experiment: name of the MLflow experiment.
+        num_trials: trials to propose in all.
+        remember_parent: stores the parent's MLflow id, once it is known, with the search.
+        lease: right over the search, without which nothing more is written.
+        resumes: whether this process goes on with a snapshot.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        folder: Path,
+        board: Leaderboard,
+        parent: Run,
+        experiment: str,
+        num_trials: int,
+        remember_parent: Callable[[str], None],
+        lease: Lease,
+        resumes: bool = False,
+    ) -> None:
+        self.name = name
+        self.folder = folder
+        self.board = board
+        self.parent = parent
+        self.experiment = experiment
+        self.lease = lease
+        self.console = SearchConsole(board, num_trials=num_trials)
+        self.num_trials = num_trials
+        self._remember_parent: Callable[[str], None] | None = remember_parent
+        self._runs: dict[str, Run] = {}
+        self._run_ids: dict[str, str] = {}
+        self._closer = ThreadPoolExecutor(CLOSERS, "close-runs")
+        self._deadline = math.inf
+        self._closing: list[Future[Ending]] = []
+        self._resumes = resumes
+        self._restored = False
+        self._failed_resume = _FailedResume()
+        self._gauge = Gauge(
+            "lorat_search_trials", description="Trials of a search", tag_keys=("search", "status")
+        )
+        self._shown: dict[Status, int] = {}
+        _SESSIONS[name] = self
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether trials are left to run."""
+        return self.board.count("waiting", "running") > 0 or len(self.board.rows) < self.num_trials
+
+    def start(self) -> None:
+        """Begin to show, once the trials of a snapshot are back.
+
+        Raises:
+            UserError: if they are not, where Ray Tune would search anew.
+        """
+        if self._resumes:
+            failed = self._failed_resume.reason
+            if failed is not None or not self._restored:
+                raise UserError(
+                    f"The snapshot of the search {self.name} cannot be taken up "
+                    f"({failed or 'it lacks the table of trials'}) and is left as it is; put its "
+                    "folder back from a copy, or search again under another --name."
+                )
+            self.close_forgotten()
+        self.console.start()
+
+    def end(self, *, close: bool = True) -> list[Ending]:
+        """Stop showing, and end the trials' MLflow runs (interrupted ones as killed).
+
+        All runs together wait for MLflow no longer than one would.  Returns what they left behind.
+
+        Args:
+            close: false where the runs are another driver's by now.
+        """
+        self._failed_resume.close()
+        self.console.stop()
+        self._show(dict.fromkeys(STATUSES, 0))
+        self._deadline = time.monotonic() + CLOSE_S
+        for trial_id in list(self._runs) if close else ():
+            self._close(trial_id, "KILLED")
+        self._closer.shutdown(wait=True)
+        _SESSIONS.pop(self.name, None)
+        return [future.result() for future in self._closing]
+
+    def _row(self, trial: Any) -> TrialRow:
+        values = {path: _plain(value) for path, value in trial.config.items()}
+        return self.board.add(trial.trial_id, values)
+
+    def take_note(self, trials: list[Any]) -> None:
+        """Add the trials that were proposed since, and export how many there are by status."""
+        for trial in trials:
+            row = self._row(trial)
+            row.proposed_at = row.proposed_at or time.time()
+            if trial.status == "PAUSED":  # by a synchronous scheduler
+                row.status = "waiting"
+        self._show({status: self.board.count(status) for status in STATUSES})
+
+    def _show(self, counts: dict[Status, int]) -> None:
+        for status, count in counts.items():
+            if self._shown.get(status) != count:
+                self._gauge.set(count, tags={"search": self.name, "status": status})
+        self._shown = counts
+
+    def begin(self, trial: Any, trials: list[Any]) -> None:
+        """A trial starts, or goes on from a checkpoint; ``trials`` are all in their order."""
+        for proposed in trials:
+            self._row(proposed)
+        row = self._row(trial)
+        row.status = "running"
+        row.starts += 1
+        row.started_at = row.started_at or time.time()
+        self._open(row)
+
+    def report(self, trial: Any, result: dict[str, Any]) -> None:
+        """A trial reached a rung."""
+        row = self._row(trial)
+        row.report({k: _plain(result[k]) for k in REPORT_FIELDS if k in result})
+        row.worker = f"{result.get('hostname')}:{result.get('pid')}"
+        self._open(row).log_metrics(row.reports[-1], row.steps)
+        best = self.board.best()
+        if best is row:
+            objectives = {f"best_{n}": row.last(n) for n in self.board.objectives}
+            self.parent.log_metrics(objectives, self.board.cost().steps)
+        reached = ", ".join(f"{n} {row.last(n):.4g}" for n in self.board.objectives)
+        self.console.line(row, f"rung {row.num_rungs}/{self.board.rungs.num_rungs}, {reached}")
+
+    def finish(self, trial: Any) -> None:
+        """A trial ended by itself or was stopped by the scheduler."""
+        row = self.board.rows[trial.trial_id]
+        completed = row.steps >= self.board.rungs.max_steps
+        row.status = "completed" if completed else "stopped"
+        row.ended_at = time.time()
+        self.console.line(row, f"{row.status} after {row.steps} steps")
+        self._open(row).set_tags({"lorat.trial_status": row.status})
+        self._close(trial.trial_id, "FINISHED")
+
+    def fail(self, trial: Any) -> None:
+        """A trial raised or its process died."""
+        row = self._row(trial)
+        row.status = "failed"
+        row.ended_at = time.time()
+        row.reason = failure_reason(trial)
+        self.console.line(row, f"failed: {row.reason}")
+        run = self._open(row)
+        run.set_tags({"lorat.trial_status": "failed", "lorat.failure": row.reason})
+        run.set_description(f"Failed: {row.reason}")
+        self._close(trial.trial_id, "FAILED")
+
+    def _open(self, row: TrialRow) -> Run:
+        """Return the trial's run, a nested child of the search's."""
+        run = self._runs.get(row.trial_id)
+        if run is None:
+            run = open_run(
+                self.experiment,
+                f"trial-{row.number:03d}",
+                folder=self.folder / "mlflow" / row.trial_id,
+                run_id=self._run_ids.get(row.trial_id),
+                parent_run_id=self.parent.reference,
+                tags={
+                    "lorat.search": self.name,
+                    "lorat.trial": row.number,
+                    "lorat.trial_id": row.trial_id,
+                    "lorat.trial_status": row.status,
+                },
+            )
+            run.log_params(row.values)
+            self._runs[row.trial_id] = run
+        return run
+
+    def _close(self, trial_id: str, status: RunStatus) -> None:
+        run = self._runs.pop(trial_id, None)
+        if run is not None:
+            self._closing.append(self._closer.submit(self._close_run, run, status))
+
+    def _close_run(self, run: Run, status: RunStatus) -> Ending:
+        left_s = self._deadline - time.monotonic()
+        return run.end(status, timeout_s=max(0.0, min(CLOSE_S, left_s)))
+
+    def close_forgotten(self) -> None:
+        """Mark the runs of trials that started after the last snapshot: they will be redone."""
+        for folder in (self.folder / "mlflow").glob("*"):
+            if folder.name not in self.board.rows:
+                run = open_run(self.experiment, folder.name, folder=folder)
+                run.set_tags({"lorat.trial_status": "redone after the restart"})
+                self._closing.append(self._closer.submit(self._close_run, run, "KILLED"))
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed search needs."""
+        for trial_id, run in self._runs.items():
+            if run.run_id:
+                self._run_ids[trial_id] = run.run_id
+        if self._remember_parent is not None and self.parent.run_id is not None:
+            self._remember_parent(self.parent.run_id)
+            self._remember_parent = None
+        return {"board": self.board.to_dict(), "run_ids": dict(self._run_ids)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the rows of a snapshot."""
+        self.board.rows = Leaderboard.from_dict(state["board"]).rows
+        for row in self.board.rows.values():
+            if row.status == "running":
+                row.status = "waiting"
+            if not row.starts:
+                row.proposed_at = None
+        self._run_ids = dict(state["run_ids"])
+        self._restored = True
+
+
+class SearchCallback(Callback):
+    """Brings Ray Tune's events to the session of this process."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def _session(self) -> SearchSession:
+        return _SESSIONS[self.name]
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        """Begin to show; called once Ray Tune took up a snapshot, or failed to and swallowed it."""
+        self._session.start()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Stop before anything is written if another driver has taken the search over."""
+        self._session.lease.check(within_s=LEASE_S / 2)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Note which trials there are, and redraw."""
+        self._session.take_note(trials)
+        self._session.console.refresh()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Pass on."""
+        self._session.begin(trial, trials)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Pass on the report of a rung."""
+        if BUDGET in result:
+            self._session.report(trial, result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Pass on."""
+        self._session.finish(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Pass on."""
+        self._session.fail(trial)
+
+    def get_state(self) -> dict[str, Any] | None:
+        """Return the session's part of the snapshot."""
+        return self._session.state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Give the session its part of the snapshot."""
+        self._session.restore(state)
+
+
+class _FailedResume(logging.Filter):
+    """Keeps why Ray Tune could not take up a snapshot: it only logs that, and searches anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reason: str | None = None
+        self._logger = logging.getLogger("ray.tune.execution.tune_controller")
+        self._logger.addFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Note the reason, and keep the traceback from the console."""
+        said = record.getMessage()
+        if said.startswith("Failed to restore the run state"):
+            error = record.exc_info[1] if record.exc_info else None
+            self.reason = f"{type(error).__name__} {last_line(str(error))}".strip()
+            return False
+        return not said.startswith("Restarting experiment")
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._logger.removeFilter(self)
+
+
+def _plain(value: Any) -> Any:
+    """Return a NumPy number as Python's own."""
+    return value.item() if hasattr(value, "item") else value

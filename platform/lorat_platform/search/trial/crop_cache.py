@@ -1,0 +1,388 @@
+"""Decoded training pairs that all trials on a node share.
+
+All trials of a search see the same pairs in the same order, so a pair needs to be decoded and
+cropped once per node.  The cache is a folder (in memory where ``/dev/shm`` has room) of
+memory-mapped blocks of consecutive pairs.  Whoever first misses a block makes it, under a file
+lock that dies with its owner; the content follows from the pair's number alone, so losing a block
+only costs time.  Trials read from the front and most stop early: when the cache is full, low
+blocks displace high ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+
+from lorat.data.pairs.batches import Batch
+from lorat.errors import UserError
+from lorat.files.scratch import Process, make_file, remove
+from lorat_platform.data.layout import local_range
+
+log = logging.getLogger(__name__)
+
+BLOCK = 32
+"""Pairs in one block."""
+MEMORY = Path("/dev/shm")
+STALE_S = 3600.0
+"""Age after which an unused cache of a search that is driven on another machine is removed."""
+_DRIVER = "driver"
+"""Begin of the name of a mark that tells which process of this machine drives the search."""
+
+Load = Callable[[Sequence[int]], Batch]
+
+
+def cache_roots() -> list[Path]:
+    """Return where caches may be on this node: ``$LORAT_CROP_CACHE``, or in memory and on disk."""
+    chosen = os.environ.get("LORAT_CROP_CACHE")
+    if chosen:
+        return [Path(chosen)]
+    name = f"lorat-crops-{os.getuid()}"
+    places = [MEMORY, Path(tempfile.gettempdir())]
+    usable = [place / name for place in places if place.is_dir() and os.access(place, os.W_OK)]
+    return [root for root in usable if _is_own(root)]
+
+
+def _is_own(root: Path) -> bool:
+    """Make a folder that only this user can use; False if somebody else has made it before.
+
+    Whoever could write there would choose what is trained on, and which files are overwritten.
+    """
+    with contextlib.suppress(FileExistsError):
+        root.mkdir(mode=0o700)
+    about = root.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid():
+        return False
+    root.chmod(0o700)
+    return True
+
+
+def cache_folder(search: str, max_bytes: int) -> Path:
+    """Return the folder of a search's cache: where it is, or else memory if it has room, or a disk.
+
+    A cache that fills the memory must not send the trials that follow to a second one on disk.
+
+    Raises:
+        UserError: if there is no place for it.
+    """
+    roots = cache_roots()
+    if not roots:
+        raise UserError(
+            f"Neither {MEMORY} nor {tempfile.gettempdir()} has a place of this user's own for "
+            "decoded crops; name a folder with LORAT_CROP_CACHE."
+        )
+    for root in roots:
+        if (root / search).is_dir():
+            return root / search
+    alone = len(roots) == 1
+    roomy = alone or shutil.disk_usage(roots[0].parent).free >= 2 * max_bytes
+    return roots[0 if roomy else -1] / search
+
+
+def content_key(**parts: Any) -> str:
+    """Name a sequence of pairs by everything that decides its content."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class CropCache:
+    """Pairs by number, from the blocks of a folder or from ``load``.
+
+    Args:
+        folder: the search's folder on this node, made if missing.
+        key: names the sequence of pairs (:func:`content_key`).
+        load: decodes pairs, as :func:`lorat.data.pairs.sampler.load_pairs` does.
+        max_bytes: bound of the folder over all keys; 0 stores nothing.
+    """
+
+    def __init__(self, folder: Path, key: str, load: Load, *, max_bytes: int) -> None:
+        self.folder = folder
+        self.key = key
+        self.max_bytes = max_bytes
+        self.num_decoded = 0
+        """Pairs that this process decoded."""
+        self.num_read = 0
+        """Pairs that were asked for."""
+        self._load = load
+        self._own: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+        self._warned = False
+        self._users = _enter(folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder; the blocks stay for the next trial."""
+        self._own.clear()
+        self._users.close()
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the pairs asked for that this process did not have to decode."""
+        return 1.0 - min(self.num_decoded / self.num_read, 1.0) if self.num_read else 0.0
+
+    def read(self, start: int, stop: int) -> Batch:
+        """Return pairs start, ..., stop - 1 as :func:`lorat.data.pairs.sampler.load_pairs` does."""
+        first = start // BLOCK
+        parts = []
+        for block in range(first, (stop - 1) // BLOCK + 1):
+            rows = self._block(block)
+            low = block * BLOCK
+            parts.append(rows[max(start - low, 0) : stop - low])
+        self.num_read += stop - start
+        with self._lock:
+            for block in [b for b in self._own if b < first]:
+                del self._own[block]
+        names = parts[0].dtype.names or ()
+        return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+    def prepare(self, block: int) -> None:
+        """Make a block if nobody has it and nobody is making it."""
+        if block not in self._own and not self._path(block).exists():
+            self._make(block, wait=False)
+
+    def _path(self, block: int) -> Path:
+        return self.folder / f"{self.key}-{block:08d}.npy"
+
+    def _block(self, block: int) -> np.ndarray:
+        while True:
+            with self._lock:
+                own = self._own.get(block)
+            if own is not None:
+                return own
+            with contextlib.suppress(FileNotFoundError):  # displaced since: made again
+                return np.load(self._path(block), mmap_mode="r")
+            self._make(block, wait=True)
+
+    def _make(self, block: int, *, wait: bool) -> None:
+        with open(self.folder / f"{self.key}-{block:08d}.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return
+            if self._path(block).exists() or block in self._own:
+                return
+            rows = _pack(self._load(range(block * BLOCK, (block + 1) * BLOCK)))
+            with self._lock:
+                self.num_decoded += BLOCK
+            if not self._store(block, rows):
+                with self._lock:
+                    self._own[block] = rows
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(lock.name)
+
+    def _store(self, block: int, rows: np.ndarray) -> bool:
+        """Write a block if it fits, or displaces higher ones; False if it stays here only."""
+        if not self._make_room(block, rows.nbytes):
+            return False
+        path = self._path(block)
+        temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                np.save(file, rows)
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if not self._warned:
+                self._warned = True
+                log.warning("The crop cache in %s cannot grow: %s", self.folder, error)
+            return False
+        return True
+
+    def _make_room(self, block: int, num_bytes: int) -> bool:
+        blocks = []
+        for entry in os.scandir(self.folder):
+            if entry.name.endswith(".npy"):
+                with contextlib.suppress(FileNotFoundError):
+                    number = int(entry.name.rpartition("-")[2][:-4])
+                    blocks.append((number, entry.path, entry.stat().st_size))
+        used = sum(size for _, _, size in blocks)
+        blocks.sort()
+        while used + num_bytes > self.max_bytes:
+            if not blocks or blocks[-1][0] <= block:
+                return False
+            _, path, size = blocks.pop()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            used -= size
+        return shutil.disk_usage(self.folder).free > 2 * num_bytes
+
+
+def _pack(batch: Batch) -> np.ndarray:
+    """Put the arrays of a batch into one array of records."""
+    num = len(next(iter(batch.values())))
+    kind = np.dtype([(name, v.dtype, v.shape[1:]) for name, v in batch.items()])
+    rows = np.empty(num, dtype=kind)
+    for name, values in batch.items():
+        rows[name] = values
+    return rows
+
+
+class CachedSource:
+    """A worker's part of every step, a :class:`lorat.data.pairs.batches.BatchSource`.
+
+    Args:
+        cache: where the pairs are.
+        batch_size: pairs B in a global step; step k has the pairs [kB, (k+1)B).
+        end_step: where the run ends.
+        rank: this worker, of ``num_workers``.
+        threads: threads that make blocks before they are needed.
+    """
+
+    def __init__(
+        self,
+        cache: CropCache,
+        *,
+        batch_size: int,
+        end_step: int,
+        rank: int = 0,
+        num_workers: int = 1,
+        threads: int = 1,
+    ) -> None:
+        self._cache = cache
+        self._batch_size = batch_size
+        self._end_step = end_step
+        self._range = local_range(batch_size, num_workers, rank)
+        self._threads = threads
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Yield the batches from a step on; closing the generator stops its threads."""
+        first, last = self._range
+        size = self._batch_size
+        with _Ahead(
+            self._cache,
+            first=(start_step * size + first) // BLOCK,
+            end=-(-((self._end_step - 1) * size + last) // BLOCK),
+            threads=self._threads,
+        ) as ahead:
+            for step in range(start_step, self._end_step):
+                ahead.move_to((step * size + last) // BLOCK)
+                yield self._cache.read(step * size + first, step * size + last)
+
+
+class _Ahead:
+    """Threads that make the blocks following the one that is needed."""
+
+    def __init__(self, cache: CropCache, *, first: int, end: int, threads: int) -> None:
+        self._cache = cache
+        self._next = self._current = first
+        self._end = end
+        self._depth = 2 + 2 * threads
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._failure: Exception | None = None
+        self._threads = [
+            threading.Thread(target=self._work, name="crop-cache", daemon=True)
+            for _ in range(threads)
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def move_to(self, block: int) -> None:
+        """Say which block is needed now."""
+        if self._failure is not None:
+            raise self._failure
+        with self._changed:
+            self._current = block
+            self._next = max(self._next, block)
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._stopped and self._next > self._current + self._depth:
+                    self._changed.wait()
+                if self._stopped or self._next >= self._end:
+                    return
+                block = self._next
+                self._next += 1
+            try:
+                self._cache.prepare(block)
+            except Exception as error:
+                self._failure = error
+                return
+
+
+def _enter(folder: Path) -> IO[str]:
+    """Make a cache's folder if it is missing, and keep it as long as the file returned is open."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # just removed
+            users = open(folder / "users", "a")  # noqa: SIM115 (held as long as the cache)
+            fcntl.flock(users, fcntl.LOCK_SH)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(users.fileno()), os.stat(users.name)):
+                    return users
+            users.close()  # of a folder that was removed before the lock was had
+
+
+@contextlib.contextmanager
+def driven_here(search: str, max_bytes: int) -> Iterator[None]:
+    """Tell the caches on this machine which process drives a search, while it does.
+
+    When that process is gone, nobody needs a cache that no trial uses.
+    """
+    folder = cache_folder(search, max_bytes)
+    users = _enter(folder)
+    mark = make_file(_DRIVER, folder)
+    users.close()
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+
+
+def remove_cache(search: str) -> None:
+    """Remove a search's cache from this node, wherever it is."""
+    for root in cache_roots():
+        shutil.rmtree(root / search, ignore_errors=True)
+
+
+def remove_stale_caches() -> list[Path]:
+    """Remove the caches that no process uses, and whose search's driver is gone.
+
+    Of a search that is driven on another machine, which cannot be asked, they stay for an hour.
+    """
+    removed = []
+    for folder in (folder for root in cache_roots() for folder in root.glob("*")):
+        gone_or_used = (FileNotFoundError, NotADirectoryError, BlockingIOError)
+        with contextlib.suppress(*gone_or_used), open(folder / "users", "a") as users:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_stale(folder):
+                remove(folder)
+                removed.append(folder)
+    return removed
+
+
+def _is_stale(folder: Path) -> bool:
+    owners = [Process.of(mark.name) for mark in folder.glob(f"{_DRIVER}.*")]
+    here = [owner for owner in owners if owner is not None and owner.is_near]
+    if here:
+        return not any(owner.is_alive for owner in here)
+    return time.time() - folder.stat().st_mtime > STALE_S

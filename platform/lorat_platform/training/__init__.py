@@ -1,0 +1,1 @@
+"""A training on the cluster: driver, workers, validation, and what comes after the last step."""

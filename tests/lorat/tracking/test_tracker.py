@@ -1,0 +1,179 @@
+"""Tracking: user errors, batches, precisions, and boxes that never leave the frame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorat.config.training import TrainConfig
+from lorat.errors import UserError
+from lorat.model.network import LoRAT, build_model
+from lorat.tracking.tracker import Tracker
+
+BOX = (50.0, 40.0, 90.0, 80.0)
+
+
+@pytest.fixture(scope="module")
+def model() -> LoRAT:
+    return build_model(TrainConfig(variant="N-112", backbone="none", seed=3))
+
+
+@pytest.fixture(scope="module")
+def tracker(model: LoRAT) -> Tracker:
+    return Tracker(model, device="cpu")
+
+
+def video(num: int, width: int = 160, height: int = 120, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for _ in range(num)]
+
+
+def test_boxes_stay_inside_the_frame_and_scores_in_range(tracker: Tracker) -> None:
+    for seed, box in enumerate([BOX, (-20, -10, 12, 8), (150, 100, 400, 300), (3, 3, 4.5, 4.2)]):
+        frames = video(6, seed=seed)
+        tracker.init(frames[0], box)
+        for frame in frames[1:]:
+            found, score = tracker.update(frame)
+            assert found.shape == (4,)
+            assert found.dtype == np.float64
+            assert (found >= 0).all()
+            assert (found <= [160, 120, 160, 120]).all()
+            assert 0 <= score <= 1
+
+
+def test_a_batch_gives_what_single_tracking_gives(tracker: Tracker) -> None:
+    videos = [video(5, width=100 + 30 * s, seed=s) for s in range(4)]
+    targets = tracker.start([frames[0] for frames in videos], [BOX] * 4)
+    together = [tracker.step(targets, [frames[t] for frames in videos]) for t in range(1, 5)]
+    for number, frames in enumerate(videos):
+        tracker.init(frames[0], BOX)
+        for step, frame in enumerate(frames[1:]):
+            box, score = tracker.update(frame)
+            np.testing.assert_allclose(box, together[step][0][number], atol=1e-3)
+            np.testing.assert_allclose(score, together[step][1][number], atol=1e-5)
+
+
+def test_the_frame_size_may_change_within_a_video(tracker: Tracker) -> None:
+    tracker.init(video(1)[0], BOX)
+    tracker.update(video(1, 320, 240)[0])
+    box, _ = tracker.update(video(1, 60, 50)[0])
+    assert (box <= [60, 50, 60, 50]).all()
+
+
+def test_a_degenerate_box_is_submitted_but_not_followed(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outside(*inputs: Any) -> dict[str, torch.Tensor]:
+        boxes = torch.tensor([0.0, 0.3, 0.05, 0.6]).expand(1, 8, 8, 4)
+        return {"score_map": torch.zeros(1, 8, 8), "boxes": boxes}
+
+    frame = video(1)[0]
+    (target,) = tracker.start([frame], [(0.0, 40.0, 30.0, 80.0)])
+    monkeypatch.setattr(tracker, "model", outside)
+    boxes, _ = tracker.step([target], [frame])
+    assert boxes[0, 0] == boxes[0, 2] == 0
+    assert target.box == (0.0, 40.0, 30.0, 80.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_tracks_on_the_cpu(model: LoRAT, dtype: torch.dtype) -> None:
+    frames = video(4)
+    half, full = Tracker(model, device="cpu", dtype=dtype), Tracker(model, device="cpu")
+    half.init(frames[0], BOX)
+    full.init(frames[0], BOX)
+    for frame in frames[1:]:
+        assert abs(half.update(frame)[1] - full.update(frame)[1]) < 0.05
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_cuda_tracks_what_the_cpu_tracks(model: LoRAT, dtype: torch.dtype | None) -> None:
+    frames = video(4)
+    cuda, cpu = Tracker(model, device="cuda", dtype=dtype), Tracker(model, device="cpu")
+    cuda.init(frames[0], BOX)
+    cpu.init(frames[0], BOX)
+    tolerance = 1e-4 if dtype is torch.float32 else 0.05
+    for frame in frames[1:]:
+        (box, score), (expected, expected_score) = cuda.update(frame), cpu.update(frame)
+        assert abs(score - expected_score) < tolerance
+        if dtype is torch.float32:
+            np.testing.assert_allclose(box, expected, atol=0.05)
+
+
+def test_the_given_model_is_left_as_it_is(model: LoRAT) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainable = len(model.trainable_parameters())
+    Tracker(model, device="cpu", dtype=torch.bfloat16)
+    deployable = model.merge()
+    Tracker(deployable, device="cpu", dtype=torch.bfloat16)
+    assert next(deployable.parameters()).dtype == torch.float32
+    assert len(model.trainable_parameters()) == trainable
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_update_before_init_is_a_user_error(model: LoRAT) -> None:
+    with pytest.raises(UserError, match="init"):
+        Tracker(model, device="cpu").update(video(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ((200, 10, 240, 50), "outside"),
+        ((-40, 10, -1, 50), "outside"),
+        ((50, 40, 50, 80), "empty"),
+        ((50, 40, 20, 80), "empty"),
+        ((50, 40, float("nan"), 80), "finite"),
+        ((50, 40, 80), "four"),
+    ],
+)
+def test_an_unusable_box_is_a_user_error(
+    tracker: Tracker, box: tuple[float, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        tracker.init(video(1)[0], box)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        np.zeros((20, 20), np.uint8),
+        np.zeros((20, 20, 4), np.uint8),
+        np.zeros((20, 20, 3), np.float32),
+        np.zeros((0, 20, 3), np.uint8),
+        None,
+    ],
+)
+def test_a_frame_that_is_no_rgb_image_is_a_user_error(tracker: Tracker, frame: Any) -> None:
+    with pytest.raises(UserError, match="RGB"):
+        tracker.init(frame, (1, 1, 10, 10))
+
+
+def test_an_absent_device_is_a_user_error(model: LoRAT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="not there"):
+        Tracker(model, device="cuda")
+
+
+def test_output_that_is_not_finite_is_a_user_error(model: LoRAT) -> None:
+    broken = model.merge()
+    with torch.no_grad():
+        next(broken.head.parameters()).fill_(float("nan"))
+    tracker = Tracker(broken, device="cpu")
+    frame = video(1)[0]
+    tracker.init(frame, BOX)
+    with pytest.raises(UserError, match="not finite"):
+        tracker.update(frame)
+
+
+def test_the_package_offers_the_tracker() -> None:
+    import lorat
+
+    assert lorat.Tracker is Tracker
+    with pytest.raises(AttributeError, match="no attribute Trackers"):
+        _ = lorat.Trackers  # type: ignore[attr-defined]

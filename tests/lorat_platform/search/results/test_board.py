@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from lorat.config.training import TrainConfig
+from lorat_platform.search.algorithms import Rungs
+from lorat_platform.search.results.board import Leaderboard
+from lorat_platform.search.results.console import SearchConsole
+from lorat_platform.search.results.plots import importance, write_plots
+from lorat_platform.search.space import build_space
+
+RUNGS = Rungs(max_steps=160, reduction=4, num_rungs=3)
+SPACE = build_space(TrainConfig())
+
+
+def _board(objectives: tuple[str, ...] = ("ao",)) -> Leaderboard:
+    """Ten trials: AO grows with the learning rate, rank only costs parameters."""
+    board = Leaderboard(objectives=objectives, rungs=RUNGS)
+    for i in range(10):
+        rank = (4, 8, 16)[i % 3]
+        row = board.add(f"t{i}", {"lora.rank": rank, "lr": 1e-4 * 1.5**i, "head.depth": 1 + i % 4})
+        for rung, step in enumerate(RUNGS.steps[: 3 if i >= 7 else 1]):
+            row.report({
+                "step": step, "budget": 4**rung, "ao": 0.3 + i / 50 + rung / 20, "loss": 2 - i / 9,
+                "latency": 2.0 + rank, "parameters": 1000.0 * rank, "total_seconds": step / 10,
+            })  # fmt: skip
+        row.status = "completed" if i >= 7 else "stopped"
+    board.add("bad", {"lora.rank": 4, "lr": 1.0, "head.depth": 1})
+    board.rows["bad"].status, board.rows["bad"].reason = "failed", "loss is nan at step 3"
+    return board
+
+
+def test_best_is_the_best_of_the_highest_rung() -> None:
+    board = _board()
+    board.rows["t0"].reports[0]["ao"] = 0.99
+    best = board.best()
+    assert best is not None
+    assert best.trial_id == "t9", "t0 was better, but only at the first rung"
+    assert [r.trial_id for r in board.ranked()][:4] == ["t9", "t8", "t7", "t0"]
+
+
+def test_cost_is_counted_against_full_runs_of_the_same_trials() -> None:
+    cost = _board().cost()
+    assert cost.steps == 3 * 160 + 7 * 10
+    assert cost.full_steps == 11 * 160
+    assert cost.saved == pytest.approx(1 - 550 / 1760)
+
+
+def test_a_failed_trial_is_never_the_best() -> None:
+    board = _board()
+    for row in board.rows.values():
+        row.status = "failed"
+    assert board.best() is None
+
+
+def test_pareto_front_holds_what_nothing_dominates() -> None:
+    front = _board(("ao", "parameters")).pareto()
+    assert [(r.trial_id, r.values["lora.rank"]) for r in front] == [("t9", 4)]
+    board = _board(("ao", "parameters"))
+    board.rows["t9"].reports[-1]["parameters"] = 50_000
+    assert [r.trial_id for r in board.pareto()] == ["t7", "t8", "t9"]
+
+
+def test_the_table_reads_back_from_csv_and_parquet(tmp_path: Path) -> None:
+    board = _board()
+    csv, parquet = board.write(tmp_path)
+    for table in (pyarrow.csv.read_csv(csv), pq.read_table(parquet)):
+        assert table.num_rows == 11
+        rows = table.to_pylist()
+        assert rows[0]["trial"] == 9
+        assert rows[0]["ao"] == pytest.approx(0.58)
+        assert rows[0]["lora.rank"] == 4
+        assert rows[-1]["reason"] == "loss is nan at step 3"
+        assert {r["status"] for r in rows} == {"completed", "stopped", "failed"}
+
+
+def test_choices_of_mixed_types_are_written_as_text(tmp_path: Path) -> None:
+    board = Leaderboard(objectives=("ao",), rungs=RUNGS)
+    for i, value in enumerate((None, "q+v", 1.5)):
+        board.add(str(i), {"field": value})
+    assert board.table()["field"].to_pylist() == [None, "q+v", "1.5"]
+
+
+def test_a_snapshot_brings_everything_back() -> None:
+    import json
+
+    board = _board()
+    again = Leaderboard.from_dict(json.loads(json.dumps(board.to_dict())))
+    assert again == board
+
+
+def test_a_report_that_is_redone_replaces_the_old_one() -> None:
+    row = _board().rows["t9"]
+    row.report({"step": 40, "ao": 0.1})
+    assert [r["step"] for r in row.reports] == [10, 40]
+    assert row.last("ao") == 0.1
+
+
+def test_time_left_shrinks_with_the_work() -> None:
+    board = _board()
+    assert board.seconds_left(11, 60.0, 0) == 0
+    more = board.seconds_left(22, 60.0, 0)
+    assert more is not None
+    assert more == pytest.approx(11 * 50 * 60 / 550)
+    assert Leaderboard(objectives=("ao",), rungs=RUNGS).seconds_left(3, 9.0, 0) is None
+
+
+@pytest.mark.parametrize("objectives", [("ao",), ("ao", "latency")])
+def test_every_plot_is_drawn(tmp_path: Path, objectives: tuple[str, ...]) -> None:
+    paths = write_plots(_board(objectives), SPACE, tmp_path)
+    assert {p.stem for p in paths} == {
+        "history", "parallel_coordinates", "importance", "rank_lr_map", "pareto_front",
+        "learning_curves",
+    }  # fmt: skip
+    assert all(p.stat().st_size > 5_000 for p in paths)
+
+
+def test_importance_finds_the_field_that_matters() -> None:
+    board = _board()
+    shares = importance(board, SPACE, [r for r in board.rows.values() if r.reports])
+    assert max(shares, key=lambda name: shares[name]) == "lr"
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_a_search_without_reports_has_no_plots(tmp_path: Path) -> None:
+    board = Leaderboard(objectives=("ao",), rungs=RUNGS)
+    board.add("t0", {"lr": 1e-3})
+    assert write_plots(board, SPACE, tmp_path) == []
+    assert board.best() is None
+    assert board.table().num_rows == 1
+
+
+class Terminal(io.StringIO):
+    """A text stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_console_shows_trials_best_and_time_left(kind: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    stream = kind()
+    board = _board()
+    console = SearchConsole(board, num_trials=20, stream=stream)
+    console.start()
+    row = board.add("new", {"lora.rank": 8, "lr": 1e-3, "head.depth": 2})
+    row.status = "running"
+    row.report({"step": 10, "ao": 0.35, "loss": 1.5})
+    console.line(row, "rung 1/3, ao 0.3500")
+    console.refresh()
+    console.stop()
+    text = stream.getvalue()
+    assert "best" in text
+    assert "left" in text
+    if kind is Terminal:
+        for word in ("trial", "rung", "11 of 20 trials ended", "0.35", "failed: loss is nan"):
+            assert word in text
+    else:
+        assert "trial 11: rung 1/3, ao 0.3500, best 0.5800 (trial 9), about" in text

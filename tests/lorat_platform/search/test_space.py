@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lorat.config.training import LoraConfig, TrainConfig, field_paths, replace_path, resolve
+from lorat.errors import UserError
+from lorat_platform.search.space import _field_type, _members, build_space, parse_entry
+
+
+def test_default_space_of_the_paper_is_rank_lr_and_head_depth() -> None:
+    space = build_space(TrainConfig(variant="B-224"))
+    assert space.describe() == [
+        "lora.rank=choice(4,8,16,32,64,128)",
+        "lr=loguniform(1e-05,0.001)",
+        "head.depth=choice(1,2,3,4)",
+    ]
+    assert space.prior() == {"lora.rank": 64, "lr": 1e-4, "head.depth": 3}
+
+
+def test_learning_rate_range_is_scaled_for_the_small_recipe() -> None:
+    space = build_space(TrainConfig(variant="T-112"))
+    assert space.dimensions["lr"].values == pytest.approx((1e-4, 1e-2))
+    assert space.prior()["lr"] == 1e-3
+
+
+def test_alpha_follows_the_rank() -> None:
+    config = build_space(TrainConfig()).configure({"lora.rank": 8})
+    assert config.lora.resolved_alpha == 8
+
+
+def test_entries_add_replace_and_fix_fields() -> None:
+    space = build_space(
+        TrainConfig(),
+        ["lora.dropout=uniform(0,0.2)", "lora.rank=choice(2,4)", "head.depth=2",
+         "lora.targets=choice(q+v,q+k+v+proj)"],
+    )  # fmt: skip
+    assert set(space.dimensions) == {"lr", "lora.dropout", "lora.rank", "lora.targets"}
+    assert space.base.head.depth == 2
+    assert space.prior()["lora.dropout"] == 0.0
+    assert space.prior()["lora.rank"] == 4, "64 is not allowed: the nearest is"
+    config = space.configure({"lora.targets": "q+v", "lora.dropout": 0.1})
+    assert config.lora.targets == ("q", "v")
+    assert config.lora.dropout == 0.1
+
+
+NULLABLE = {
+    "lora.alpha": "uniform(1,48)",
+    "drop_path": "uniform(0,0.3)",
+    "init_from": "choice(none,other.safetensors)",
+    "val_data": "choice(none,synthetic)",
+    "augment.color_jitter": "uniform(0.1,0.5)",
+    "augment.three_augment": "choice(none,true,false)",
+    "micro_batch": "int(1,8)",
+    "lr": "loguniform(1e-4,1e-2)",
+    "min_lr": "loguniform(1e-7,1e-6)",
+    "warmup_epochs": "uniform(0,2)",
+}
+OF_THE_SCHEDULE = ("epochs", "pairs_per_epoch", "batch_size")
+"""Fields that may be none, too, but cannot be searched over."""
+
+
+def test_the_list_of_fields_that_may_be_none_is_complete() -> None:
+    base = TrainConfig()
+    nullable = {
+        path for path in field_paths(base) if type(None) in _members(_field_type(base, path))
+    }
+    assert nullable == {*NULLABLE, *OF_THE_SCHEDULE}
+
+
+@pytest.mark.parametrize("path", NULLABLE)
+def test_every_field_that_may_be_none_can_be_searched_over(path: str) -> None:
+    space = build_space(TrainConfig(), [f"{path}={NULLABLE[path]}"])
+    for base in (space.base, replace_path(space.base, path, None)):
+        value = replace(space, base=base).prior()[path]
+        space.configure({path: value})
+        dimension = space.dimensions[path]
+        if dimension.kind == "choice":
+            assert value in dimension.values
+        else:
+            assert dimension.bounds[0] <= value <= dimension.bounds[1]
+
+
+def test_what_none_stands_for_is_tried_first() -> None:
+    space = build_space(TrainConfig(), ["lora.alpha=uniform(1,128)", "micro_batch=int(1,64)"])
+    assert space.prior()["lora.alpha"] == 64.0, "the rank"
+    assert space.prior()["micro_batch"] == 32, "the whole batch"
+
+
+def test_a_trial_trains_what_none_stands_for_where_its_configuration_is_read_again() -> None:
+    space = build_space(
+        TrainConfig(), ["lr=choice(none,0.01)", "augment.color_jitter=choice(none,0.1)"]
+    )
+    config = space.configure({"lr": None, "augment.color_jitter": None})
+    assert config == resolve(config)
+    assert config.lr == resolve(TrainConfig()).lr
+    assert config.augment == resolve(TrainConfig()).augment
+
+
+def test_space_without_adapters_has_no_rank() -> None:
+    assert "lora.rank" not in build_space(TrainConfig(adaptation="head")).dimensions
+
+
+def test_numpy_numbers_become_plain_numbers() -> None:
+    import numpy as np
+
+    config = build_space(TrainConfig()).configure({"lora.rank": np.int64(8), "lr": np.float64(0.1)})
+    assert type(config.lora.rank) is int
+    assert type(config.lr) is float
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("lora.rang=choice(1,2)", "no configuration field lora.rang"),
+        ("lora=choice(1,2)", "no configuration field lora;"),
+        ("lora.dropout", "is not PATH=RANGE"),
+        ("lora.dropout=uniform(0.2,0)", "low < high"),
+        ("lora.dropout=uniform(0,1)", "give 0 or more, below 1"),
+        ("lora.dropout=uniform(0,x)", "not a finite number"),
+        ("lora.dropout=uniform(0,inf)", "not a finite number"),
+        ("lora.dropout=normal(0,1)", "unknown range normal"),
+        ("lora.dropout=uniform(0)", "two ends"),
+        ("lr=loguniform(0,1)", "above 0"),
+        ("lr=loguniform(-1,1)", "above 0"),
+        ("lora.rank=uniform(1,8)", r"use int\(a,b\)"),
+        ("lora.rank=choice(0,8)", "lora.rank is 0"),
+        ("lora.rank=choice(4,4)", "twice"),
+        ("lora.rank=choice(4.5)", "not an integer"),
+        ("lora.init=choice(gaussian,zeros)", "'zeros' is not possible"),
+        ("lora.targets=choice(q+x)", "lora.targets has"),
+        ("lora.rslora=choice(yes,no)", "takes true or false"),
+        ("batch_size=choice(16,32)", "number of optimisation steps"),
+        ("variant=choice(T-112,Z-1)", "no variant Z-1"),
+        ("seed=int(1,9)", "one seed"),
+        ("lr=__import__('os').system('x')", "not a finite number"),
+    ],
+)
+def test_a_path_or_range_that_cannot_be_is_an_error(entry: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_space(TrainConfig(), [entry])
+
+
+def test_everything_fixed_leaves_nothing_to_search() -> None:
+    with pytest.raises(UserError, match="empty"):
+        build_space(TrainConfig(), ["lora.rank=8", "lr=1e-3", "head.depth=1"])
+
+
+def test_the_tune_space_holds_the_same_ranges() -> None:
+    space = build_space(TrainConfig(), ["head.depth=int(1,3)", "lora.dropout=uniform(0,0.2)"])
+    domains = space.to_tune()
+    assert domains["lora.rank"].categories == [4, 8, 16, 32, 64, 128]
+    assert (domains["head.depth"].lower, domains["head.depth"].upper) == (1, 4)
+    assert {domains["head.depth"].sample() for _ in range(200)} == {1, 2, 3}
+    assert 0 <= domains["lora.dropout"].sample() <= 0.2
+    low, high = domains["lr"].lower, domains["lr"].upper
+    assert (low, high) == pytest.approx((1e-4, 1e-2))
+
+
+def test_parsing_keeps_the_field_type() -> None:
+    base = TrainConfig(lora=LoraConfig(rank=8))
+    assert parse_entry("lora.alpha=choice(none,16)", base).values == (None, 16.0)
+    assert parse_entry("lora.rslora=true", base).values == (True,)

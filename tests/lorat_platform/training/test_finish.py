@@ -1,0 +1,58 @@
+"""The end of a training may be repeated after a kill without doing anything twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from lorat.config.training import TrainConfig, resolve, to_dict
+from lorat.files.storage import locate
+from lorat_platform.data.sources import Datasets
+from lorat_platform.recording.remote import RemoteRun
+from lorat_platform.recording.run import open_run
+from lorat_platform.recording.store import connect
+from lorat_platform.runs.record import RunRecord
+from lorat_platform.training import finish as completion
+from lorat_platform.training.finish import TrainingResult
+from tests.constant_trackers import random_tracker
+
+
+class FinishedRun:
+    """An MLflow run of which everything has been delivered."""
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+
+    def wait_for_id(self, timeout_s: float) -> str:
+        return self.run_id
+
+    def flush(self) -> bool:
+        return True
+
+
+def test_a_model_that_was_registered_before_a_kill_is_not_registered_again(
+    own_store: Path, tmp_path: Path
+) -> None:
+    with open_run("lorat", "training") as opened:
+        run = cast(RemoteRun, FinishedRun(opened.wait_for_id()))
+    config = to_dict(resolve(TrainConfig(variant="N-112", data="/data/train")))
+    record = RunRecord(name="run", config=config, data={}, created="")
+    result = TrainingResult(
+        name="run",
+        folder=locate(tmp_path),
+        checkpoint="step-00000001",
+        step=1,
+        metrics={},
+        seconds=0.0,
+    )
+
+    def register() -> str:
+        datasets = Datasets(train=(), val=(), fingerprints={})
+        return completion._register(random_tracker(), result, datasets, run, record, {})[1]
+
+    client = connect()
+    assert register() == "1"
+    client.delete_registered_model_alias("lorat", "candidate")  # killed before it was set
+    assert register() == "1"
+    assert len(client.search_model_versions("name='lorat'")) == 1
+    assert str(client.get_model_version_by_alias("lorat", "candidate").version) == "1"
