@@ -15,8 +15,21 @@ FORBIDDEN = {
     "lorat": {"ray", "mlflow", "lorat_platform", "bootstrap"},
     "platform/lorat_platform": {"bootstrap"},
 }
-TORCH_FREE = {"geometry", "pairs", "frame_index", "shards", "synthetic"}
-"""Modules that decode workers import: torch would cost each of them seconds and 0.8 GB."""
+ROOMS = {
+    "lorat": (
+        "errors", "image", "files", "config", "data.datasets", "data.shards", "data.pairs",
+        "data.synthetic", "model", "checkpoint", "metrics", "learning", "tracking",
+    ),
+    "platform/lorat_platform": (
+        "failures", "cluster", "recording", "runs", "data", "registry", "evaluation", "promotion",
+        "training", "search",
+    ),
+}  # fmt: skip
+"""The rooms of each package, from the ground up: none imports from one above it."""
+TORCH_FREE = ("image", "files", "config", "data")
+"""Rooms of ``lorat`` that decode workers use: torch would cost each of them seconds and 0.8 GB."""
+INTERNALS = "platform/lorat_platform/cluster/ray_internals.py"
+"""The one module that may import what Ray does not promise."""
 
 DISTRIBUTIONS = {"cv2": "opencv-python", "PIL": "pillow"}
 """Distributions whose module has another name."""
@@ -116,10 +129,51 @@ def test_every_imported_package_is_declared() -> None:
     assert not missing
 
 
-def test_decode_workers_do_not_import_torch() -> None:
+def _room(module: str, package: str) -> str | None:
+    """Return the room of a module, given by its dotted name below the package."""
+    parts = module.split(".")
+    names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((name for name in names if name in ROOMS[package]), None)
+
+
+@pytest.mark.parametrize("package", list(ROOMS))
+def test_every_module_has_a_room_and_rooms_import_only_downwards(package: str) -> None:
+    rooms, name = ROOMS[package], package.rpartition("/")[2]
+    wrong = []
+    for path in (ROOT / package).rglob("*.py"):
+        own = _module_name(path, ROOT / package)
+        if own in ("", "data"):
+            continue
+        room = _room(own, package)
+        if room is None:
+            wrong.append(f"{own} is in no room")
+            continue
+        for target in _imports(path):
+            above = _room(target.removeprefix(f"{name}."), package)
+            inside = target.startswith(f"{name}.")
+            if inside and above and rooms.index(above) > rooms.index(room):
+                wrong.append(f"{own} imports {target}")
+    assert not wrong
+
+
+def test_what_ray_does_not_promise_is_imported_in_one_module() -> None:
+    private = re.compile(r"^ray\.(.*\.)?_")
+    wrong = {
+        f"{path.relative_to(ROOT)} imports {module}"
+        for folder in ("platform", "jobs")
+        for path in (ROOT / folder).rglob("*.py")
+        for module in _imports(path)
+        if private.match(module) and str(path.relative_to(ROOT)) != INTERNALS
+    }
+    assert not wrong
+
+
+def test_rooms_of_decode_workers_do_not_import_torch() -> None:
     import subprocess
 
-    code = "import sys\n" + "".join(f"import lorat.{name}\n" for name in sorted(TORCH_FREE))
+    files = [file for room in TORCH_FREE for file in (ROOT / "lorat" / room).rglob("*.py")]
+    modules = sorted(_module_name(file, ROOT) for file in files)
+    code = "import sys\n" + "".join(f"import {module}\n" for module in modules)
     code += "print(sorted({'torch', 'timm', 'peft'} & set(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT

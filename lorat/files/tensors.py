@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from lorat.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -21,6 +22,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: if the file is missing or is neither.
     """
+    import torch
+    from safetensors.torch import load_file
+
     if not path.is_file():
         raise UserError(
             f"There is no weight file {path}; give an existing .safetensors or .pth file."
@@ -42,7 +46,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    tensors = content.values() if isinstance(content, dict) else [content]
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in tensors):
         raise UserError(f"{path} holds no dictionary of tensors; give a state dict.")
     return content
 
@@ -53,6 +58,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         OSError: if it cannot be written, such as on a full disk.
     """
+    from safetensors.torch import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
@@ -77,6 +84,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: if it is missing or damaged.
     """
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except FileNotFoundError as error:

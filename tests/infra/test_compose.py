@@ -221,14 +221,14 @@ def _exported() -> set[str]:
         wall_s=1.0, parts_s=dict.fromkeys(telemetry.PARTS, 0.1), num_steps=1, num_pairs=1,
         num_workers=1, flops_per_pair=1.0, peak=1.0,
     )  # fmt: skip
-    names = _words("train_loop", r"(train|data|system)/\w+") | set(shown)
-    gauges = _words("search_session", r"lorat_search_\w+")
+    names = _words("lorat/learning/loop.py", r"(train|data|system)/\w+") | set(shown)
+    gauges = _words("platform/lorat_platform/search/session.py", r"lorat_search_\w+")
     return {"ray_lorat_" + name.replace("/", "_") for name in names} | {f"ray_{g}" for g in gauges}
 
 
-def _words(module: str, pattern: str) -> set[str]:
+def _words(file: str, pattern: str) -> set[str]:
     """Return the string literals of a module that are like ``pattern``."""
-    tree = ast.parse((ROOT / "platform" / "lorat_platform" / f"{module}.py").read_text())
+    tree = ast.parse((ROOT / file).read_text())
     literals = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     return {n for n in literals if isinstance(n, str) and re.fullmatch(pattern, n)}
 

@@ -19,7 +19,7 @@ import lorat
 import lorat_platform
 from lorat.errors import UserError
 from lorat.files.addresses import refuse_secrets
-from lorat_platform.cluster import sockets
+from lorat_platform.cluster import ray_internals, sockets
 from lorat_platform.cluster.interrupts import kept_handlers
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def connect(
     embedded = address == "local"
     options: dict[str, Any] = {}
     if embedded:
-        _listen_on_loopback()
+        ray_internals.keep_to_loopback()
         _ask_for_a_token()
         options = {
             "num_cpus": num_cpus or len(os.sched_getaffinity(0)),
@@ -158,8 +158,8 @@ def connect(
             "_node_ip_address": LOOPBACK,
         }
     elif address == "auto" or sockets.is_loopback(address.rpartition(":")[0]):
-        _listen_on_loopback()
-        _bring_the_token()
+        ray_internals.keep_to_loopback()
+        ray_internals.use_token_of_this_user()
     options |= {
         "address": address,
         "runtime_env": runtime_env(embedded=embedded, extra=env),
@@ -189,18 +189,6 @@ def connect(
     return cluster
 
 
-def _listen_on_loopback() -> None:
-    """Keep Ray from replacing the loopback address by one that others reach.
-
-    It does so except where it may form no cluster of several machines.  What it starts reads that
-    from the environment, and this process has read it when Ray was imported, maybe before.
-    """
-    from ray._private import ray_constants
-
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-    ray_constants.ENABLE_RAY_CLUSTER = False
-
-
 def _ask_for_a_token() -> None:
     """Let the Ray that starts next answer only who has its token, a random one.
 
@@ -214,28 +202,11 @@ def _ask_for_a_token() -> None:
         chosen[TOKEN] = secrets.token_hex(32)
     _before.update({name: os.environ.get(name) for name in chosen})
     os.environ |= chosen
-    _read_token_again()
-
-
-def _bring_the_token() -> None:
-    """Bring Ray's token to a Ray of this machine, where this user has one and chose no mode."""
-    from ray._private.authentication import authentication_token_setup
-
-    _read_token_again()
-    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    ray_internals.read_token_again()
 
 
 _before: dict[str, str | None] = {}
 """What the variables that were set for an embedded Ray were before."""
-
-
-def _read_token_again() -> None:
-    """Let Ray see what changed in the environment since it was imported."""
-    from ray import _raylet
-
-    parts: Any = _raylet  # its stub leaves the configuration out
-    parts.Config.initialize("")
-    parts.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _start_ray(options: dict[str, Any]) -> None:
@@ -243,7 +214,7 @@ def _start_ray(options: dict[str, Any]) -> None:
     import ray
 
     def too_slow(error: BaseException) -> bool:
-        return "timed out during startup" in str(error)
+        return ray_internals.SLOW_START in str(error)
 
     with warnings.catch_warnings(), kept_handlers():
         warnings.simplefilter("ignore")
@@ -285,7 +256,7 @@ def disconnect() -> None:
             os.environ[name] = value
     if _before:
         _before.clear()
-        _read_token_again()
+        ray_internals.read_token_again()
 
 
 @contextlib.contextmanager

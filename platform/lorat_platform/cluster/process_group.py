@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 
+from lorat_platform.cluster import ray_internals
 from lorat_platform.cluster.connection import LOOPBACK
 
 _kept: list[dist.Store] = []
@@ -31,9 +31,12 @@ class PrivateTorchConfig(TorchConfig):
     """
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type:
         """What starts the process group."""
         return _PrivateTorchBackend
+
+
+_TorchBackend: Any = ray_internals.torch_backend()
 
 
 class _PrivateTorchBackend(_TorchBackend):

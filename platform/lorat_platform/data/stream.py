@@ -26,6 +26,7 @@ import numpy as np
 
 from lorat.config.training import TrainConfig
 from lorat.data.pairs.batches import Batch, Decoder
+from lorat_platform.cluster import ray_internals
 from lorat_platform.cluster.console import Console
 from lorat_platform.data.layout import Layout, local_range, pair_bytes
 from lorat_platform.data.sources import Source, open_pairs
@@ -158,7 +159,7 @@ def split_stream(
         object_store_memory=min(2 * ahead * block, half)
     )
     previous = DataContext.get_current()
-    DataContext._set_current(context)
+    ray_internals.set_data_context(context)
     try:
         blocks = ray.data.read_datasource(
             _block_numbers(layout.num_blocks),
@@ -176,14 +177,14 @@ def split_stream(
         )
         return dataset.streaming_split(layout.num_workers, equal=True)
     finally:
-        DataContext._set_current(previous)
+        ray_internals.set_data_context(previous)
 
 
 def _rest() -> type:
     """Return the callback that lets the control loop rest."""
-    from ray.data._internal.execution.execution_callback import ExecutionCallback
+    base: Any = ray_internals.execution_callback()
 
-    class Rest(ExecutionCallback):
+    class Rest(base):
         """Sleep after every step of the loop."""
 
         def on_execution_step(self, executor: Any) -> None:

@@ -18,6 +18,7 @@ from lorat.config.training import TrainConfig, to_dict
 from lorat.errors import UserError
 from lorat.files.home import home, storage_address
 from lorat.files.storage import Location, locate
+from lorat_platform.cluster import ray_internals
 from lorat_platform.cluster.connection import Cluster
 from lorat_platform.cluster.console import Console, ConsolePrinter
 from lorat_platform.data.sources import Datasets, open_datasets
@@ -309,8 +310,7 @@ def _run(trainer: Any, place: Placement, check: Callable[[], None]) -> None:
     """
     controllers: list[Any] = []
     failures: list[Exception] = []
-    # The handler of Ctrl-C that Ray Train installs here would end the process with code 0.
-    trainer._register_sigint_handler = controllers.append
+    ray_internals.hand_out_controller(trainer, controllers.append)
 
     def fit() -> None:
         try:
@@ -345,20 +345,15 @@ def _abort(controller: Any) -> None:
 
 def _start_message(error: BaseException, place: Placement) -> str | None:
     """Return what to tell the user where the training workers could not be started."""
-    from ray.train.v2._internal.exceptions import (
-        WorkerGroupStartupFailedError,
-        WorkerGroupStartupTimeoutError,
-    )
-
-    cause = getattr(error, "controller_failure", None)
-    if isinstance(cause, WorkerGroupStartupTimeoutError):
+    if ray_internals.could_not_be_placed(error):
         return (
             f"The cluster did not give the {place.wanted()} of the training workers in time; "
             "add nodes or lower --workers, and the same command goes on."
         )
-    if isinstance(cause, WorkerGroupStartupFailedError):
+    reason = ray_internals.why_not_started(error)
+    if reason is not None:
         return (
-            f"The training workers could not be started, the last time because {cause}; look at "
+            f"The training workers could not be started, the last time because {reason}; look at "
             "the nodes with 'ray status' and at Ray's logs, and the same command goes on."
         )
     return None

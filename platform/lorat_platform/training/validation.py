@@ -15,6 +15,7 @@ from lorat.config.training import TrainConfig
 from lorat.data.pairs.batches import Decoder
 from lorat.learning.augment import augment, foreground_mask
 from lorat.learning.criterion import Criterion
+from lorat_platform.cluster import ray_internals
 from lorat_platform.cluster.console import Console
 from lorat_platform.data.sources import Source, open_indexes
 from lorat_platform.evaluation.validation_set import tracking_scores
@@ -103,14 +104,6 @@ def _has_gpu() -> bool:
     )
 
 
-def _deaths() -> int:
-    """Count the processes that have died over this task of Ray, which starts it again each time."""
-    from ray._private import worker  # Ray's public interface does not have the count
-
-    core: Any = worker.global_worker
-    return core.core_worker.get_current_task_attempt_number()
-
-
 @dataclass(frozen=True, kw_only=True)
 class CheckpointValidation:
     """The function that Ray Train runs as a task of its own for a checkpoint."""
@@ -126,7 +119,7 @@ class CheckpointValidation:
             RuntimeError: if the processes that tried it before have died.  Ray Train goes on after
                 an exception; the death of this task would end the training.
         """
-        name, deaths = checkpoint.path.rpartition("/")[2], _deaths()
+        name, deaths = checkpoint.path.rpartition("/")[2], ray_internals.attempts_before()
         if deaths > 0:
             again = "it is tried once more" if deaths < ATTEMPTS else "the training goes on"
             self._say(

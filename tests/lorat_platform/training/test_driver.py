@@ -25,7 +25,7 @@ from ray.cluster_utils import Cluster as LocalCluster
 from lorat.config.training import resolve
 from lorat.data.pairs.batches import Decoder
 from lorat.learning.loop import Hooks, run
-from lorat_platform.cluster import connection
+from lorat_platform.cluster import ray_internals
 from lorat_platform.data.sources import open_datasets, open_pairs
 from tests.lorat_platform.local_source import LocalSource
 from tests.lorat_platform.training_jobs import (
@@ -98,8 +98,8 @@ def undisturbed(uri: str, tmp_path_factory: pytest.TempPathFactory) -> Undisturb
 def local_nodes(count: int) -> Iterator[tuple[LocalCluster, list[Any]]]:
     """Run a head without CPUs and some nodes of one CPU each, as far as Ray can tell."""
     # This process starts it, and has imported Ray before there were a token and an address for it.
-    connection._listen_on_loopback()
-    connection._read_token_again()
+    ray_internals.keep_to_loopback()
+    ray_internals.read_token_again()
     nodes = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         yield nodes, [nodes.add_node(num_cpus=1) for _ in range(count)]

@@ -1,0 +1,98 @@
+"""What Ray does not promise: all that is imported of its private modules.
+
+``infra/UPGRADING.md`` says of each what breaks when Ray changes it, and which test tells.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+SLOW_START = "timed out during startup"
+"""In the message of ``ray.init`` on a very busy machine."""
+
+
+def keep_to_loopback() -> None:
+    """Keep Ray from replacing the loopback address by one that others reach.
+
+    It does so except where it may form no cluster of several machines.  What it starts reads that
+    from the environment, and this process has read it when Ray was imported, maybe before.
+    """
+    from ray._private import ray_constants
+
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def read_token_again() -> None:
+    """Let Ray see what changed of mode and token in the environment since it was imported."""
+    from ray import _raylet
+
+    parts: Any = _raylet  # its stub leaves the configuration out
+    parts.Config.initialize("")
+    parts.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def use_token_of_this_user() -> None:
+    """Bring Ray's token to a Ray of this machine, where this user has one and chose no mode."""
+    from ray._private.authentication import authentication_token_setup
+
+    read_token_again()
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def attempts_before() -> int:
+    """Count the processes that have died over this task, which Ray starts again each time."""
+    from ray._private import worker
+
+    core: Any = worker.global_worker
+    return core.core_worker.get_current_task_attempt_number()
+
+
+def execution_callback() -> type:
+    """Return the class of which Ray Data calls one after every step of its control loop."""
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    return ExecutionCallback
+
+
+def set_data_context(context: Any) -> None:
+    """Make a context that of the pipelines which this process makes from now on."""
+    from ray.data import DataContext
+
+    DataContext._set_current(context)
+
+
+def torch_backend() -> type:
+    """Return the class with which Ray Train starts and ends the process group of torch."""
+    from ray.train.torch.config import _TorchBackend
+
+    return _TorchBackend
+
+
+def hand_out_controller(trainer: Any, receive: Callable[[Any], None]) -> None:
+    """Let ``receive`` have the controller of a training when it begins.
+
+    The handler of Ctrl-C that Ray Train installs in that place would end the process with code 0.
+    """
+    trainer._register_sigint_handler = receive
+
+
+def could_not_be_placed(error: BaseException) -> bool:
+    """Tell whether a training ended since the cluster did not give its workers in time."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(_controller_failure(error), WorkerGroupStartupTimeoutError)
+
+
+def why_not_started(error: BaseException) -> str | None:
+    """Return why the workers of a training could not be started; none if that is not its error."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+
+    failure = _controller_failure(error)
+    return str(failure) if isinstance(failure, WorkerGroupStartupFailedError) else None
+
+
+def _controller_failure(error: BaseException) -> BaseException | None:
+    return getattr(error, "controller_failure", None)
