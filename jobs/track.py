@@ -27,7 +27,7 @@ from tqdm import tqdm
 from lorat.config import fields as field_types
 from lorat.config.bounds import Count, check_bounds
 from lorat.errors import UserError
-from lorat.image.crops import xywh_from_xyxy, xyxy_from_xywh
+from lorat.image.boxes import xywh_from_xyxy, xyxy_from_xywh
 from lorat.tracking.clips import CODECS, ClipWriter, annotate
 from lorat.tracking.video_source import VideoSource
 from lorat_platform.evaluation.subject import load_subject

@@ -17,8 +17,9 @@ from typing import Annotated
 import command
 import tyro
 
+from lorat.config.fields import from_dict
 from lorat.config.json_files import read_json
-from lorat.config.training import TrainConfig, from_dict, resolve
+from lorat.config.training import TrainConfig, resolve
 from lorat_platform import cluster
 from lorat_platform.data.sources import open_datasets, with_whole_paths
 from lorat_platform.training.driver import resolved_text, train

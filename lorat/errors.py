@@ -1,5 +1,7 @@
 """The one exception that a user is meant to read."""
 
+import shutil
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used.
@@ -7,3 +9,13 @@ class UserError(ValueError):
     The message is one sentence: what was given, what is allowed, what to do.  The jobs print
     it without a traceback and exit with code 2.
     """
+
+
+def reason(error: BaseException) -> str:
+    """Return the cause of a storage error in a few words."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        return str(error.args[0][0][-1])
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -28,9 +28,9 @@ from lorat.checkpoint.training_state import (
     load_training_state,
     save_training_state,
 )
-from lorat.config.fields import shown
+from lorat.config.fields import from_dict, shown, to_dict
 from lorat.config.json_files import check_shape, read_json, write_json
-from lorat.config.training import HeadConfig, TrainConfig, from_dict, to_dict
+from lorat.config.training import HeadConfig, TrainConfig
 from lorat.config.variants import VARIANTS, Variant, get_variant
 from lorat.errors import UserError
 from lorat.files import checksums

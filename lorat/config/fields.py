@@ -1,11 +1,14 @@
-"""The types of configuration fields: whether a value fits, and what to say if not."""
+"""Fields of configurations by their paths and types: read, replaced, written as JSON, refused."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import types
 import typing
 from typing import Annotated, Any, Literal
+
+from lorat.errors import UserError
 
 _MAX_SHOWN = 200
 
@@ -61,3 +64,97 @@ def describe(kind: Any) -> str:
 def flag(field: str) -> str:
     """Return the option of a field on the command line."""
     return f"--{field.replace('_', '-')}"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the configuration as plain nested dictionaries (JSON types)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[Any], values: dict[str, Any], *, path: str = "") -> Any:
+    """Build ``cls`` from what :func:`to_dict` gave, or from a part of it.
+
+    Raises:
+        UserError: if a key is no field, a field that needs a value has none, or a value has another
+            type than its field or is out of its bounds.
+    """
+    _require(
+        isinstance(values, dict),
+        f"The configuration{' ' * bool(path)}{path.rstrip('.')} is "
+        f"{shown(values)}; give an "
+        f"object with the fields {', '.join(f.name for f in dataclasses.fields(cls))}.",
+    )
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+    _require(
+        not unknown,
+        f"Unknown configuration field {path}{unknown[0] if unknown else ''}; "
+        f"fields there are {', '.join(f.name for f in dataclasses.fields(cls))}.",
+    )
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    _require(
+        not missing, f"The configuration has no {path}{missing[0] if missing else ''}; add it."
+    )
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        kind = hints[name]
+        if dataclasses.is_dataclass(kind):
+            value = from_dict(typing.cast(type[Any], kind), value, path=f"{path}{name}.")
+        elif isinstance(value, list):
+            value = tuple(value)
+        _require(
+            fits(value, kind),
+            f"Configuration field {path}{name} is {shown(value)}; give {describe(kind)}.",
+        )
+        arguments[name] = value
+    return cls(**arguments)
+
+
+def get_path(config: Any, path: str) -> Any:
+    """Return the field at a dotted path such as ``lora.rank``."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def replace_path(config: Any, path: str, value: Any) -> Any:
+    """Return a copy with the field at a dotted path such as ``lora.rank`` set.
+
+    Raises:
+        UserError: if the path names no field.
+    """
+    name, _, rest = path.partition(".")
+    if not dataclasses.is_dataclass(config) or name not in {
+        f.name for f in dataclasses.fields(config)
+    }:
+        raise UserError(
+            f"There is no configuration field {path}; fields are {', '.join(field_paths(config))}."
+        )
+    if rest:
+        value = replace_path(getattr(config, name), rest, value)
+    return dataclasses.replace(typing.cast(Any, config), **{name: value})
+
+
+def field_paths(config: Any) -> list[str]:
+    """List the dotted paths of all leaf fields."""
+    paths: list[str] = []
+    if not dataclasses.is_dataclass(config):
+        return paths
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, types.GenericAlias):
+            paths += [f"{f.name}.{p}" for p in field_paths(value)]
+        else:
+            paths.append(f.name)
+    return paths

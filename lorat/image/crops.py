@@ -1,8 +1,8 @@
-"""Boxes, crop parameters and the pixel-aligned resampling of crops; NumPy and OpenCV only.
+"""Crop parameters and the pixel-aligned resampling of crops; NumPy and OpenCV only.
 
-A box is ``(x1, y1, x2, y2)``: xyxy, 0-based, continuous pixels.  A crop is an axis-aligned scale
-and shift of the frame: ``crop_px = frame_px * (sx, sy) + (tx, ty)``.  Functions on the sampling
-path take and return Python scalars, since tiny NumPy arrays cost ten times as much.
+A crop is an axis-aligned scale and shift of the frame: ``crop_px = frame_px * (sx, sy) + (tx, ty)``.
+Functions on the sampling path take and return Python scalars, since tiny NumPy arrays cost ten
+times as much.
 """
 
 from __future__ import annotations
@@ -13,11 +13,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-Box = tuple[float, float, float, float]
-"""One box as Python floats, xyxy."""
-
-RASTER_EPSILON = 1e-4
-"""Overlap, in pixels, below which a box does not touch the next pixel."""
+from lorat.image.boxes import Box, clip_box, rasterize
 
 
 class CropParams(NamedTuple):
@@ -37,60 +33,6 @@ class CropParams(NamedTuple):
         """Return the parameters from the crop to the frame."""
         sx, sy, tx, ty = self
         return CropParams(1 / sx, 1 / sy, -tx / sx, -ty / sy)
-
-
-def xyxy_from_xywh(boxes: np.ndarray) -> np.ndarray:
-    """Convert boxes (..., 4) from left, top, width, height to corners."""
-    boxes = np.asarray(boxes)
-    return np.concatenate([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], axis=-1)
-
-
-def xywh_from_xyxy(boxes: np.ndarray) -> np.ndarray:
-    """Convert boxes (..., 4) from corners to left, top, width, height."""
-    boxes = np.asarray(boxes)
-    return np.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], axis=-1)
-
-
-def clip_box(box: Box, width: float, height: float) -> Box:
-    """Clip a box to ``[0, width] x [0, height]``."""
-    x1, y1, x2, y2 = box
-    return (
-        min(max(x1, 0.0), width),
-        min(max(y1, 0.0), height),
-        min(max(x2, 0.0), width),
-        min(max(y2, 0.0), height),
-    )
-
-
-def intersects(box: Box, width: float, height: float) -> bool:
-    """Tell whether a box shares area with ``[0, width] x [0, height]``."""
-    x1, y1, x2, y2 = box
-    return min(x2, width) > max(x1, 0.0) and min(y2, height) > max(y1, 0.0)
-
-
-def rasterize(box: Box) -> tuple[int, int, int, int]:
-    """Return the pixels that a box touches, as integers with an exclusive end.
-
-    A pixel counts once the box covers more than 1e-4 of its side.
-    """
-    return (
-        math.floor(box[0]),
-        math.floor(box[1]),
-        math.floor(box[2] + 1 - RASTER_EPSILON),
-        math.floor(box[3] + 1 - RASTER_EPSILON),
-    )
-
-
-def enlarge_to_minimum(box: Box, minimum: float) -> Box:
-    """Raise the sides of a box to at least ``minimum`` pixels, about its centre."""
-    x1, y1, x2, y2 = box
-    if x2 - x1 < minimum:
-        centre = 0.5 * (x1 + x2)
-        x1, x2 = centre - 0.5 * minimum, centre + 0.5 * minimum
-    if y2 - y1 < minimum:
-        centre = 0.5 * (y1 + y2)
-        y1, y2 = centre - 0.5 * minimum, centre + 0.5 * minimum
-    return (x1, y1, x2, y2)
 
 
 def crop_params(box: Box, area_factor: float, size: int) -> CropParams:

@@ -17,7 +17,6 @@ most half a grey level).
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -26,10 +25,9 @@ from torch.nn import functional as F
 
 from lorat.config.variants import Variant
 from lorat.data.pairs.augment_draws import AUGMENT_FIELDS, BLUR_RADIUS, JITTER_ORDERS
-from lorat.image.crops import RASTER_EPSILON
+from lorat.image.boxes import RASTER_EPSILON
+from lorat.model.normalisation import _constant, normalize_
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 LUMA = (0.2989, 0.587, 0.114)
 """Grey weights of torchvision's colour operations."""
 PIL_LUMA = (19595.0, 38470.0, 7471.0)
@@ -68,13 +66,6 @@ def augment(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         image_BCHW = color_jitter(image_BCHW, blend_N3CC[rows], mean_N3[rows])
         outputs.append(normalize_(three_augment(image_BCHW, choice_B, radius_B)))
     return outputs[0], outputs[1], boxes[0], boxes[1]
-
-
-def normalize_(image_BCHW: Tensor) -> Tensor:
-    """Subtract ImageNet's mean and divide by its deviation, in place; the input is 0 to 1."""
-    mean_C11 = _constant(IMAGENET_MEAN, image_BCHW.device).view(3, 1, 1)
-    std_C11 = _constant(IMAGENET_STD, image_BCHW.device).view(3, 1, 1)
-    return image_BCHW.sub_(mean_C11).div_(std_C11)
 
 
 def flip_images(image_BHWC: Tensor, flip_B: Tensor) -> Tensor:
@@ -241,13 +232,6 @@ def foreground_mask(template_box_B4: Tensor, variant: Variant) -> Tensor:
     cell_g = torch.arange(grid, device=template_box_B4.device)
     inside_B2g = (cell_g >= first_B2.unsqueeze(-1)) & (cell_g < last_B2.unsqueeze(-1))
     return (inside_B2g[:, 1].unsqueeze(-1) & inside_B2g[:, 0].unsqueeze(-2)).long()
-
-
-@functools.cache
-def _constant(values: tuple, device: torch.device) -> Tensor:
-    """Return numbers as a tensor, made once per device: a copy to a GPU would wait for its work."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, device=device)
 
 
 def _weighted_sum(image_BCHW: Tensor, weights: tuple[float, float, float]) -> Tensor:

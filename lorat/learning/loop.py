@@ -19,12 +19,11 @@ import torch.distributed as dist
 
 from lorat.config.training import TrainConfig
 from lorat.data.pairs.batches import Batch, BatchSource
-from lorat.errors import UserError
+from lorat.errors import UserError, reason
 from lorat.files.storage import Location
 from lorat.learning.clock import PARTS, memory_bytes, peak_flops, summarise
 from lorat.learning.learner import Learner, StepResult, World
 from lorat.model.complexity import describe
-from lorat_platform.runs.checkpoints import reason
 
 log = logging.getLogger(__name__)
 

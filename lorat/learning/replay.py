@@ -13,12 +13,11 @@ import torch
 
 from lorat import checkpoint
 from lorat.config.json_files import read_json
-from lorat.errors import UserError
+from lorat.errors import UserError, reason
 from lorat.files.scratch import temporary_folder
 from lorat.files.storage import Location, locate
 from lorat.files.tensors import read_safetensors, write_tensors
 from lorat.learning.augment import augment, foreground_mask
-from lorat_platform.runs.checkpoints import reason
 
 if TYPE_CHECKING:
     from lorat.learning.learner import Learner

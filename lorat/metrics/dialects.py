@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorat.image.crops import xywh_from_xyxy
+from lorat.image.boxes import xywh_from_xyxy
 from lorat.metrics.overlap import center_error, iou, normalized_center_error
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from lorat.errors import UserError
 from lorat.files.storage import check_plain_name
-from lorat.image.crops import RASTER_EPSILON, xywh_from_xyxy
+from lorat.image.boxes import RASTER_EPSILON, xywh_from_xyxy
 from lorat.metrics.dialects import family
 
 _PREFIXES = {"uav": "uav_", "nfs": "nfs_", "tc128": "tpl_", "tpl": "tpl_"}

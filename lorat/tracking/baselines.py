@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from lorat.errors import UserError
-from lorat.image.crops import Box
+from lorat.image.boxes import Box
 
 BASELINES = ("static", "mil")
 

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from lorat.data.shards.frame_index import FrameIndex
 from lorat.errors import UserError
 from lorat.image.codec import DamagedImage
+from lorat.metrics import GroundTruth
 
 if TYPE_CHECKING:
     from lorat.data.shards.frame_index import FrameIndex
@@ -249,3 +251,22 @@ def _result(index: FrameIndex, run: _Running) -> SequenceResult:
         damaged=run.damaged,
         left_out=run.left_out,
     )
+
+
+def ground_truth(index: FrameIndex, track: int) -> GroundTruth:
+    """Return the annotation of a sequence."""
+    rows = slice(int(index.track_start[track]), int(index.track_start[track + 1]))
+    cover = index.cover[rows]
+    return GroundTruth(
+        boxes=index.box[rows].astype(np.float64),
+        visible=index.visible[rows],
+        cover=cover if (cover >= 0).all() else None,
+        size_wh=index.size_wh[rows],
+    )
+
+
+def usable_tracks(index: FrameIndex) -> list[int]:
+    """Return the tracks with a box in their first frame, which tracking needs."""
+    first = index.track_start[:-1]
+    usable = np.isfinite(index.box[first]).all(axis=1) & index.valid[first].astype(bool)
+    return np.flatnonzero(usable).tolist()

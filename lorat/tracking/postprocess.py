@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorat.image.crops import Box, CropParams, intersects
+from lorat.image.boxes import Box, intersects
+from lorat.image.crops import CropParams
 
 WINDOW_PENALTY = 0.45
 """Weight of the Hann window against the score."""

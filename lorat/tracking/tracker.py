@@ -20,19 +20,11 @@ import torch
 from torch import Tensor
 
 from lorat.errors import UserError
+from lorat.image.boxes import Box, clip_box, enlarge_to_minimum, intersects
 from lorat.image.codec import mean_rgb
-from lorat.image.crops import (
-    Box,
-    CropParams,
-    clip_box,
-    crop_params,
-    enlarge_to_minimum,
-    foreground_mask,
-    intersects,
-    resample,
-)
-from lorat.learning.augment import normalize_
+from lorat.image.crops import CropParams, crop_params, foreground_mask, resample
 from lorat.model.network import LoRAT
+from lorat.model.normalisation import normalize_
 from lorat.tracking.postprocess import box_in_frame, find_peak, hann_window, next_box
 
 MIN_OBJECT_SIZE = 10.0

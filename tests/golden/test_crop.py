@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from lorat.image.crops import crop_params, enlarge_to_minimum, foreground_mask, resample
-from lorat.learning.augment import normalize_
+from lorat.image.boxes import enlarge_to_minimum
+from lorat.image.crops import crop_params, foreground_mask, resample
+from lorat.model.normalisation import normalize_
 from tests.golden.fixture_files import golden, name_of
 
 COVERS = ("*_crop.npz",)

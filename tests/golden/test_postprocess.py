@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lorat.image.crops import CropParams, clip_box
+from lorat.image.boxes import clip_box
+from lorat.image.crops import CropParams
 from lorat.tracking.postprocess import box_in_frame, find_peak, hann_window, next_box, penalise
 from tests.golden.fixture_files import golden, name_of
 

@@ -28,7 +28,7 @@ def test_the_figures_follow_from_each_other() -> None:
 
 
 def test_decoding_can_be_measured_again(tmp_path: Path) -> None:
-    from lorat.data.shards.conversion import MemoryTrack, write_dataset
+    from lorat.data.shards.from_memory import MemoryTrack, write_dataset
     from lorat.data.synthetic.videos import render
 
     video = render("val", 0, 24)

@@ -11,8 +11,8 @@ from pathlib import Path
 import cv2
 import pytest
 
-from lorat.data.shards.conversion import write_dataset
 from lorat.data.shards.frame_index import FrameIndex
+from lorat.data.shards.from_memory import write_dataset
 from tests.jobs.in_process import import_job, run_in_process
 from tests.lorat import layouts
 from tests.lorat.small_sets import tracks

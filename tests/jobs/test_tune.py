@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
-from lorat.config.training import TrainConfig, from_dict
+from lorat.config.fields import from_dict
+from lorat.config.training import TrainConfig
 from lorat_platform.recording.store import connect
 from tests.jobs.in_process import run_in_process
 from tests.mlflow_home import make_home

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lorat.data.datasets import Findings, Recording, Source
 from lorat.data.shards import images as shards
-from lorat.data.shards.conversion import convert, dataset_info
+from lorat.data.shards.conversion import convert
+from lorat.data.shards.manifest import dataset_info
 from lorat.data.shards.verification import rebuild_index
 from lorat.files import storage
 

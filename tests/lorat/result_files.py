@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorat.image.crops import xyxy_from_xywh
+from lorat.image.boxes import xyxy_from_xywh
 
 ONE_BASED = ("LaSOT", "VastTrack")
 PREFIXES = {"UAV123": "uav_", "nfs": "nfs_", "TC128": "tpl_"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from lorat.data.shards.conversion import MemoryTrack
+from lorat.data.shards.from_memory import MemoryTrack
 
 
 def tracks(

@@ -13,9 +13,11 @@ import pytest
 
 from lorat import checkpoint
 from lorat.checkpoint.training_state import read_step
-from lorat.config.training import TrainConfig, resolve, to_dict
-from lorat.data.shards.conversion import write_dataset
-from lorat.data.shards.frame_index import FrameIndex, read_manifest
+from lorat.config.fields import to_dict
+from lorat.config.training import TrainConfig, resolve
+from lorat.data.shards.frame_index import FrameIndex
+from lorat.data.shards.from_memory import write_dataset
+from lorat.data.shards.manifest import read_manifest
 from lorat.errors import UserError
 from lorat.files import storage
 from lorat.files.scratch import Process

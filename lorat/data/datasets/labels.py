@@ -12,7 +12,7 @@ import numpy as np
 
 from lorat.data.datasets.records import Findings
 from lorat.errors import UserError
-from lorat.image import crops as geometry
+from lorat.image import boxes
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})
 _SEPARATORS = re.compile(r"[,;\s]+")
@@ -153,7 +153,7 @@ def xyxy_from_xywh(box_xywh: np.ndarray, *, one_based: bool = False) -> np.ndarr
     Args:
         one_based: the first pixel has the coordinate 1, as in MATLAB.
     """
-    return geometry.xyxy_from_xywh(box_xywh) - (1.0 if one_based else 0.0)
+    return boxes.xyxy_from_xywh(box_xywh) - (1.0 if one_based else 0.0)
 
 
 def align_numbered(

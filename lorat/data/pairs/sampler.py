@@ -26,8 +26,9 @@ from lorat.data.pairs.augment_draws import AUGMENT_FIELDS, draw_augmentation
 from lorat.data.pairs.mixture import DatasetSchedule
 from lorat.data.pairs.permutation import mix, permute
 from lorat.errors import UserError
+from lorat.image.boxes import Box
 from lorat.image.codec import DamagedImage
-from lorat.image.crops import Box, CropParams, crop_params, jittered_crop_params, resample
+from lorat.image.crops import CropParams, crop_params, jittered_crop_params, resample
 
 if TYPE_CHECKING:
     from lorat.data.shards.frame_index import FrameIndex

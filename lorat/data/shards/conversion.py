@@ -1,24 +1,19 @@
-"""Conversion: tracks of frames to rows of shards, and whole small datasets from memory."""
+"""Conversion: recordings of published datasets to rows of shards."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow as pa
 
 from lorat.data.datasets.records import Findings, Recording
 from lorat.data.shards import images as shards
-from lorat.data.shards import rows as shard_rows
-from lorat.data.shards.frame_index import FrameIndex, Storage, write_index
 from lorat.data.shards.windows import WindowLaw, cut_window
-from lorat.files import storage
+from lorat.image.boxes import usable
 from lorat.image.codec import DamagedImage, decode_complete, encode_jpeg, is_jpeg, mean_rgb
 from lorat.image.jpeg_regions import restart_interval
 
@@ -28,31 +23,6 @@ FULL_QUALITY = 95
 """JPEG quality of full frames that come as something else than JPEG."""
 _CLIP_TOLERANCE_PX = 1.0
 """Boxes that leave the image by no more are clipped without a word."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryTrack:
-    """A track in memory.
-
-    Attributes:
-        images: RGB uint8 (H, W, 3) each; sizes may differ.
-        box: float (n, 4), xyxy in pixels; NaN where the target is absent.
-        visible: bool (n); none means wherever the box is finite.
-    """
-
-    name: str
-    images: Sequence[np.ndarray]
-    box: np.ndarray
-    visible: np.ndarray | None = None
-    category: str = ""
-
-
-def usable(box_px: np.ndarray, size_wh: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Tell which boxes (n, 4) are finite, not empty and meet the image of size (w, h)."""
-    x1, y1, x2, y2 = np.moveaxis(np.asarray(box_px, np.float64), -1, 0)
-    width, height = np.moveaxis(np.asarray(size_wh), -1, 0)
-    with np.errstate(invalid="ignore"):
-        return (x2 > x1) & (y2 > y1) & (x1 < width) & (y1 < height) & (x2 > 0) & (y2 > 0)
 
 
 def encode_frame(
@@ -266,91 +236,3 @@ def _video_pictures(
             findings.add(recording.name, "repaired", "the video has frames beyond its annotation")
     finally:
         capture.release()
-
-
-def write_dataset(
-    uri: str,
-    tracks: Iterable[MemoryTrack],
-    *,
-    name: str = "memory",
-    split: str = "train",
-    stored: Storage = "full",
-    law: WindowLaw | None = None,
-    tracks_per_shard: int = 16,
-    quality: int = 92,
-) -> FrameIndex:
-    """Write a whole dataset from tracks in memory and open it.
-
-    Args:
-        law: window geometry when ``stored`` is ``window``; none means the 224 default.
-    """
-    location = storage.locate(uri)
-    location.make()
-    law = (law or WindowLaw()) if stored == "window" else None
-    info = dataset_info(name=name, split=split, law=law)
-    tables: list[pa.Table] = []
-    listed: list[dict[str, Any]] = []
-    pending: list[MemoryTrack] = []
-
-    def flush() -> None:
-        file = shard_name(len(tables))
-        with shards.ShardWriter(location, file, info) as writer:
-            for track in pending:
-                _append(writer, track, law, quality)
-            tables.append(writer.close())
-        size = location.filesystem.get_file_info(location.file(file)).size
-        rows = tables[-1].num_rows
-        listed.append(shard_rows.manifest_entry(file, size, rows, checked=True))
-        pending.clear()
-
-    for track in tracks:
-        pending.append(track)
-        if len(pending) == tracks_per_shard:
-            flush()
-    if pending:
-        flush()
-    columns, track_start, sequences, categories = shard_rows.index_columns(tables)
-    return write_index(
-        location,
-        columns=columns,
-        track_start=track_start,
-        sequences=sequences,
-        categories=categories,
-        shards=listed,
-        info=info,
-    )
-
-
-def dataset_info(*, name: str, split: str, law: WindowLaw | None) -> dict[str, Any]:
-    """Return what the manifest and every shard say of the dataset."""
-    info: dict[str, Any] = {"name": name, "split": split, "storage": "window" if law else "full"}
-    return info | {"window": law.describe() if law else ""}
-
-
-def shard_name(number: int) -> str:
-    """Return the file name of a shard."""
-    return f"shard-{number:05d}.parquet"
-
-
-def _append(
-    writer: shards.ShardWriter, track: MemoryTrack, law: WindowLaw | None, quality: int
-) -> None:
-    box = np.asarray(track.box, np.float64)
-    visible: np.ndarray = np.logical_and.reduce(np.isfinite(box), axis=1)
-    if track.visible is not None:
-        visible = np.asarray(track.visible, bool)
-    writer.begin_track(track.name, track.category)
-    for number, image in enumerate(track.images):
-        size_wh = (image.shape[1], image.shape[0])
-        writer.append(
-            encode_frame(
-                image,
-                raw=None,
-                frame_number=number,
-                box=box[number],
-                valid=bool(visible[number] and usable(box[number], size_wh)),
-                visible=bool(visible[number]),
-                law=law,
-                quality=quality,
-            )
-        )

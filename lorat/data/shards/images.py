@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorat.data.shards.frame_index import FRAME_COLUMNS, SCHEMA_VERSION, FrameIndex
+from lorat.data.shards.frame_index import FRAME_COLUMNS, FrameIndex
+from lorat.data.shards.manifest import SCHEMA_VERSION
 from lorat.data.shards.rows import (
     INDEX_ONLY,
     INFO_CHECKSUM,

@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorat.config.json_files import check_shape, parse_json
-from lorat.data.shards.frame_index import FRAME_COLUMNS, Storage, check_schema_version
+from lorat.data.shards.frame_index import FRAME_COLUMNS
+from lorat.data.shards.manifest import Storage, check_schema_version
 from lorat.errors import UserError
 
 METADATA_PREFIX = "lorat."

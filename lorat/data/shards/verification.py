@@ -12,17 +12,16 @@ import numpy as np
 import pyarrow as pa
 
 from lorat.data.shards import rows as shard_rows
-from lorat.data.shards.conversion import usable
 from lorat.data.shards.frame_index import (
     FRAME_COLUMNS,
-    WORK_FOLDER,
     FrameIndex,
     content_fingerprint,
-    previous_manifest,
     write_index,
 )
+from lorat.data.shards.manifest import WORK_FOLDER, previous_manifest
 from lorat.errors import UserError
 from lorat.files import storage
+from lorat.image.boxes import usable
 from lorat.image.codec import DamagedImage, decode_complete
 
 KEPT_FROM_INGEST = ("plan", "attributes")

@@ -23,13 +23,15 @@ import numpy as np
 from tqdm import tqdm
 
 from lorat.data.shards import images as shards
-from lorat.data.shards.conversion import dataset_info, encode_frame, shard_name, usable
+from lorat.data.shards.conversion import encode_frame
+from lorat.data.shards.manifest import dataset_info, shard_name
 from lorat.data.shards.verification import rebuild_index
 from lorat.data.shards.windows import WindowLaw
 from lorat.data.synthetic.scene import BRISK, GENTLE, HEIGHT, WIDTH, Pace, Scene
 from lorat.errors import UserError
 from lorat.files import storage
 from lorat.files.scratch import make_folder
+from lorat.image.boxes import usable
 
 Split = Literal["train", "val", "pretrain"]
 VERSION = 4

@@ -25,8 +25,9 @@ from lorat.config.json_files import parse_json, read_json_at
 from lorat.config.variants import get_variant
 from lorat.data.datasets import DATASETS, Entry, Finding, Findings, Source
 from lorat.data.shards import images as shards
-from lorat.data.shards.conversion import convert, dataset_info, shard_name
-from lorat.data.shards.frame_index import MANIFEST, WORK_FOLDER, FrameIndex
+from lorat.data.shards.conversion import convert
+from lorat.data.shards.frame_index import FrameIndex
+from lorat.data.shards.manifest import MANIFEST, WORK_FOLDER, dataset_info, shard_name
 from lorat.data.shards.rows import manifest_entry
 from lorat.data.shards.verification import index_shards
 from lorat.data.shards.windows import WindowLaw

@@ -18,7 +18,8 @@ from lorat.image.codec import DamagedImage
 from lorat.metrics import SCORE_NAMES, plots
 from lorat.metrics import result_files as results
 from lorat.tracking.clips import ClipWriter, annotate
-from lorat_platform.evaluation.sets import DatasetResult, ground_truth
+from lorat.tracking.one_pass import ground_truth
+from lorat_platform.evaluation.sets import DatasetResult
 from lorat_platform.evaluation.subject import Subject
 from lorat_platform.recording.recorder import Recorder
 from lorat_platform.runs.claim import is_mark

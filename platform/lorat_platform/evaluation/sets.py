@@ -24,10 +24,10 @@ from lorat.data.shards.frame_index import FrameIndex
 from lorat.errors import UserError
 from lorat.files.home import home
 from lorat.files.scratch import marked, sweep
-from lorat.metrics import Evaluation, GroundTruth
+from lorat.metrics import Evaluation
 from lorat.metrics import evaluate as score
 from lorat.metrics.attributes import sequences_by_attribute
-from lorat.tracking.one_pass import SequenceResult
+from lorat.tracking.one_pass import SequenceResult, ground_truth, usable_tracks
 from lorat_platform.evaluation.subject import Subject
 from lorat_platform.evaluation.workers import Conditions, EvaluationConfig, Workers
 from lorat_platform.recording.journal import write_json
@@ -198,25 +198,6 @@ def evaluate(
         device=device,
         label=label,
     )
-
-
-def ground_truth(index: FrameIndex, track: int) -> GroundTruth:
-    """Return the annotation of a sequence."""
-    rows = slice(int(index.track_start[track]), int(index.track_start[track + 1]))
-    cover = index.cover[rows]
-    return GroundTruth(
-        boxes=index.box[rows].astype(np.float64),
-        visible=index.visible[rows],
-        cover=cover if (cover >= 0).all() else None,
-        size_wh=index.size_wh[rows],
-    )
-
-
-def usable_tracks(index: FrameIndex) -> list[int]:
-    """Return the tracks with a box in their first frame, which tracking needs."""
-    first = index.track_start[:-1]
-    usable = np.isfinite(index.box[first]).all(axis=1) & index.valid[first].astype(bool)
-    return np.flatnonzero(usable).tolist()
 
 
 def _score(

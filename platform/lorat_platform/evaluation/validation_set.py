@@ -9,8 +9,7 @@ from lorat.data.shards.frame_index import FrameIndex
 from lorat.data.shards.images import ImageReader
 from lorat.errors import UserError
 from lorat.metrics import evaluate
-from lorat.tracking.one_pass import SequenceTracker, track_sequences
-from lorat_platform.evaluation.sets import ground_truth, usable_tracks
+from lorat.tracking.one_pass import SequenceTracker, ground_truth, track_sequences, usable_tracks
 
 SCORES = {"ao": "AO", "auc": "SUC", "sr50": "SR0.5", "sr75": "SR0.75"}
 """Each score of a validation, with its name in :data:`lorat.metrics.SCORE_NAMES`."""

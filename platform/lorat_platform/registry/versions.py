@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from lorat import errors
 from lorat.errors import UserError
 from lorat.files import checksums
 from lorat.files.home import home
@@ -285,7 +286,7 @@ def _download_checkpoint(location: Location) -> Path:
                 os.rename(found, target)
     except (OSError, pa.ArrowException) as error:
         raise UserError(
-            f"The checkpoint {location.uri} cannot be read: {checkpoint_store.reason(error)}; "
+            f"The checkpoint {location.uri} cannot be read: {errors.reason(error)}; "
             "check the address and the connection."
         ) from error
     return target

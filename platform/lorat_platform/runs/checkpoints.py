@@ -21,7 +21,7 @@ import pyarrow.fs as pafs
 import tenacity
 
 from lorat.config.json_files import parse_json
-from lorat.errors import UserError
+from lorat.errors import UserError, reason
 from lorat.files import scratch
 from lorat.files.storage import Location, is_plain_name
 
@@ -235,16 +235,6 @@ def _may_pass(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in lasting:
         return False
     return isinstance(error, OSError | pa.ArrowException)
-
-
-def reason(error: BaseException) -> str:
-    """Return the cause of a storage error in a few words."""
-    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
-        return str(error.args[0][0][-1])
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def registered(run: Location) -> dict[str, dict[str, Any]]:

@@ -38,10 +38,9 @@ import pyarrow.fs as pafs
 
 from lorat.config.bounds import Bounds
 from lorat.config.json_files import parse_json
-from lorat.errors import UserError
+from lorat.errors import UserError, reason
 from lorat.files.scratch import Process
 from lorat.files.storage import Location
-from lorat_platform.runs.checkpoints import reason
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from lorat.config.fields import to_dict
 from lorat.config.json_files import check_shape, parse_json
-from lorat.config.training import TrainConfig, to_dict
-from lorat.errors import UserError
+from lorat.config.training import TrainConfig
+from lorat.errors import UserError, reason
 from lorat.files.storage import Location
 from lorat_platform.recording.recorder import flatten
-from lorat_platform.runs.checkpoints import reason
 from lorat_platform.runs.claim import Driven, Lease
 
 FILE = "run.json"

@@ -1,7 +1,5 @@
-"""Which trials go on: rungs, Ray Tune's schedulers made resumable, and searchers.
+"""Which trials go on and which are tried: Ray Tune's schedulers made resumable, and searchers.
 
-A rung is a number of optimisation steps of the full schedule.  Schedulers count in *budget*: the
-first rung is 1, each next one ``reduction`` times more, the last ``reduction ** (num_rungs - 1)``.
 Ray keeps no scheduler state in a search's snapshot, so every report carries the trial's whole
 history and a restored trial tells it to the scheduler again.
 """
@@ -11,7 +9,6 @@ from __future__ import annotations
 import math
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -27,66 +24,12 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from lorat.errors import UserError
+from lorat_platform.search.rungs import BUDGET, HISTORY, OBJECTIVES, Rungs, pareto_order
 from lorat_platform.search.space import Dimension, SearchSpace
 from lorat_platform.searcher_state import JsonOptuna
 
 SearcherName = Literal["tpe", "random", "bohb"]
 SchedulerName = Literal["asha", "median", "hyperband", "none"]
-
-BUDGET = "budget"
-"""Reported progress: 1 at the first rung, ``reduction ** (num_rungs - 1)`` at the last."""
-HISTORY = "history"
-"""Reported list of all the trial's reports so far, as ``{"budget": ..., objective: ...}``."""
-
-OBJECTIVES: dict[str, Literal["max", "min"]] = {
-    "ao": "max",
-    "auc": "max",
-    "sr50": "max",
-    "sr75": "max",
-    "loss": "min",
-    "latency": "min",
-    "parameters": "min",
-}
-"""What can be searched for, and which way is better."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rungs:
-    """The steps at which trials are compared."""
-
-    max_steps: int
-    """Optimisation steps of a trial that is never stopped."""
-    reduction: int
-    """About one trial in so many goes on from a rung; also the ratio of two rungs."""
-    num_rungs: int
-
-    def __post_init__(self) -> None:
-        if self.reduction < 2 or self.num_rungs < 1:
-            raise UserError(
-                f"There are {self.num_rungs} rungs with a reduction of {self.reduction}; "
-                "give 1 or more rungs and a reduction of 2 or more."
-            )
-        if self.max_steps < self.max_budget:
-            raise UserError(
-                f"{self.max_steps} steps cannot hold {self.num_rungs} rungs with a reduction of "
-                f"{self.reduction}; give fewer rungs or at least {self.max_budget} steps."
-            )
-
-    @property
-    def max_budget(self) -> int:
-        """Budget of the last rung."""
-        return self.reduction ** (self.num_rungs - 1)
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """Steps of all rungs, ascending; the last is ``max_steps``."""
-        return tuple(
-            math.ceil(self.max_steps / self.reduction**k) for k in reversed(range(self.num_rungs))
-        )
-
-    def budget(self, rung: int) -> int:
-        """Return the budget of a rung, counted from 0."""
-        return self.reduction**rung
 
 
 def _history(trial: Any) -> list[dict[str, Any]]:
@@ -210,35 +153,6 @@ class ParetoHalving(FIFOScheduler):
         place = order.index(list(recorded).index(trial.trial_id))
         goes_on = place < math.ceil(len(recorded) / self._rungs.reduction)
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
-
-
-def pareto_fronts(points: np.ndarray) -> list[list[int]]:
-    """Sort points (n, d), where more is better, into non-dominated fronts of indices."""
-    left = list(range(len(points)))
-    fronts: list[list[int]] = []
-    while left:
-        rows = points[left]
-        at_least = np.all(rows[None] >= rows[:, None], axis=2)
-        more = np.any(rows[None] > rows[:, None], axis=2)
-        dominated = np.any(at_least & more, axis=1).tolist()
-        fronts.append([index for index, worse in zip(left, dominated, strict=True) if not worse])
-        left = [index for index, worse in zip(left, dominated, strict=True) if worse]
-    return fronts
-
-
-def pareto_order(points: np.ndarray) -> list[int]:
-    """Order points (n, d) by front, then by crowding distance, the most isolated first."""
-    order: list[int] = []
-    for front in pareto_fronts(points):
-        distance = np.zeros(len(front))
-        for column in points[front].T:
-            ranks = np.argsort(column, kind="stable")
-            span = column[ranks[-1]] - column[ranks[0]]
-            distance[ranks[[0, -1]]] = np.inf
-            if span > 0 and len(front) > 2:
-                distance[ranks[1:-1]] += (column[ranks[2:]] - column[ranks[:-2]]) / span
-        order += [front[i] for i in np.argsort(-distance, kind="stable")]
-    return order
 
 
 def build_scheduler(

@@ -20,7 +20,6 @@ import tyro
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat_platform import cluster
-from lorat_platform.search.algorithms import OBJECTIVES
 from lorat_platform.search.driver import resume_search, run_search
 from lorat_platform.search.plan import (
     SearchOptions,
@@ -31,6 +30,7 @@ from lorat_platform.search.plan import (
 )
 from lorat_platform.search.results.board import Leaderboard
 from lorat_platform.search.results.outcome import SearchOutcome
+from lorat_platform.search.rungs import OBJECTIVES
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lorat.config.training import to_dict
+from lorat.config.fields import to_dict
 from lorat.errors import UserError
 from lorat.files import storage
 from lorat_platform.cluster.interrupts import kept_handlers
@@ -42,7 +42,7 @@ from lorat_platform.search.session import SearchCallback, SearchSession
 from lorat_platform.search.slots import check_reach, count_slots, worker_resources
 from lorat_platform.search.trial.crop_cache import driven_here, remove_cache
 from lorat_platform.search.trial.group import run_group_trial
-from lorat_platform.search.trial.process import TrialSetup
+from lorat_platform.search.trial.progress import TrialSetup
 from lorat_platform.search.trial.single import run_trial
 from lorat_platform.search.trust import note_origin
 

@@ -11,21 +11,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lorat.config.bounds import Bounds, Count, Few, Seed, check_bounds
-from lorat.config.fields import flag
+from lorat.config.fields import flag, from_dict
 from lorat.config.json_files import read_json_at
-from lorat.config.training import TrainConfig, from_dict
+from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files import storage
 from lorat.files.home import home, storage_address
 from lorat_platform.data.sources import open_datasets, with_whole_paths
 from lorat_platform.search.algorithms import (
-    OBJECTIVES,
-    Rungs,
     SchedulerName,
     SearcherName,
     build_scheduler,
     build_searcher,
 )
+from lorat_platform.search.rungs import OBJECTIVES, Rungs
 from lorat_platform.search.space import SearchSpace, build_space
 from lorat_platform.search.trust import check_trusted
 

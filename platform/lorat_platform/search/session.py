@@ -23,7 +23,6 @@ from lorat_platform.recording.run import CLOSE_S, Run, open_run
 from lorat_platform.recording.run import Status as RunStatus
 from lorat_platform.recording.trouble import Ending
 from lorat_platform.runs.claim import LEASE_S, Lease
-from lorat_platform.search.algorithms import BUDGET
 from lorat_platform.search.results.board import (
     REPORT_FIELDS,
     STATUSES,
@@ -32,6 +31,7 @@ from lorat_platform.search.results.board import (
     TrialRow,
 )
 from lorat_platform.search.results.console import SearchConsole
+from lorat_platform.search.rungs import BUDGET
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorat.config.training import TrainConfig, field_paths, replace_path, resolve
+from lorat.config.fields import field_paths, replace_path
+from lorat.config.training import TrainConfig, resolve
 from lorat.errors import UserError
 
 Kind = Literal["uniform", "loguniform", "int", "logint", "choice"]

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorat.config.training import TrainConfig, to_dict
+from lorat.config.fields import to_dict
+from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files.home import home, storage_address
 from lorat.files.storage import Location, locate
@@ -30,7 +31,8 @@ from lorat_platform.runs.claim import Lease
 from lorat_platform.runs.record import RunRecord
 from lorat_platform.training.callback import watch_workers
 from lorat_platform.training.finish import TrainingResult, finish
-from lorat_platform.training.options import Placement, RunOptions
+from lorat_platform.training.options import RunOptions
+from lorat_platform.training.resources import Placement
 from lorat_platform.training.validation import CheckpointValidation, ValidationPlan
 from lorat_platform.training.worker import SCORE, WorkerSetup, train_worker
 

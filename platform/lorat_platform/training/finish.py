@@ -10,7 +10,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorat.config.training import TrainConfig, from_dict
+from lorat import errors
+from lorat.config.fields import from_dict
+from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files.scratch import temporary_folder
 from lorat.files.storage import Location
@@ -147,7 +149,7 @@ def _register(
     except (TimeoutError, OSError, MlflowException) as error:
         where = result.folder.child(result.checkpoint).uri
         raise UserError(
-            f"MLflow does not take the model ({checkpoint_store.reason(error)}); it is in {where}: "
+            f"MLflow does not take the model ({errors.reason(error)}); it is in {where}: "
             "give the same command again when MLflow answers."
         ) from error
     return run_id, version

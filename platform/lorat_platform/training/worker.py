@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorat import errors
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files.scratch import make_folder, sweep, temporary_folder
@@ -184,7 +185,8 @@ class _Reporter:
     """The hooks of a worker under Ray Train; only worker 0 talks to people and to MLflow."""
 
     def __init__(self, setup: WorkerSetup, world: Any, start_step: int) -> None:
-        from lorat.learning.clock import Gauges, peak_flops
+        from lorat.learning.clock import peak_flops
+        from lorat_platform.recording.gauges import Gauges
 
         self._setup = setup
         self._rank = world.rank
@@ -241,7 +243,7 @@ class _Reporter:
                 shutil.rmtree(local, ignore_errors=True)
                 raise UserError(
                     f"The checkpoint of step {step} cannot be written to {local}: "
-                    f"{checkpoint_store.reason(error)}; make room, or set TMPDIR."
+                    f"{errors.reason(error)}; make room, or set TMPDIR."
                 ) from error
             checkpoint = Checkpoint.from_directory(str(local))
         ray.train.report(

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from lorat.config.bounds import bounded_fields
-from lorat.config.training import TrainConfig, from_dict
+from lorat.config.fields import from_dict
+from lorat.config.training import TrainConfig
 from lorat.config.variants import VARIANTS, Variant
 from lorat.data.datasets import DATASETS
 from lorat.data.shards.windows import WindowLaw

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lorat.config.training import LoraConfig, TrainConfig, from_dict, resolve, to_dict
+from lorat.config.fields import from_dict, to_dict
+from lorat.config.training import LoraConfig, TrainConfig, resolve
 from lorat.config.variants import VARIANTS, Variant
 from lorat.errors import UserError
 

@@ -9,19 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from lorat.image.crops import (
-    CropParams,
+from lorat.image.boxes import (
     clip_box,
-    crop_params,
     enlarge_to_minimum,
-    foreground_mask,
     intersects,
-    jittered_crop_params,
     rasterize,
-    resample,
-    resize_bilinear,
     xywh_from_xyxy,
     xyxy_from_xywh,
+)
+from lorat.image.crops import (
+    CropParams,
+    crop_params,
+    foreground_mask,
+    jittered_crop_params,
+    resample,
+    resize_bilinear,
 )
 
 FILL = np.array([10.0, 120.0, 250.0])

@@ -13,8 +13,6 @@ from lorat.config.variants import VARIANTS
 from lorat.data.pairs.augment_draws import AUGMENT_FIELDS, JITTER_ORDERS, draw_augmentation
 from lorat.image.crops import foreground_mask as foreground_mask_numpy
 from lorat.learning.augment import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     augment,
     color_jitter,
     flip_boxes,
@@ -23,6 +21,7 @@ from lorat.learning.augment import (
     jitter_terms,
     three_augment,
 )
+from lorat.model.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 ADJUSTMENTS = (
     reference.adjust_brightness,

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from lorat.errors import UserError
-from lorat.image.crops import xyxy_from_xywh
+from lorat.image.boxes import xyxy_from_xywh
 from lorat.metrics import DIALECTS, SCORE_NAMES, Evaluation, GroundTruth, evaluate, score_sequence
 from tests.real_data import REAL_DATA
 

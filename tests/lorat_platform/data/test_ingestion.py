@@ -20,9 +20,9 @@ import ray
 
 from lorat.data import datasets
 from lorat.data.datasets import Entry, Finding
-from lorat.data.shards.conversion import dataset_info
-from lorat.data.shards.frame_index import MANIFEST, WORK_FOLDER, FrameIndex
+from lorat.data.shards.frame_index import FrameIndex
 from lorat.data.shards.images import ImageReader
+from lorat.data.shards.manifest import MANIFEST, WORK_FOLDER, dataset_info
 from lorat.data.shards.verification import rebuild_index, verify
 from lorat.errors import UserError
 from lorat.files.storage import locate

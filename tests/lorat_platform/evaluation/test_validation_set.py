@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from lorat.config.training import TrainConfig
-from lorat.data.shards.conversion import MemoryTrack, write_dataset
 from lorat.data.shards.frame_index import FrameIndex
+from lorat.data.shards.from_memory import MemoryTrack, write_dataset
 from lorat.errors import UserError
 from lorat.metrics import GroundTruth, evaluate
 from lorat.tracking.baselines import baseline
 from lorat_platform.data.sources import resolve_sources
 from lorat_platform.evaluation.validation_set import tracking_scores
-from lorat_platform.search.trial import process as trial_work
-from lorat_platform.search.trial.process import Progress
+from lorat_platform.search.trial import measure
+from lorat_platform.search.trial.progress import Progress
 from lorat_platform.training.validation import ValidationPlan, validate
 from tests.constant_trackers import staying_tracker
 
@@ -77,7 +77,7 @@ def test_a_training_and_a_search_say_the_same_of_a_model(sets: list[FrameIndex])
     plan = ValidationPlan(config=config, sources=sources, num_pairs=0, num_sequences=4)
     progress = Progress(history=[])
     setup: Any = SimpleNamespace(val_sequences=4, worker_resources={"CPU": 1.0})
-    searched = trial_work.validate(model, config, setup, torch.device("cpu"), progress)
+    searched = measure.validate(model, config, setup, torch.device("cpu"), progress)
     trained = validate(model, plan)
     assert trained == {f"val/{name}": value for name, value in searched.items()}
     assert set(searched) == {"ao", "auc", "sr50", "sr75"}

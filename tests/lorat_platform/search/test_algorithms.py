@@ -12,15 +12,8 @@ from ray.tune.schedulers import TrialScheduler
 
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
-from lorat_platform.search.algorithms import (
-    SLOTS,
-    Rungs,
-    SlotLimiter,
-    build_scheduler,
-    build_searcher,
-    pareto_fronts,
-    pareto_order,
-)
+from lorat_platform.search.algorithms import SLOTS, SlotLimiter, build_scheduler, build_searcher
+from lorat_platform.search.rungs import Rungs, pareto_fronts, pareto_order
 from lorat_platform.search.space import build_space
 
 RUNGS = Rungs(max_steps=256, reduction=4, num_rungs=3)

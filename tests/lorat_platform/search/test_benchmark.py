@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from lorat_platform.search.algorithms import Rungs
 from lorat_platform.search.benchmark import compare, in_order, overhead_seconds, table, verdict
 from lorat_platform.search.results.board import Leaderboard
+from lorat_platform.search.rungs import Rungs
 
 RUNGS = Rungs(max_steps=160, reduction=4, num_rungs=3)
 

@@ -20,7 +20,8 @@ import pytest
 import ray
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from lorat.config.training import TrainConfig, from_dict, to_dict
+from lorat.config.fields import from_dict, to_dict
+from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files import storage
 from lorat_platform import cluster

@@ -15,8 +15,8 @@ from lorat.files.storage import locate
 from lorat_platform.recording.trouble import Ending
 from lorat_platform.runs.claim import LEASE_S, Lease
 from lorat_platform.search import session as search_session
-from lorat_platform.search.algorithms import Rungs
 from lorat_platform.search.results.board import Leaderboard
+from lorat_platform.search.rungs import Rungs
 from lorat_platform.search.session import SearchCallback, SearchSession
 
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from lorat.config.training import LoraConfig, TrainConfig, field_paths, replace_path, resolve
+from lorat.config.fields import field_paths, replace_path
+from lorat.config.training import LoraConfig, TrainConfig, resolve
 from lorat.errors import UserError
 from lorat_platform.search.space import _field_type, _members, build_space, parse_entry
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from lorat.config.training import TrainConfig, to_dict
+from lorat.config.fields import to_dict
+from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files.storage import Location, locate
 from lorat_platform.search.driver import resume_search

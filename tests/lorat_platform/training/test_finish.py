@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from lorat.config.training import TrainConfig, resolve, to_dict
+from lorat.config.fields import to_dict
+from lorat.config.training import TrainConfig, resolve
 from lorat.files.storage import locate
 from lorat_platform.data.sources import Datasets
 from lorat_platform.recording.remote import RemoteRun

@@ -14,7 +14,8 @@ from ray.train.v2.api.exceptions import ControllerError
 from lorat.errors import UserError
 from lorat_platform.cluster.connection import Cluster
 from lorat_platform.training import driver
-from lorat_platform.training.options import Placement, RunOptions
+from lorat_platform.training.options import RunOptions
+from lorat_platform.training.resources import Placement
 
 
 @pytest.mark.parametrize(

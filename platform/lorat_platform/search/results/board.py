@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from lorat_platform.search.algorithms import OBJECTIVES, Rungs, pareto_fronts
+from lorat_platform.search.rungs import OBJECTIVES, Rungs, pareto_fronts
 
 Status = Literal["waiting", "running", "completed", "stopped", "failed"]
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorat.config.training import TrainConfig, to_dict
+from lorat.config.fields import to_dict
+from lorat.config.training import TrainConfig
 from lorat_platform.recording.run import Run
 from lorat_platform.recording.trouble import Ending, say_what_is_left
 from lorat_platform.search.plan import SearchPlan

@@ -15,8 +15,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lorat_platform.search.algorithms import OBJECTIVES, distribution
+from lorat_platform.search.algorithms import distribution
 from lorat_platform.search.results.board import Leaderboard, TrialRow
+from lorat_platform.search.rungs import OBJECTIVES
 from lorat_platform.search.space import Dimension, SearchSpace
 
 NAMES = {

@@ -24,16 +24,15 @@ from lorat.learning.loop import run
 from lorat_platform.cluster.process_group import PrivateTorchConfig
 from lorat_platform.failures import user_message
 from lorat_platform.runs import checkpoints as checkpoint_store
+from lorat_platform.search.trial.measure import measure
 from lorat_platform.search.trial.process import (
-    Progress,
-    TrialSetup,
     batch_source,
-    measure,
     open_cache,
     prepare_process,
     rung_average,
     start_weights,
 )
+from lorat_platform.search.trial.progress import Progress, TrialSetup
 from lorat_platform.search.trial.single import (
     hand_over,
     read_progress,

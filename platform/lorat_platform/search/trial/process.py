@@ -1,37 +1,24 @@
-"""What every trial does, with one worker or several: its samples, its validation, its progress."""
+"""What every trial's process sets up: its threads, its samples, the mean of its weights."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import gc
-import math
 import os
 import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from lorat.config.training import TrainConfig
 from lorat.data.pairs.sampler import load_pairs
-from lorat.data.shards.images import ImageReader
-from lorat.errors import UserError
 from lorat.files.scratch import sweep
-from lorat.image.codec import DamagedImage
 from lorat.learning.learner import Learner, World
 from lorat.learning.tail_average import TailAverage
-from lorat.model.network import LoRAT
-from lorat.tracking.tracker import Tracker
-from lorat_platform.data.sources import fingerprints, open_indexes, open_pairs, resolve_sources
-from lorat_platform.evaluation.sets import usable_tracks
-from lorat_platform.evaluation.validation_set import tracking_scores
-from lorat_platform.search.algorithms import BUDGET, Rungs
-from lorat_platform.search.space import SearchSpace
+from lorat_platform.data.sources import fingerprints, open_pairs, resolve_sources
 from lorat_platform.search.trial.crop_cache import (
     CachedSource,
     CropCache,
@@ -39,89 +26,10 @@ from lorat_platform.search.trial.crop_cache import (
     content_key,
     remove_stale_caches,
 )
+from lorat_platform.search.trial.progress import TrialSetup
 
 if TYPE_CHECKING:
-    from lorat.data.shards.frame_index import FrameIndex
-
-LATENCY_FRAMES = 12
-"""Frames of one sequence alone in a latency measurement; the best of three counts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialSetup:
-    """What all trials of a search have in common."""
-
-    space: SearchSpace
-    objectives: tuple[str, ...]
-    rungs: Rungs
-    folder: str
-    """Address of the search's folder."""
-    val_sequences: int | None
-    """Sequences of all validation sets together; none means all there are."""
-    workers: int
-    worker_resources: dict[str, float]
-    crop_cache: str
-    """Name of the search's crop cache."""
-    crop_cache_bytes: int
-    save_every_s: float = 600.0
-    """Longest training that an interruption may cost."""
-    sum_every: int = 10
-    """Steps between which the loss is added up; a trial is saved only where one such ends."""
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """What a trial carries from rung to rung, through its checkpoints."""
-
-    history: list[dict[str, Any]]
-    """``budget`` and objectives of every report."""
-    loss_sum: float = 0.0
-    """Training losses of the rung that is being trained, added up over its steps."""
-    loss_steps: int = 0
-    """Steps in that sum, without those whose loss was not finite."""
-    latency_ms: float | None = None
-    train_seconds: float = 0.0
-    evaluation_seconds: float = 0.0
-    total_seconds: float = 0.0
-
-    @property
-    def loss(self) -> float:
-        """Mean training loss over the rung, whatever interrupted it."""
-        return self.loss_sum / self.loss_steps if self.loss_steps else math.nan
-
-    def add_losses(self, mean: float, steps: int) -> None:
-        """Take in the mean loss of some steps."""
-        if steps:
-            self.loss_sum += mean * steps
-            self.loss_steps += steps
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return dict(self.__dict__)
-
-    def report(
-        self, setup: TrialSetup, rung: int, measured: dict[str, float], seconds: float
-    ) -> dict[str, Any]:
-        """Take in what a rung measured and return what is reported of it.
-
-        Args:
-            setup: of the search.
-            rung: from 0.
-            measured: scores, loss, parameters, cache figures.
-            seconds: the trial's, up to now.
-        """
-        self.total_seconds = seconds
-        report: dict[str, Any] = measured | {
-            BUDGET: setup.rungs.budget(rung),
-            "step": setup.rungs.steps[rung],
-            "latency": self.latency_ms,
-            "train_seconds": self.train_seconds,
-            "evaluation_seconds": self.evaluation_seconds,
-            "total_seconds": self.total_seconds,
-        }
-        self.history.append({name: report[name] for name in (BUDGET, *setup.objectives)})
-        self.loss_sum, self.loss_steps = 0.0, 0
-        return report
+    pass
 
 
 def prepare_process(setup: TrialSetup) -> torch.device:
@@ -212,77 +120,3 @@ def rung_average(learner: Learner, setup: TrialSetup, rung: int, saved: Path | N
     if saved is not None and learner.step > start:
         average.load(saved)
     return average
-
-
-def measure(
-    learner: Learner,
-    config: TrainConfig,
-    setup: TrialSetup,
-    progress: Progress,
-    cache: CropCache,
-    average: TailAverage,
-) -> dict[str, float]:
-    """Return everything that is reported of a rung which has been trained."""
-    with average.in_place():
-        scores = validate(learner.model, config, setup, learner.device, progress)
-    learner.model.train()
-    return scores | {
-        "loss": progress.loss,
-        "parameters": float(sum(p.numel() for p in learner.parameters)),
-        "crop_cache_hit_rate": cache.hit_rate,
-        "crops_decoded": float(cache.num_decoded),
-    }
-
-
-def validate(
-    model: LoRAT, config: TrainConfig, setup: TrialSetup, device: torch.device, progress: Progress
-) -> dict[str, float]:
-    """Track the validation sequences and return their mean scores; measure latency once."""
-    began = time.perf_counter()
-    tracker = Tracker(model, device=device)
-    indexes = open_indexes(resolve_sources(config.val_data or "", "val"))
-    threads = max(1, int(setup.worker_resources.get("CPU", 1.0)))
-    scores = tracking_scores(tracker, indexes, num_sequences=setup.val_sequences, threads=threads)
-    if progress.latency_ms is None:
-        progress.latency_ms = measure_latency(tracker, indexes[0])
-    progress.evaluation_seconds += time.perf_counter() - began
-    return scores
-
-
-def _readable_frames(index: FrameIndex, track: int) -> list[np.ndarray]:
-    """Decode the first frames of a track, without those that are damaged."""
-    reader = ImageReader(index)
-    first, end = int(index.track_start[track]), int(index.track_start[track + 1])
-    frames = []
-    for row in range(first, min(end, first + LATENCY_FRAMES)):
-        with contextlib.suppress(DamagedImage):
-            frames.append(reader.decode(row))
-    return frames
-
-
-def measure_latency(tracker: Tracker, index: FrameIndex) -> float:
-    """Return the milliseconds per frame of one target alone, decoding not counted.
-
-    Raises:
-        UserError: if no sequence has two frames that can be read.
-    """
-    for track in usable_tracks(index):
-        frames = _readable_frames(index, track)
-        if len(frames) > 1:
-            break
-    else:
-        raise UserError(
-            f"No sequence of {index.uri} has two frames that can be read; check it with 'python "
-            f"jobs/ingest.py verify {index.uri}'."
-        )
-    box = index.box[int(index.track_start[track])].tolist()
-    medians = []
-    for _ in range(3):
-        targets = tracker.start(frames[:1], [tuple(box)])
-        seconds = []
-        for frame in frames[1:]:
-            began = time.perf_counter()
-            tracker.step(targets, [frame])
-            seconds.append(time.perf_counter() - began)
-        medians.append(float(np.median(seconds)))
-    return 1e3 * min(medians)

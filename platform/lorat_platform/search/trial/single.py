@@ -22,17 +22,16 @@ from lorat.learning.learner import Learner, World
 from lorat.learning.loop import Hooks, run
 from lorat.learning.tail_average import TailAverage
 from lorat_platform.runs import checkpoints as checkpoint_store
-from lorat_platform.search.algorithms import HISTORY
+from lorat_platform.search.rungs import HISTORY
+from lorat_platform.search.trial.measure import measure
 from lorat_platform.search.trial.process import (
-    Progress,
-    TrialSetup,
     batch_source,
-    measure,
     open_cache,
     prepare_process,
     rung_average,
     start_weights,
 )
+from lorat_platform.search.trial.progress import Progress, TrialSetup
 
 STATE_FILE = "trial.json"
 

@@ -18,13 +18,14 @@ from lorat.data import synthetic
 from lorat.data.pairs.augment_draws import AUGMENT_FIELDS
 from lorat.data.pairs.mixture import DatasetSchedule
 from lorat.data.pairs.sampler import PairSampler, load_pairs
-from lorat.data.shards.conversion import write_dataset
 from lorat.data.shards.frame_index import FrameIndex
+from lorat.data.shards.from_memory import write_dataset
 from lorat.data.shards.images import ImageReader
 from lorat.data.shards.windows import WindowLaw, window_of
 from lorat.errors import UserError
+from lorat.image.boxes import clip_box
 from lorat.image.codec import DamagedImage
-from lorat.image.crops import clip_box, resample
+from lorat.image.crops import resample
 from tests.lorat.fake_index import FakeIndex, FakeReader
 from tests.lorat.small_sets import tracks
 

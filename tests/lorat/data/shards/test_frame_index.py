@@ -13,14 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorat.data.shards.conversion import write_dataset
-from lorat.data.shards.frame_index import (
-    FRAME_COLUMNS,
-    MANIFEST,
-    WORK_FOLDER,
-    FrameIndex,
-    write_index,
-)
+from lorat.data.shards.frame_index import FRAME_COLUMNS, FrameIndex, write_index
+from lorat.data.shards.from_memory import write_dataset
+from lorat.data.shards.manifest import MANIFEST, WORK_FOLDER
 from lorat.data.shards.verification import rebuild_index
 from lorat.errors import UserError
 from lorat.files import scratch, storage

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from lorat.data.shards import images as shards
-from lorat.data.shards.conversion import dataset_info, write_dataset
 from lorat.data.shards.frame_index import FrameIndex
+from lorat.data.shards.from_memory import write_dataset
 from lorat.data.shards.images import ImageReader
+from lorat.data.shards.manifest import dataset_info
 from lorat.errors import UserError
 from lorat.files import storage
 from lorat.image.codec import DamagedImage, decode_rgb

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from lorat.data.shards.conversion import write_dataset
-from lorat.data.shards.frame_index import MANIFEST, FrameIndex
+from lorat.data.shards.frame_index import FrameIndex
+from lorat.data.shards.from_memory import write_dataset
+from lorat.data.shards.manifest import MANIFEST
 from lorat.data.shards.verification import rebuild_index, verify
 from lorat.errors import UserError
 from tests.lorat.small_sets import tracks

@@ -12,7 +12,7 @@ import pytest
 from lorat.config.training import AugmentConfig, SamplingConfig
 from lorat.config.variants import VARIANTS
 from lorat.data.pairs.sampler import PairSampler, load_pairs
-from lorat.data.shards.conversion import write_dataset
+from lorat.data.shards.from_memory import write_dataset
 from lorat.data.shards.images import ImageReader
 from lorat.data.shards.windows import SEGMENT_WIDTH, WindowLaw, cut_window, needed_scale, window_of
 from lorat.image.crops import crop_params, jittered_crop_params

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from lorat.config.training import TrainConfig
-from lorat_platform.search.algorithms import Rungs
 from lorat_platform.search.results.board import Leaderboard
 from lorat_platform.search.results.console import SearchConsole
 from lorat_platform.search.results.plots import importance, write_plots
+from lorat_platform.search.rungs import Rungs
 from lorat_platform.search.space import build_space
 
 RUNGS = Rungs(max_steps=160, reduction=4, num_rungs=3)

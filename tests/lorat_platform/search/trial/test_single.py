@@ -20,12 +20,13 @@ from lorat.files.storage import locate
 from lorat.image.codec import DamagedImage
 from lorat.learning.tail_average import TailAverage
 from lorat_platform.runs.checkpoints import BETWEEN_RUNGS
-from lorat_platform.search.algorithms import Rungs
+from lorat_platform.search.rungs import Rungs
 from lorat_platform.search.space import build_space
 from lorat_platform.search.trial import group as trial_group
+from lorat_platform.search.trial import measure
 from lorat_platform.search.trial import process as trial_work
 from lorat_platform.search.trial import single as trial
-from lorat_platform.search.trial.process import TrialSetup
+from lorat_platform.search.trial.progress import TrialSetup
 from tests.small_shards import make_shards
 
 VALUES = {"lora.rank": 4, "lr": 2e-3, "head.depth": 1}
@@ -288,10 +289,10 @@ def test_latency_is_measured_without_damaged_frames(
 
     monkeypatch.setattr(ImageReader, "decode", decode_or_fail)
     tracker: Any = StaticTracker()
-    assert trial_work.measure_latency(tracker, index) > 0
-    assert tracker.steps == 3 * (trial_work.LATENCY_FRAMES - 1 - len(damaged))
+    assert measure.measure_latency(tracker, index) > 0
+    assert tracker.steps == 3 * (measure.LATENCY_FRAMES - 1 - len(damaged))
     damaged |= set(range(int(index.track_start[1])))
-    assert trial_work.measure_latency(tracker, index) > 0, "the next sequence is taken"
+    assert measure.measure_latency(tracker, index) > 0, "the next sequence is taken"
     damaged |= set(range(index.num_frames))
     with pytest.raises(UserError, match="two frames that can be read"):
-        trial_work.measure_latency(tracker, index)
+        measure.measure_latency(tracker, index)

@@ -1,0 +1,90 @@
+"""What a trial is told, and how far it has come."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorat_platform.search.rungs import BUDGET, Rungs
+from lorat_platform.search.space import SearchSpace
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSetup:
+    """What all trials of a search have in common."""
+
+    space: SearchSpace
+    objectives: tuple[str, ...]
+    rungs: Rungs
+    folder: str
+    """Address of the search's folder."""
+    val_sequences: int | None
+    """Sequences of all validation sets together; none means all there are."""
+    workers: int
+    worker_resources: dict[str, float]
+    crop_cache: str
+    """Name of the search's crop cache."""
+    crop_cache_bytes: int
+    save_every_s: float = 600.0
+    """Longest training that an interruption may cost."""
+    sum_every: int = 10
+    """Steps between which the loss is added up; a trial is saved only where one such ends."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """What a trial carries from rung to rung, through its checkpoints."""
+
+    history: list[dict[str, Any]]
+    """``budget`` and objectives of every report."""
+    loss_sum: float = 0.0
+    """Training losses of the rung that is being trained, added up over its steps."""
+    loss_steps: int = 0
+    """Steps in that sum, without those whose loss was not finite."""
+    latency_ms: float | None = None
+    train_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss over the rung, whatever interrupted it."""
+        return self.loss_sum / self.loss_steps if self.loss_steps else math.nan
+
+    def add_losses(self, mean: float, steps: int) -> None:
+        """Take in the mean loss of some steps."""
+        if steps:
+            self.loss_sum += mean * steps
+            self.loss_steps += steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return dict(self.__dict__)
+
+    def report(
+        self, setup: TrialSetup, rung: int, measured: dict[str, float], seconds: float
+    ) -> dict[str, Any]:
+        """Take in what a rung measured and return what is reported of it.
+
+        Args:
+            setup: of the search.
+            rung: from 0.
+            measured: scores, loss, parameters, cache figures.
+            seconds: the trial's, up to now.
+        """
+        self.total_seconds = seconds
+        report: dict[str, Any] = measured | {
+            BUDGET: setup.rungs.budget(rung),
+            "step": setup.rungs.steps[rung],
+            "latency": self.latency_ms,
+            "train_seconds": self.train_seconds,
+            "evaluation_seconds": self.evaluation_seconds,
+            "total_seconds": self.total_seconds,
+        }
+        self.history.append({name: report[name] for name in (BUDGET, *setup.objectives)})
+        self.loss_sum, self.loss_steps = 0.0, 0
+        return report
