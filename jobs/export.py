@@ -18,7 +18,7 @@ import torch
 from lorat.checkpoint.export import FORMATS, TOLERANCE, export
 from lorat.checkpoint.folder import save_backbone
 from lorat_platform.evaluation.report import markdown_table
-from lorat_platform.registry import versions as registry
+from lorat_platform.registry import versions
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Options:
 def main() -> int:
     """Run the job; 1 if a file differs from PyTorch by more than the tolerance."""
     options = command.parse(Options, description=__doc__)
-    model = registry.load(options.model, variant=options.variant)
+    model = versions.load(options.model, variant=options.variant)
     if options.backbone is not None:
         options.backbone.parent.mkdir(parents=True, exist_ok=True)
         save_backbone(model, options.backbone, dtype=torch.float16)

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Union
 import command
 import tyro
 
-from lorat.config import fields as field_types
+from lorat.config import fields
 from lorat.config.bounds import Bounds, Seed, check_bounds
 from lorat.config.variants import get_variant
 from lorat.data.datasets import DATASETS, Source
@@ -69,7 +69,7 @@ class Preview:
 
     def __post_init__(self) -> None:
         get_variant(self.variant)
-        check_bounds(self, field_types.flag)
+        check_bounds(self, fields.flag)
 
 
 def _ingest_command(name: str, source: type[Source]) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lorat.files import scratch, storage
 from lorat.files.home import home
-from lorat_platform.runs import checkpoints as checkpoint_store
+from lorat_platform.runs import checkpoints
 from lorat_platform.runs.claim import Driven, Lease
 from lorat_platform.search.trial.crop_cache import remove_stale_caches
 
@@ -61,11 +61,11 @@ def end_orphaned_agents() -> None:
 
 def _sweep_run(run: Path) -> None:
     """Remove what is left of checkpoints in a run's or a search's folder, if nobody drives it."""
-    folders = [run, *(run / checkpoint_store.BETWEEN_RUNGS).glob("*/")]
+    folders = [run, *(run / checkpoints.BETWEEN_RUNGS).glob("*/")]
     for folder in folders:
         scratch.sweep(folder)
     places = [storage.locate(folder) for folder in folders]
-    left = [place for place in places if checkpoint_store.parts(place)]
+    left = [place for place in places if checkpoints.parts(place)]
     if not left:
         return
     lease = Lease(storage.locate(run), f"The run {run.name}", "let it be")
@@ -75,4 +75,4 @@ def _sweep_run(run: Path) -> None:
         return
     with lease:
         for place in left:
-            checkpoint_store.sweep_parts(place)
+            checkpoints.sweep_parts(place)

@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from lorat.config import fields as field_types
+from lorat.config import fields
 from lorat.config.bounds import Count, check_bounds
 from lorat.errors import UserError
 from lorat.image.boxes import xywh_from_xyxy, xyxy_from_xywh
@@ -59,7 +59,7 @@ class Options:
     """Stop after this many frames, 1 to 1,000,000,000."""
 
     def __post_init__(self) -> None:
-        check_bounds(self, field_types.flag)
+        check_bounds(self, fields.flag)
         if self.output.suffix.lower() not in CODECS:
             raise UserError(f"output is {self.output}; give a name in {' or '.join(CODECS)}.")
         if self.output.resolve() == Path(self.source).expanduser().resolve():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from lorat_platform.recording import run as tracking
+from lorat_platform.recording import run as recording
 from lorat_platform.recording.store import connect
 
 
@@ -23,7 +23,7 @@ def find_runs(experiment: str) -> list:
     return client.search_runs([found.experiment_id]) if found else []
 
 
-def log_fast(run: tracking.Run, steps: range) -> None:
+def log_fast(run: recording.Run, steps: range) -> None:
     """Log a metric per step, and show that no call waits for MLflow."""
     slowest = 0.0
     for step in steps:

@@ -1,8 +1,8 @@
 """Crop parameters and the pixel-aligned resampling of crops; NumPy and OpenCV only.
 
-A crop is an axis-aligned scale and shift of the frame: ``crop_px = frame_px * (sx, sy) + (tx, ty)``.
-Functions on the sampling path take and return Python scalars, since tiny NumPy arrays cost ten
-times as much.
+A crop is an axis-aligned scale and shift of the frame: ``crop_px = frame_px * (sx, sy) + (tx,
+ty)``.  Functions on the sampling path take and return Python scalars, since tiny NumPy arrays cost
+ten times as much.
 """
 
 from __future__ import annotations

@@ -215,10 +215,10 @@ def _dashboard() -> dict[str, Any]:
 
 def _exported() -> set[str]:
     """Return the names under which the platform's metrics reach Prometheus."""
-    from lorat.learning import clock as telemetry
+    from lorat.learning import clock
 
-    shown = telemetry.summarise(
-        wall_s=1.0, parts_s=dict.fromkeys(telemetry.PARTS, 0.1), num_steps=1, num_pairs=1,
+    shown = clock.summarise(
+        wall_s=1.0, parts_s=dict.fromkeys(clock.PARTS, 0.1), num_steps=1, num_pairs=1,
         num_workers=1, flops_per_pair=1.0, peak=1.0,
     )  # fmt: skip
     names = _words("lorat/learning/loop.py", r"(train|data|system)/\w+") | set(shown)

@@ -146,13 +146,13 @@ def test_an_archive_from_another_node_cannot_write_elsewhere(tmp_path: Path, nam
 def test_mlflow_on_this_machine_reports_nothing_about_its_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorat_platform.recording import store as mlflow_store
+    from lorat_platform.recording import store
 
     assert re.search(
         r"^export MLFLOW_DISABLE_TELEMETRY \?= true$", (ROOT / "Makefile").read_text(), re.M
     )
     monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
-    mlflow_store.connect(f"sqlite:///{tmp_path}/mlflow.db")
+    store.connect(f"sqlite:///{tmp_path}/mlflow.db")
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 

@@ -16,10 +16,10 @@ from infra.processes import free_port
 from lorat.checkpoint.folder import save_merged
 from lorat.model.network import LoRAT
 from lorat_platform import cluster
-from lorat_platform.promotion import champion as promotion
+from lorat_platform.promotion import champion
 from lorat_platform.recording.run import open_run
 from lorat_platform.recording.store import connect
-from lorat_platform.registry import versions as registry
+from lorat_platform.registry import versions
 from tests.constant_trackers import shrinking_tracker, staying_tracker
 from tests.jobs.in_process import run_in_process
 from tests.mlflow_home import make_home
@@ -63,7 +63,7 @@ def run_job(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 def register(model: LoRAT, uri: str) -> str:
     with open_run("lorat", "training") as run:
-        return registry.register(model, run_id=run.wait_for_id(), benchmark=[uri])
+        return versions.register(model, run_id=run.wait_for_id(), benchmark=[uri])
 
 
 def test_evaluation_is_complete_in_mlflow(home: Path, uri: str, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_better_candidate_is_promoted_and_worse_is_not(home: Path, uri: str) -> 
 
     better = register(staying_tracker(), uri)
     assert promote(better)
-    assert promotion.champion_of(client) == better
+    assert champion.champion_of(client) == better
     version = client.get_model_version("lorat", better)
     assert version.tags["gate.decision"] == "promoted"
     numbers = json.loads(version.tags["gate.numbers"])
@@ -140,18 +140,18 @@ def test_better_candidate_is_promoted_and_worse_is_not(home: Path, uri: str) -> 
     assert (folder / "promotion" / "comparison.png").exists()
 
     assert not promote(worse)
-    assert promotion.champion_of(client) == better
+    assert champion.champion_of(client) == better
     assert client.get_model_version("lorat", worse).tags["gate.decision"] == "refused"
 
     assert promote(worse, force=True, reason="for the demo")
-    assert promotion.champion_of(client) == worse
+    assert champion.champion_of(client) == worse
     tags = client.get_model_version("lorat", worse).tags
     assert tags["gate.decision"] == "forced"
     assert tags["gate.note"] == "for the demo"
     assert json.loads(tags["gate.numbers"])["difference"] < 0
 
     assert run_in_process("promote", "--rollback", "--reason", "lost the ball") == 0
-    assert promotion.champion_of(client) == better
+    assert champion.champion_of(client) == better
     version = client.get_model_version("lorat", worse)
     assert version.tags["rolled_back.note"] == "lost the ball"
     assert f"Version {better} is champion again. lost the ball" in version.description
@@ -186,12 +186,12 @@ def test_equal_candidate_needs_to_be_allowed(home: Path, uri: str) -> None:
     candidate = ("promote", "--candidate", f"models:/lorat/{twin}")
     assert run_in_process(*candidate) == 1
     assert run_in_process(*candidate, "--allow-equal") == 0
-    assert promotion.champion_of(connect()) == twin
+    assert champion.champion_of(connect()) == twin
     worse = register(shrinking_tracker(), uri)
     candidate = ("promote", "--candidate", f"models:/lorat/{worse}", "--allow-equal")
     assert run_in_process(*candidate) == 1
     assert run_in_process(*candidate, "--force", "--reason", "for the demo") == 0
-    assert promotion.champion_of(connect()) == worse
+    assert champion.champion_of(connect()) == worse
     assert connect().get_model_version("lorat", worse).tags["gate.decision"] == "forced"
 
 
@@ -203,7 +203,7 @@ def test_checkpoint_folder_is_registered_and_promoted(
     with caplog.at_level("INFO"):
         assert run_in_process("promote", "--candidate", tmp_path / "bundle", "--data", uri) == 0
     assert "as version 1 of lorat" in caplog.text
-    assert promotion.champion_of(connect()) == "1"
+    assert champion.champion_of(connect()) == "1"
 
 
 @pytest.mark.exhaustive
@@ -216,7 +216,7 @@ def test_two_promotions_at_once_end_with_the_better_one(home: Path, uri: str) ->
     codes = [job.returncode for job in jobs]
     # The twins are equal: the later one is compared with the earlier one and refused.
     assert sorted(codes) == [0, 1], outputs
-    assert promotion.champion_of(connect()) == (a, b)[codes.index(0)]
+    assert champion.champion_of(connect()) == (a, b)[codes.index(0)]
 
 
 def test_export_writes_a_parity_report(home: Path, uri: str, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorat.data.datasets import Findings, Recording, Source
-from lorat.data.shards import images as shards
+from lorat.data.shards import images
 from lorat.data.shards.conversion import convert
 from lorat.data.shards.manifest import dataset_info
 from lorat.data.shards.verification import rebuild_index
@@ -32,7 +32,7 @@ def to_shards(source: Source, folder: Path):
     info = dataset_info(name=source.label, split=source.split_name, law=None)
     location = storage.locate(folder)
     location.make()
-    with shards.ShardWriter(location, "shard-00000.parquet", info) as writer:
+    with images.ShardWriter(location, "shard-00000.parquet", info) as writer:
         for entry in source.entries(findings):
             for recording in source.load(entry, findings):
                 convert(

@@ -30,10 +30,9 @@ from lorat_platform.evaluation.subject import load_subject
 from lorat_platform.evaluation.workers import Conditions
 from lorat_platform.recording import backlog
 from lorat_platform.recording.journal import Journal
-from lorat_platform.runs import checkpoints as checkpoint_store
-from lorat_platform.runs import claim as lease
+from lorat_platform.runs import checkpoints, claim
 from lorat_platform.runs import record as run_record
-from lorat_platform.search import plan as search_plan
+from lorat_platform.search import plan
 from lorat_platform.search.trial.single import STATE_FILE, read_progress
 from tests.jobs.in_process import import_job
 from tests.lorat.small_sets import tracks
@@ -121,15 +120,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name="run", config=to_dict(config), data={"a": "b"}, created="2026", results={"ao": 0.5}
     )
     record.write(location)
-    driver = lease.Announcement(token="0" * 16, host="h", process=Process.here(), began=1.0)
+    driver = claim.Announcement(token="0" * 16, host="h", process=Process.here(), began=1.0)
     location.write_bytes(DRIVER, driver.to_bytes())
-    checkpoint_store.upload(place / "checkpoint", location, "step-00000003")
+    checkpoints.upload(place / "checkpoint", location, "step-00000003")
     entry = {"checkpoint_dir_name": "step-00000003", "metrics": {"loss": 1.0}}
-    location.write_bytes(
-        checkpoint_store.SNAPSHOT, json.dumps({"checkpoint_results": [entry]}).encode()
-    )
+    location.write_bytes(checkpoints.SNAPSHOT, json.dumps({"checkpoint_results": [entry]}).encode())
     request = {"options": {"trials": 2, "space": []}, "config": to_dict(config)}
-    location.write_bytes(search_plan.REQUEST_FILE, json.dumps(request).encode())
+    location.write_bytes(plan.REQUEST_FILE, json.dumps(request).encode())
     location.write_bytes(ingestion.REPORT, b'{"findings": [{"sequence": "a", "action": "kept", '
                          b'"why": "so", "frames": [1, 2]}]}')  # fmt: skip
     journal = Journal(place / "journal")
@@ -159,16 +156,16 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "trial": (f"checkpoint/{STATE_FILE}", lambda f: read_progress(f / "checkpoint")),
     "manifest": ("set/dataset.json", lambda f: read_manifest(storage.locate(f / "set"))),
     "run": ("run/run.json", lambda f: run_record.read(storage.locate(f / "run"))),
-    "driver": (f"run/{DRIVER}", lambda f: lease.announcements(storage.locate(f / "run"))),
+    "driver": (f"run/{DRIVER}", lambda f: claim.announcements(storage.locate(f / "run"))),
     "complete": (
         "run/step-00000003/complete.json",
-        lambda f: checkpoint_store.newest(storage.locate(f / "run")),
+        lambda f: checkpoints.newest(storage.locate(f / "run")),
     ),
     "snapshot": (
-        f"run/{checkpoint_store.SNAPSHOT}",
-        lambda f: checkpoint_store.registered(storage.locate(f / "run")),
+        f"run/{checkpoints.SNAPSHOT}",
+        lambda f: checkpoints.registered(storage.locate(f / "run")),
     ),
-    "search": ("run/search.json", lambda f: search_plan.read_plan("run", str(f))),
+    "search": ("run/search.json", lambda f: plan.read_plan("run", str(f))),
     "report": ("run/report.json", lambda f: ingestion.read_report(str(f / "run"))),
     "header": ("journal/run.json", lambda f: Journal(f / "journal").header()),
     "replayed": ("journal/run.json", lambda f: backlog.replay(f / "journal")),
@@ -211,27 +208,27 @@ def test_a_damaged_list_of_files_makes_a_checkpoint_absent_and_the_resume_go_on(
 ) -> None:
     run = storage.locate(tmp_path / "run")
     for step in (3, 6):
-        checkpoint_store.upload(folder / "checkpoint", run, checkpoint_store.name_of(step))
+        checkpoints.upload(folder / "checkpoint", run, checkpoints.name_of(step))
     mark = tmp_path / "run" / "step-00000006" / "complete.json"
     rng, text = random.Random(0), mark.read_bytes()
     for _ in range(NUM_DAMAGED):
         mark.write_bytes(damaged(text, rng))
-        assert checkpoint_store.newest(run) in ("step-00000003", "step-00000006")
+        assert checkpoints.newest(run) in ("step-00000003", "step-00000006")
     for wrong in (b"", b"{}", b"[]", b"null", b'{"files": {"../../x": 1}}', b"[" * 100_000,
                   b"\xff\xfe", b'{"files": {"a": "b"}}', b'{"files": {"a": 1e999}}'):  # fmt: skip
         mark.write_bytes(wrong)
-        assert checkpoint_store.newest(run) == "step-00000003"
+        assert checkpoints.newest(run) == "step-00000003"
     mark.unlink()
     mark.mkdir()
-    assert checkpoint_store.newest(run) == "step-00000003"
+    assert checkpoints.newest(run) == "step-00000003"
 
 
 def test_a_damaged_snapshot_is_made_anew(folder: Path, tmp_path: Path) -> None:
     run = storage.locate(tmp_path)
     for wrong in (b"", b"[]", b"[" * 100_000, b'{"checkpoint_results": [{"metrics": {}}]}'):
-        run.write_bytes(checkpoint_store.SNAPSHOT, wrong)
-        checkpoint_store.repair(run)
-        assert not run.exists(checkpoint_store.SNAPSHOT)
+        run.write_bytes(checkpoints.SNAPSHOT, wrong)
+        checkpoints.repair(run)
+        assert not run.exists(checkpoints.SNAPSHOT)
 
 
 def test_a_configuration_with_any_value_is_used_or_refused_in_one_sentence(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from lorat.data.datasets.records import Findings, Recording
-from lorat.data.shards import images as shards
+from lorat.data.shards import images
 from lorat.data.shards.windows import WindowLaw, cut_window
 from lorat.image.boxes import usable
 from lorat.image.codec import DamagedImage, decode_complete, encode_jpeg, is_jpeg, mean_rgb
@@ -36,7 +36,7 @@ def encode_frame(
     cover: int = -1,
     law: WindowLaw | None,
     quality: int | None = None,
-) -> shards.Frame:
+) -> images.Frame:
     """Make the row of one frame.
 
     Args:
@@ -61,7 +61,7 @@ def encode_frame(
             restart_interval=restart_interval(stored.shape[1]) if law else 0,
         )
     x1, y1, x2, y2 = (float(v) for v in box)
-    return shards.Frame(
+    return images.Frame(
         jpeg=jpeg,
         frame_number=frame_number,
         box=(x1, y1, x2, y2),
@@ -77,7 +77,7 @@ def encode_frame(
 
 def convert(
     recording: Recording,
-    writer: shards.ShardWriter,
+    writer: images.ShardWriter,
     *,
     for_training: bool,
     law: WindowLaw | None,
@@ -107,7 +107,7 @@ def convert(
                 findings.add(name, "dropped", f"no frame has a usable box ({'; '.join(reasons)})")
             return 0
         first, last = int(where[0]), int(where[-1])
-    held: list[shards.Frame] = []  # frames without usable box, kept if one with a box follows
+    held: list[images.Frame] = []  # frames without usable box, kept if one with a box follows
     previous: tuple[np.ndarray, bytes | None] | None = None
     sizes: list[tuple[int, int]] = []
     num_written, not_jpeg = 0, 0

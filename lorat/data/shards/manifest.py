@@ -69,7 +69,7 @@ def read_manifest(location: storage.Location) -> dict[str, Any]:
     remedy = f"rebuild it with: python jobs/ingest.py reindex {location.uri}"
     manifest = parse_json(data, where, remedy, shape={"schema_version": int})
     check_schema_version(manifest["schema_version"], location.uri)
-    check_shape(manifest, where, remedy)
+    check_shape(manifest, where, remedy, _MANIFEST_SHAPE)
     if not _has_own_files(manifest):
         raise UserError(
             f"{MANIFEST} at {location.uri} names files that are not those of a dataset; rebuild it "

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from lorat.config.json_files import parse_json, read_json_at
 from lorat.config.variants import get_variant
 from lorat.data.datasets import DATASETS, Entry, Finding, Findings, Source
-from lorat.data.shards import images as shards
+from lorat.data.shards import images
 from lorat.data.shards.conversion import convert
 from lorat.data.shards.frame_index import FrameIndex
 from lorat.data.shards.manifest import MANIFEST, WORK_FOLDER, dataset_info, shard_name
@@ -188,7 +188,7 @@ def _write_shard(
     findings = Findings()
     attributes: dict[str, tuple[str, ...]] = {}
     file = shard_name(number)
-    with shards.ShardWriter(location, file, info) as writer:
+    with images.ShardWriter(location, file, info) as writer:
         for entry in entries:
             try:
                 recordings = source.load(entry, findings)

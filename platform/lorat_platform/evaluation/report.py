@@ -15,8 +15,7 @@ import numpy as np
 from lorat.data.shards.images import ImageReader
 from lorat.errors import UserError
 from lorat.image.codec import DamagedImage
-from lorat.metrics import SCORE_NAMES, plots
-from lorat.metrics import result_files as results
+from lorat.metrics import SCORE_NAMES, plots, result_files
 from lorat.tracking.clips import ClipWriter, annotate
 from lorat.tracking.one_pass import ground_truth
 from lorat_platform.evaluation.sets import DatasetResult
@@ -271,12 +270,12 @@ def _write_result_files(subject: Subject, dataset: DatasetResult, folder: Path) 
     boxes = {name: result.boxes for name, result in dataset.results.items()}
     seconds = {name: result.seconds for name, result in dataset.results.items()}
     parameters = subject.variant or "default"
-    results.write_pytracking(
+    result_files.write_pytracking(
         folder / "pytracking" / "lorat" / parameters, boxes, dataset=dataset.index.name,
         seconds=seconds,
     )  # fmt: skip
-    results.write_got10k(folder / "got10k.zip", [boxes], tracker="LoRAT", seconds=[seconds])
-    results.write_trackingnet(folder / "trackingnet.zip", boxes)
+    result_files.write_got10k(folder / "got10k.zip", [boxes], tracker="LoRAT", seconds=[seconds])
+    result_files.write_trackingnet(folder / "trackingnet.zip", boxes)
 
 
 def _write_clips(dataset: DatasetResult, folder: Path) -> None:

@@ -51,11 +51,11 @@ def load_subject(uri: str, *, variant: str | None = None) -> Subject:
     """
     if uri in BASELINES:
         return Subject(name=uri, fingerprint=_digest([uri]), variant=None, model=None)
-    from lorat_platform.registry import versions as registry
+    from lorat_platform.registry import versions
 
     if uri.startswith("models:/") and "@" in uri:  # an alias may move while we work
-        uri = "models:/{}/{}".format(*registry.version_of(uri))
-    return subject_of(registry.load(uri, variant=variant), uri)
+        uri = "models:/{}/{}".format(*versions.version_of(uri))
+    return subject_of(versions.load(uri, variant=variant), uri)
 
 
 def subject_of(model: LoRAT, name: str) -> Subject:

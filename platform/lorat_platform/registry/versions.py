@@ -22,7 +22,7 @@ from lorat.files.home import home
 from lorat.files.scratch import temporary_folder
 from lorat.files.storage import Location, locate
 from lorat_platform.recording.store import connect, tracking_uri
-from lorat_platform.runs import checkpoints as checkpoint_store
+from lorat_platform.runs import checkpoints
 
 if TYPE_CHECKING:
     from lorat.model.network import LoRAT
@@ -267,7 +267,7 @@ def _is_kept(target: Path) -> bool:
 def _download_checkpoint(location: Location) -> Path:
     """Download a training's checkpoint from its storage, once."""
     try:
-        mark = location.filesystem.get_file_info(location.file(checkpoint_store.MANIFEST))
+        mark = location.filesystem.get_file_info(location.file(checkpoints.MANIFEST))
         if not mark.is_file:
             raise UserError(
                 f"There is no checkpoint at {location.uri}; give its folder as the end of the "
@@ -281,7 +281,7 @@ def _download_checkpoint(location: Location) -> Path:
         parent, _, name = location.path.rpartition("/")
         run = Location(location.uri, location.filesystem, parent)
         with temporary_folder(target.parent) as scratch:
-            found = checkpoint_store.download(run, name, scratch / name)
+            found = checkpoints.download(run, name, scratch / name)
             with contextlib.suppress(OSError):  # another process was faster
                 os.rename(found, target)
     except (OSError, pa.ArrowException) as error:

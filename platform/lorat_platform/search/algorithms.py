@@ -25,8 +25,8 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from lorat.errors import UserError
 from lorat_platform.search.rungs import BUDGET, HISTORY, OBJECTIVES, Rungs, pareto_order
+from lorat_platform.search.searcher_state import JsonOptuna
 from lorat_platform.search.space import Dimension, SearchSpace
-from lorat_platform.searcher_state import JsonOptuna
 
 SearcherName = Literal["tpe", "random", "bohb"]
 SchedulerName = Literal["asha", "median", "hyperband", "none"]

@@ -4,7 +4,7 @@
 ``.json``, ``experiment_state-*`` and the states of random search, BOHB, wrappers and callbacks; the
 ``fit`` after it unpickles ``error.pkl`` of failed trials.  Ray Tune writes and reads all of these
 by itself, so whoever could write there would run code with the rights of who goes on.  Only what
-Optuna has learnt is ours, and JSON (:mod:`lorat_platform.searcher_state`).
+Optuna has learnt is ours, and JSON (:mod:`lorat_platform.search.searcher_state`).
 """
 
 from __future__ import annotations

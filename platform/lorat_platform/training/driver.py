@@ -24,11 +24,10 @@ from lorat_platform.cluster.connection import Cluster
 from lorat_platform.cluster.console import Console, ConsolePrinter
 from lorat_platform.data.sources import Datasets, open_datasets
 from lorat_platform.failures import user_message
-from lorat_platform.registry import versions as registry
-from lorat_platform.runs import checkpoints as checkpoint_store
-from lorat_platform.runs import record as run_record
+from lorat_platform.registry import versions
+from lorat_platform.runs import checkpoints
 from lorat_platform.runs.claim import Lease
-from lorat_platform.runs.record import RunRecord
+from lorat_platform.runs.record import RunRecord, choose
 from lorat_platform.training.callback import watch_workers
 from lorat_platform.training.finish import TrainingResult, finish
 from lorat_platform.training.options import RunOptions
@@ -74,16 +73,16 @@ def train(
     began = time.perf_counter()
     datasets = datasets or open_datasets(config)
     storage = locate(storage_address(options.storage))
-    lease, folder, record, existed = run_record.choose(
+    lease, folder, record, existed = choose(
         storage, options.name, config, datasets.fingerprints, options.resume, git_revision
     )
     with lease:
         if config.init_from and not record.start_weights:
             # Workers that start anew before the first checkpoint must start from the same weights.
-            record = dataclasses.replace(record, start_weights=registry.pinned(config.init_from))
+            record = dataclasses.replace(record, start_weights=versions.pinned(config.init_from))
         lease.confirm()
         record.write(folder)
-        checkpoint_store.repair(folder)
+        checkpoints.repair(folder)
         verb = "going on with" if existed else "beginning"
         log.info("%s run %s in %s on %s", verb, record.name, folder.uri, cluster)
         with ConsolePrinter() as console:
@@ -285,16 +284,16 @@ def _fit(
     began = time.perf_counter()
     _run(trainer, place, lease.check)
     lease.confirm()
-    name = checkpoint_store.newest(folder)
+    name = checkpoints.newest(folder)
     if name is None:
         raise UserError(f"The training ended without a checkpoint in {folder.uri}.")
-    checkpoint_store.sweep(folder)
-    metrics = checkpoint_store.registered(folder).get(name, {})
+    checkpoints.sweep(folder)
+    metrics = checkpoints.registered(folder).get(name, {})
     return TrainingResult(
         name=record.name,
         folder=folder,
         checkpoint=name,
-        step=checkpoint_store.step_of(name) or 0,
+        step=checkpoints.step_of(name) or 0,
         metrics={k: v for k, v in metrics.items() if isinstance(v, int | float)},
         seconds=time.perf_counter() - began,
     )

@@ -18,7 +18,7 @@ from lorat.files.scratch import temporary_folder
 from lorat.files.storage import Location
 from lorat.learning.clock import duration
 from lorat_platform.data.sources import SYNTHETIC, Datasets, Source, parse_sources
-from lorat_platform.runs import checkpoints as checkpoint_store
+from lorat_platform.runs import checkpoints
 from lorat_platform.runs.record import RunRecord
 from lorat_platform.training.options import RunOptions
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RESUME_ONLY = ("optimizer.safetensors", "training_state.json", checkpoint_store.MANIFEST)
+RESUME_ONLY = ("optimizer.safetensors", "training_state.json", checkpoints.MANIFEST)
 """Files of a checkpoint that MLflow is not given."""
 MODEL = "LoRAT"
 """Name of the trained tracker beside the baselines."""
@@ -68,9 +68,7 @@ def finish(
     evaluated = bool(datasets.val) and options.final_evaluation
     model = None
     with temporary_folder() as scratch:
-        folder = checkpoint_store.download(
-            result.folder, result.checkpoint, scratch / result.checkpoint
-        )
+        folder = checkpoints.download(result.folder, result.checkpoint, scratch / result.checkpoint)
         if evaluated or options.register:
             from lorat import checkpoint
 

@@ -18,8 +18,7 @@ from lorat.files.scratch import make_folder, sweep, temporary_folder
 from lorat.files.storage import Location
 from lorat_platform.cluster.console import Console
 from lorat_platform.data.sources import Source
-from lorat_platform.runs import checkpoints as checkpoint_store
-from lorat_platform.runs import record as run_record
+from lorat_platform.runs import checkpoints, record
 from lorat_platform.runs.claim import check_held
 
 if TYPE_CHECKING:
@@ -98,13 +97,13 @@ def _train(setup: WorkerSetup) -> None:
     world = World(rank=rank, size=size, device=device)
 
     folder, config = setup.run_folder, setup.config
-    if not folder.exists(run_record.FILE):
+    if not folder.exists(record.FILE):
         raise UserError(
             f"The run's folder {folder.uri} is not there on the machine of worker {rank}; give a "
             "--storage that all machines reach, such as s3://BUCKET/runs or a shared file system."
         )
-    last = broadcast_from_rank_zero(checkpoint_store.newest(folder) if rank == 0 else None)
-    start = 0 if last is None else checkpoint_store.step_of(last) or 0
+    last = broadcast_from_rank_zero(checkpoints.newest(folder) if rank == 0 else None)
+    start = 0 if last is None else checkpoints.step_of(last) or 0
     if last and rank == 0:
         log.info("going on from %s with %d worker%s", last, size, "s" if size > 1 else "")
     if start >= config.total_steps:
@@ -147,7 +146,7 @@ def make_learner(setup: WorkerSetup, world: World, last: str | None) -> Learner:
 
     if last is not None:
         with temporary_folder() as scratch:
-            resume = checkpoint_store.download(setup.run_folder, last, scratch / last)
+            resume = checkpoints.download(setup.run_folder, last, scratch / last)
             return Learner(setup.config, world=world, resume=resume)
     start_weights = None
     if setup.start_weights is not None:
@@ -249,7 +248,7 @@ class _Reporter:
         ray.train.report(
             {SCORE: UNSCORED, "step": step, **metrics},
             checkpoint=checkpoint,
-            checkpoint_dir_name=checkpoint_store.name_of(step),
+            checkpoint_dir_name=checkpoints.name_of(step),
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=_Upload(
                 setup.run_folder,
@@ -294,5 +293,5 @@ class _Upload:
         if self.records:
             ray.wait(list(self.records), num_returns=len(self.records), timeout=RECORDS_S)
         check_held(self.folder, self.lease)
-        checkpoint_store.upload(Path(checkpoint.path), self.folder, name)
+        checkpoints.upload(Path(checkpoint.path), self.folder, name)
         return Checkpoint(self.folder.file(name), filesystem=self.folder.filesystem)

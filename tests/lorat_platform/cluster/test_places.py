@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lorat_platform.cluster import places as placement
+from lorat_platform.cluster import places
 from lorat_platform.cluster.places import num_places, what_is_there
 
 
@@ -14,7 +14,7 @@ def _node(*, alive: bool = True, **resources: float) -> dict[str, Any]:
 
 def test_what_single_nodes_have_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [_node(CPU=15), _node(CPU=7, GPU=1), _node(CPU=99, GPU=8, alive=False)]
-    monkeypatch.setattr(placement.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(places.ray, "nodes", lambda: nodes)
     need = {"CPU": 8.0, "GPU": 1.0}
     assert num_places(need) == 0, "no node has both"
     assert what_is_there(need) == "15 CPU; 7 CPU + 1 GPU"

@@ -27,7 +27,7 @@ from lorat.metrics import SCORE_NAMES
 from lorat.tracking.baselines import baseline
 from lorat.tracking.one_pass import SequenceResult, track_sequences
 from lorat_platform import cluster
-from lorat_platform.evaluation import workers as sequence_workers
+from lorat_platform.evaluation import workers
 from lorat_platform.evaluation.report import (
     check_place,
     flat_metrics,
@@ -115,7 +115,7 @@ def test_a_second_evaluation_tracks_nothing(
 ) -> None:
     asked: list[int] = []
     monkeypatch.setattr(
-        sequence_workers.Workers,
+        workers.Workers,
         "track",
         lambda self, index, tracks: iter(asked.extend(tracks) or ()),
     )
@@ -135,13 +135,13 @@ def test_an_interrupted_evaluation_goes_on_with_the_rest(
 ) -> None:
     evaluate(subject, uri, config(tmp_path, limit=3, workers=1), progress=False)
     asked: list[int] = []
-    tracked = sequence_workers.Workers.track
+    tracked = workers.Workers.track
 
     def watch(self: object, index: FrameIndex, tracks: list[int]) -> Iterator[object]:
         asked.extend(tracks)
         yield from tracked(self, index, tracks)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sequence_workers.Workers, "track", watch)
+    monkeypatch.setattr(workers.Workers, "track", watch)
     result = evaluate(subject, uri, config(tmp_path, workers=1), progress=False)
     assert asked == [3, 4, 5, 6, 7]
     assert len(result.results) == 8
@@ -242,7 +242,7 @@ def test_a_dead_worker_costs_nothing_but_time(
             os.environ["LORAT_TEST_MARK"] = str(tmp_path / "died")
             super().__init__(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sequence_workers, "SequenceWorker", Dying)
+    monkeypatch.setattr(workers, "SequenceWorker", Dying)
     result = evaluate(subject, uri, config(tmp_path, batch_size=4, workers=1), progress=False)
     assert (tmp_path / "died").exists()
     assert len(result.results) == 8

@@ -14,7 +14,7 @@ import pytest
 from infra.processes import free_port
 from lorat.errors import UserError
 from lorat_platform.recording import backlog, delivery
-from lorat_platform.recording import run as tracking
+from lorat_platform.recording import run as recording
 from lorat_platform.recording.store import connect
 from tests.mlflow_runs import find_runs, history, log_fast
 from tests.mlflow_server import Proxy, Server
@@ -42,7 +42,7 @@ def test_what_was_refused_is_sent_again_by_the_documented_command(
 
     monkeypatch.setattr(MlflowClient, "log_batch", refusing)
     monkeypatch.setattr(delivery, "DOUBTFUL_ATTEMPTS", 3)
-    run = tracking.open_run("lorat", "a", folder=tmp_path)
+    run = recording.open_run("lorat", "a", folder=tmp_path)
     run.log_metrics({"loss": 1.0}, step=0)
     run.log_params({"after": 1})
     assert run.flush()
@@ -61,7 +61,7 @@ def test_what_was_refused_is_sent_again_by_the_documented_command(
 def test_a_journal_forgotten_at_that_moment_does_not_end_the_sender(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with tracking.open_run("lorat", "other", folder=tmp_path / "other") as other:
+    with recording.open_run("lorat", "other", folder=tmp_path / "other") as other:
         pass
     backlog.remember(other.journal)
     [entry] = backlog._folder().glob("*.json")
@@ -73,7 +73,7 @@ def test_a_journal_forgotten_at_that_moment_does_not_end_the_sender(
         return read_text(path, *args, **values)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Path, "read_text", forgotten_meanwhile)
-    run = tracking.open_run("lorat", "a", folder=tmp_path / "run")
+    run = recording.open_run("lorat", "a", folder=tmp_path / "run")
     assert run.flush()
     run.log_metrics({"loss": 1.0}, step=0)
     wait_until("look for journals of others", lambda: not entry.exists())
@@ -87,7 +87,7 @@ def test_server_too_slow_for_the_end_of_a_run_gets_the_rest_by_replay(
 ) -> None:
     proxy.delay_s = 10.0
     began = time.monotonic()
-    run = tracking.open_run("slower", "a", folder=tmp_path)
+    run = recording.open_run("slower", "a", folder=tmp_path)
     log_fast(run, range(2000))
     logged = time.monotonic()
     assert logged - began < proxy.delay_s, "training waits for no call"
@@ -113,7 +113,7 @@ def test_dead_server_leaves_a_journal_for_the_documented_command(
     port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     start = time.monotonic()
-    run = tracking.open_run("replay", "a", folder=tmp_path / "run")
+    run = recording.open_run("replay", "a", folder=tmp_path / "run")
     log_fast(run, range(20))
     run.log_bytes(b"picture", "plots/a.txt")
     assert not run.close()
@@ -148,7 +148,7 @@ def test_next_run_delivers_what_a_killed_process_left(tmp_path: Path) -> None:
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "killed")], env=environment)
-    run = tracking.open_run("lorat", "next", folder=tmp_path / "next")
+    run = recording.open_run("lorat", "next", folder=tmp_path / "next")
     run.flush()
     wait_until("delivery of all other journals", lambda: backlog.waiting() == [run.journal.folder])
     run.close()
@@ -159,7 +159,7 @@ def test_next_run_delivers_what_a_killed_process_left(tmp_path: Path) -> None:
 def test_replay_refuses_a_journal_of_another_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with tracking.open_run("lorat", "a", folder=tmp_path / "run") as run:
+    with recording.open_run("lorat", "a", folder=tmp_path / "run") as run:
         pass
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
     with pytest.raises(UserError, match="set MLFLOW_TRACKING_URI"):

@@ -11,7 +11,7 @@ import pytest
 
 from lorat.errors import UserError
 from lorat_platform.recording import backlog
-from lorat_platform.recording import run as tracking
+from lorat_platform.recording import run as recording
 from lorat_platform.recording.store import connect
 from tests.mlflow_runs import find_runs, history, log_fast
 from tests.mlflow_server import Proxy, Server
@@ -20,10 +20,10 @@ pytestmark = [pytest.mark.processes(minutes=0.5), pytest.mark.usefixtures("own_s
 
 
 def test_run_is_created_once_although_the_answer_was_lost(tmp_path: Path) -> None:
-    with tracking.open_run("lorat", "a", folder=tmp_path) as run:
+    with recording.open_run("lorat", "a", folder=tmp_path) as run:
         run.log_metrics({"loss": 1.0}, step=0)
     run.journal.set_header(run_id=None)  # as if the process had died before it heard the id
-    again = tracking.open_run("lorat", "a", folder=tmp_path)
+    again = recording.open_run("lorat", "a", folder=tmp_path)
     again.close()
     assert len(find_runs("lorat")) == 1
 
@@ -33,14 +33,14 @@ def test_a_step_that_is_taken_again_is_shown_once_and_gaps_are_filled(
     journal: str, tmp_path: Path
 ) -> None:
     """A training that was killed goes on from its last checkpoint, maybe on another machine."""
-    run = tracking.open_run("lorat", "a", folder=tmp_path / "first")
+    run = recording.open_run("lorat", "a", folder=tmp_path / "first")
     for step in (0, 1, 2, 4):  # what was to be said of step 3 was lost with its process
         run.log_metrics({"loss": float(step), "speed": 1.0}, step)
     for step in range(3):  # a worker died
         run.log_metrics({"loss": float(step), "speed": 2.0}, step)
     run.close()
     folder = tmp_path / ("first" if journal == "kept" else "second")
-    again = tracking.open_run("lorat", "a", folder=folder, run_id=run.wait_for_id())
+    again = recording.open_run("lorat", "a", folder=folder, run_id=run.wait_for_id())
     for step in range(1, 7):
         again.log_metrics({"loss": float(step), "speed": 3.0}, step)
         again.flush()
@@ -53,7 +53,7 @@ def test_a_step_that_is_taken_again_is_shown_once_and_gaps_are_filled(
 
 
 def test_nonfinite_metrics_are_kept_and_marked(tmp_path: Path) -> None:
-    with tracking.open_run("lorat", "a", folder=tmp_path) as run:
+    with recording.open_run("lorat", "a", folder=tmp_path) as run:
         for step, value in enumerate([1.0, math.inf, math.nan, -math.inf, 2.0]):
             run.log_metrics({"loss": value}, step)
     points = history(run.wait_for_id(), "loss")
@@ -64,7 +64,7 @@ def test_nonfinite_metrics_are_kept_and_marked(tmp_path: Path) -> None:
 
 
 def test_nonfinite_metrics_pass_through_a_server(proxy: Proxy, tmp_path: Path) -> None:
-    with tracking.open_run("nonfinite", "a", folder=tmp_path) as run:
+    with recording.open_run("nonfinite", "a", folder=tmp_path) as run:
         for step, value in enumerate([1.0, math.inf, math.nan]):
             run.log_metrics({"loss": value}, step)
     points = history(run.wait_for_id(), "loss")
@@ -74,7 +74,7 @@ def test_nonfinite_metrics_pass_through_a_server(proxy: Proxy, tmp_path: Path) -
 
 
 def test_long_values_are_cut_and_kept_in_full_in_an_artefact(tmp_path: Path) -> None:
-    with tracking.open_run("lorat", "a", folder=tmp_path) as run:
+    with recording.open_run("lorat", "a", folder=tmp_path) as run:
         run.log_params({"data": "x" * 7000, "many": {str(i): i for i in range(250)}})
     client = connect()
     params = client.get_run(run.wait_for_id()).data.params
@@ -86,7 +86,7 @@ def test_long_values_are_cut_and_kept_in_full_in_an_artefact(tmp_path: Path) -> 
 
 
 def test_a_refused_record_does_not_block_the_others(tmp_path: Path) -> None:
-    run = tracking.open_run("lorat", "a", folder=tmp_path)
+    run = recording.open_run("lorat", "a", folder=tmp_path)
     run.log_metrics({"loss": 1.0}, step=0)
     run.write({"op": "metrics", "time_ms": 1, "step": 1, "values": {"bad\nname": 1.0}})
     run.log_metrics({"loss": 2.0}, step=2)
@@ -109,7 +109,7 @@ def test_a_busy_database_is_no_refusal(tmp_path: Path, monkeypatch: pytest.Monke
         return log_batch(self, *args, **values)  # type: ignore[arg-type]
 
     monkeypatch.setattr(MlflowClient, "log_batch", busy)
-    run = tracking.open_run("lorat", "a", folder=tmp_path)
+    run = recording.open_run("lorat", "a", folder=tmp_path)
     run.log_metrics({"loss": 1.0}, step=0)
     assert run.flush()
     run.close()
@@ -131,7 +131,7 @@ def test_an_artefact_that_cannot_be_uploaded_holds_nothing_up(
         return log_artifact(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(MlflowClient, "log_artifact", without_boto)
-    run = tracking.open_run("lorat", "a", folder=tmp_path)
+    run = recording.open_run("lorat", "a", folder=tmp_path)
     run.log_bytes(b"picture", "plots/a.txt")
     run.log_bytes(b"picture", "plots/b.txt")
     run.log_metrics({"loss": 1.0}, step=0)
@@ -146,7 +146,7 @@ def test_an_artefact_that_cannot_be_uploaded_holds_nothing_up(
         backlog.replay(run.journal.folder)
 
     missing.clear()
-    again = tracking.open_run("lorat", "a", folder=tmp_path)
+    again = recording.open_run("lorat", "a", folder=tmp_path)
     assert again.close()
     listed = connect().list_artifacts(run.wait_for_id(), "plots")
     assert [entry.path for entry in listed] == ["plots/a.txt", "plots/b.txt"]
@@ -155,12 +155,12 @@ def test_an_artefact_that_cannot_be_uploaded_holds_nothing_up(
 def test_server_killed_in_mid_run_gets_everything_when_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "RETRY_S", 1.0)
+    monkeypatch.setattr(recording, "RETRY_S", 1.0)
     server = Server(tmp_path / "server")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     server.start()
     try:
-        run = tracking.open_run("lorat", "a", folder=tmp_path / "run")
+        run = recording.open_run("lorat", "a", folder=tmp_path / "run")
         log_fast(run, range(50))
         assert run.flush()
         server.kill()
@@ -177,7 +177,7 @@ def test_server_killed_in_mid_run_gets_everything_when_it_is_back(
 
 def test_server_that_errs_gets_everything_later(proxy: Proxy, tmp_path: Path) -> None:
     proxy.broken = True
-    run = tracking.open_run("errors", "a", folder=tmp_path)
+    run = recording.open_run("errors", "a", folder=tmp_path)
     log_fast(run, range(100))
     assert not run.flush(timeout_s=2)
     proxy.broken = False
@@ -187,7 +187,7 @@ def test_server_that_errs_gets_everything_later(proxy: Proxy, tmp_path: Path) ->
 
 def test_slow_server_does_not_slow_training(proxy: Proxy, tmp_path: Path) -> None:
     proxy.delay_s = 2.0
-    run = tracking.open_run("slow", "a", folder=tmp_path)
+    run = recording.open_run("slow", "a", folder=tmp_path)
     log_fast(run, range(2000))
     assert run.close()
     assert proxy.num_calls < 20, "metrics are sent in batches"

@@ -12,7 +12,7 @@ import pytest
 from infra.processes import free_port
 from lorat.errors import UserError
 from lorat_platform.recording import journal
-from lorat_platform.recording import run as tracking
+from lorat_platform.recording import run as recording
 from lorat_platform.recording.journal import Journal
 from lorat_platform.recording.store import connect
 from lorat_platform.recording.trouble import Trouble, say_what_is_left
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.usefixtures("own_store")
 
 
 def test_line_cut_by_a_kill_costs_only_itself(tmp_path: Path) -> None:
-    with tracking.open_run("lorat", "a", folder=tmp_path) as run:
+    with recording.open_run("lorat", "a", folder=tmp_path) as run:
         run.log_metrics({"loss": 1.0}, step=0)
     with open(run.journal.folder / "journal.jsonl", "a") as file:
         file.write('{"op": "metr')
-    again = tracking.open_run("lorat", "a", folder=tmp_path)
+    again = recording.open_run("lorat", "a", folder=tmp_path)
     again.log_metrics({"loss": 2.0}, step=1)
     assert again.close()
     assert history(run.wait_for_id(), "loss") == {0: 1.0, 1: 2.0}
@@ -36,7 +36,7 @@ def test_line_cut_by_a_kill_costs_only_itself(tmp_path: Path) -> None:
 def test_full_disk_does_not_stop_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = tracking.open_run("lorat", "a", folder=tmp_path)
+    run = recording.open_run("lorat", "a", folder=tmp_path)
     run.flush()
     file = run.journal.folder / "journal.jsonl"
     file.rename(file.with_name("aside"))
@@ -76,9 +76,9 @@ def test_a_line_cut_by_a_full_disk_is_written_again_as_a_whole(tmp_path: Path) -
 def test_passwords_are_not_written_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{free_port()}")
     with pytest.raises(UserError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"):
-        tracking.open_run("lorat", "a", folder=tmp_path / "run")
+        recording.open_run("lorat", "a", folder=tmp_path / "run")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-    run = tracking.open_run("lorat", "a", folder=tmp_path / "run")
+    run = recording.open_run("lorat", "a", folder=tmp_path / "run")
     run.log_params({"storage": "s3://key:secret@bucket"})
     run.set_tags({"lorat.failure": "no answer from s3://bucket?secret_key=secret&scheme=http"})
     run.set_description("see https://me:secret@wiki/page")
@@ -100,7 +100,7 @@ def test_only_what_the_journal_itself_put_there_is_uploaded_and_deleted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As others can write into a run's folder, or leave one for us."""
-    run = tracking.open_run("lorat", "a", folder=tmp_path / "run")
+    run = recording.open_run("lorat", "a", folder=tmp_path / "run")
     own, secret = run.journal, tmp_path / "others" / "secret.txt"
     secret.parent.mkdir()
     secret.write_text("secret")
@@ -157,7 +157,7 @@ def test_links_in_what_is_recorded_are_not_followed(
     (report / "folder").symlink_to(tmp_path)
     os.mkfifo(report / "pipe")
     (tmp_path / "link").symlink_to(secret)
-    with tracking.open_run("lorat", "a", folder=tmp_path / "run") as run:
+    with recording.open_run("lorat", "a", folder=tmp_path / "run") as run:
         run.log_artifact(report)
         run.log_artifact(tmp_path / "link")
     client, run_id = connect(), run.wait_for_id()
@@ -174,8 +174,8 @@ def test_records_that_no_disk_takes_are_said_to_be_lost(
 ) -> None:
     monkeypatch.setattr(journal, "MAX_WAITING", 5)
     for name in ("NOT_WRITTEN", "LOST"):
-        monkeypatch.setattr(tracking, name, Trouble())
-    run = tracking.open_run("lorat", "a", folder=tmp_path)
+        monkeypatch.setattr(recording, name, Trouble())
+    run = recording.open_run("lorat", "a", folder=tmp_path)
     run.flush()
     (run.journal.folder / "journal.jsonl").unlink()
     (run.journal.folder / "journal.jsonl").mkdir()  # nobody can append now
@@ -190,7 +190,7 @@ def test_many_runs_have_one_trouble(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
-    runs = [tracking.open_run("lorat", name, folder=tmp_path / name) for name in "abc"]
+    runs = [recording.open_run("lorat", name, folder=tmp_path / name) for name in "abc"]
     wait_until("that all have tried", lambda: all(run._failed_attempts for run in runs))
     say_what_is_left([run.end(timeout_s=0.0) for run in runs])
     assert caplog.text.count("cannot be reached") == 1
@@ -202,12 +202,12 @@ def test_many_runs_have_one_trouble(
 def test_a_server_that_hangs_is_said_before_the_call_gives_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking, "SILENT_S", 0.2)
+    monkeypatch.setattr(recording, "SILENT_S", 0.2)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        run = tracking.open_run("lorat", "a", folder=tmp_path)
+        run = recording.open_run("lorat", "a", folder=tmp_path)
 
         def said() -> bool:
             run.log_metrics({"loss": 1.0}, step=0)

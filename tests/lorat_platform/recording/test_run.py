@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lorat_platform.recording import run as tracking
+from lorat_platform.recording import run as recording
 from lorat_platform.recording.store import connect, ensure_experiment, tracking_uri
 from tests.mlflow_runs import find_runs, history
 from tests.mlflow_server import Server
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("own_store")
 def test_default_store_is_in_the_home_folder_with_artefacts_beside_it(own_store: Path) -> None:
     (own_store / "mlflow.db").unlink()
     assert tracking_uri() == f"sqlite:///{own_store}/mlflow.db"
-    with tracking.open_run("lorat", "a") as run:
+    with recording.open_run("lorat", "a") as run:
         run.log_bytes(b"hello", "plots/a.txt")
     assert (own_store / "mlflow.db").exists()
     assert [p.read_bytes() for p in (own_store / "mlartifacts").rglob("a.txt")] == [b"hello"]
@@ -31,7 +31,7 @@ def test_store_of_the_environment_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_store: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
-    with tracking.open_run("lorat", "a"):
+    with recording.open_run("lorat", "a"):
         pass
     assert (tmp_path / "other.db").exists()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
@@ -39,7 +39,7 @@ def test_store_of_the_environment_is_used(
 
 
 def test_metrics_params_tags_and_status_arrive(tmp_path: Path) -> None:
-    with tracking.open_run(
+    with recording.open_run(
         "lorat", "first", folder=tmp_path / "run", tags={"variant": "N-112"}, description="# Hello"
     ) as run:
         run.log_metrics({"train/loss": 2.0, "val/P@20": 0.5}, step=3)
@@ -60,23 +60,23 @@ def test_a_user_without_a_name_is_known_by_number(monkeypatch: pytest.MonkeyPatc
         raise KeyError("getpwuid(): uid not found: 1234")
 
     monkeypatch.setattr("getpass.getuser", nobody)
-    assert tracking.user_name() == str(os.getuid())
+    assert recording.user_name() == str(os.getuid())
 
 
 def test_exception_marks_the_run_as_failed(tmp_path: Path) -> None:
     with (
         pytest.raises(RuntimeError, match="broken"),
-        tracking.open_run("lorat", "a", folder=tmp_path) as run,
+        recording.open_run("lorat", "a", folder=tmp_path) as run,
     ):
         raise RuntimeError("broken")
     assert connect().get_run(run.wait_for_id()).info.status == "FAILED"
 
 
 def test_restart_with_the_same_folder_continues_the_same_run(tmp_path: Path) -> None:
-    with tracking.open_run("lorat", "a", folder=tmp_path) as first:
+    with recording.open_run("lorat", "a", folder=tmp_path) as first:
         first.log_metrics({"loss": 1.0}, step=0)
         first.log_params({"workers": 1})
-    second = tracking.open_run("lorat", "a", folder=tmp_path)
+    second = recording.open_run("lorat", "a", folder=tmp_path)
     second.flush()
     assert connect().get_run(second.wait_for_id()).info.status == "RUNNING"
     second.log_metrics({"loss": 0.5}, step=1)
@@ -90,8 +90,8 @@ def test_restart_with_the_same_folder_continues_the_same_run(tmp_path: Path) -> 
 
 
 def test_children_find_a_parent_that_arrives_later(tmp_path: Path) -> None:
-    parent = tracking.open_run("search", "parent", folder=tmp_path / "parent")
-    with tracking.open_run(
+    parent = recording.open_run("search", "parent", folder=tmp_path / "parent")
+    with recording.open_run(
         "search", "child", folder=tmp_path / "child", parent_run_id=parent.reference
     ) as child:
         pass
@@ -103,20 +103,20 @@ def test_children_find_a_parent_that_arrives_later(tmp_path: Path) -> None:
 def test_deleted_experiment_comes_back_instead_of_losing_metrics(tmp_path: Path) -> None:
     client = connect()
     client.delete_experiment(ensure_experiment(client, "lorat", tracking_uri()))
-    with tracking.open_run("lorat", "a", folder=tmp_path) as run:
+    with recording.open_run("lorat", "a", folder=tmp_path) as run:
         run.log_metrics({"loss": 1.0}, step=0)
     assert history(run.wait_for_id(), "loss") == {0: 1.0}
 
 
 WRITER = """
 import sys
-from lorat_platform.recording import run as tracking
+from lorat_platform.recording import run as recording
 number, count, folder, barrier = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 open(f"{barrier}/{number}", "w").close()
 import os, time
 while len(os.listdir(barrier)) < count:
     time.sleep(0.01)
-run = tracking.open_run(f"crowd of {count}", f"trial {number}", folder=folder)
+run = recording.open_run(f"crowd of {count}", f"trial {number}", folder=folder)
 for step in range(200):
     run.log_metrics({"loss": number + step, "ao": step}, step)
     if step % 20 == 0:

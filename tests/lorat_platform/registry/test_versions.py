@@ -22,9 +22,9 @@ from lorat.model.network import build_model
 from lorat.tracking.tracker import Tracker
 from lorat_platform.recording.run import open_run
 from lorat_platform.recording.store import connect
-from lorat_platform.registry import versions as registry
+from lorat_platform.registry import versions
 from lorat_platform.registry.package import input_example
-from lorat_platform.runs import checkpoints as checkpoint_store
+from lorat_platform.runs import checkpoints
 from tests.constant_trackers import random_tracker
 from tests.mlflow_home import make_home
 from tests.object_store import KEYS, object_store
@@ -46,7 +46,7 @@ def home(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module")
 def registered(home: Path) -> dict[str, str]:
     with open_run("lorat", "training") as run:
-        version = registry.register(
+        version = versions.register(
             random_tracker(),
             run_id=run.wait_for_id(),
             datasets={"got10k-train": "0123abcd"},
@@ -152,7 +152,7 @@ def test_clean_process_without_the_repository_tracks_a_video(
     columns, rows = json.loads(result.stdout.splitlines()[-1])
     assert columns == ["x1", "y1", "x2", "y2", "score"]
     assert rows[0] == [*box, 1.0]
-    tracker = Tracker(registry.load("models:/lorat@champion"))
+    tracker = Tracker(versions.load("models:/lorat@champion"))
     tracker.init(frames[0], box)
     for frame, row in zip(frames[1:], rows[1:], strict=True):
         found, score = tracker.update(frame)
@@ -182,7 +182,7 @@ def test_every_name_of_a_model_gives_the_same_weights(
         "model id": f"models:/{model_id}",
         "download": str(files_of(registered["version"])),
     }[form]
-    found = registry.load(uri).state_dict()
+    found = versions.load(uri).state_dict()
     for name, value in random_tracker().merge().state_dict().items():
         assert torch.equal(found[name], value), name
 
@@ -191,10 +191,10 @@ def test_a_damaged_file_of_a_registered_model_is_refused(
     registered: dict[str, str], home: Path
 ) -> None:
     uri = f"models:/lorat/{registered['version']}"
-    expected = {n: v.clone() for n, v in registry.load(uri).state_dict().items()}  # no file's map
+    expected = {n: v.clone() for n, v in versions.load(uri).state_dict().items()}  # no file's map
     (copy,) = (home / "models").iterdir()
     flip_a_bit(copy / "model.safetensors")
-    for name, value in registry.load(uri).state_dict().items():  # the copy was fetched anew
+    for name, value in versions.load(uri).state_dict().items():  # the copy was fetched anew
         assert torch.equal(value, expected[name])
     stored = files_of(registered["version"]) / "artifacts" / "bundle"
     for file in stored.iterdir():
@@ -202,10 +202,10 @@ def test_a_damaged_file_of_a_registered_model_is_refused(
         flip_a_bit(file)
         shutil.rmtree(copy)
         with pytest.raises(UserError, match="is damaged"):
-            registry.load(uri)
+            versions.load(uri)
         file.write_bytes(written)
     shutil.rmtree(copy)
-    registry.load(uri)
+    versions.load(uri)
 
 
 def flip_a_bit(file: Path) -> None:
@@ -218,7 +218,7 @@ def test_checkpoint_folder_is_loaded_with_its_adapters(tmp_path: Path) -> None:
     config = TrainConfig(variant="N-112", backbone="none")
     model = build_model(config)
     save(model, config, tmp_path / "checkpoint")
-    found = registry.load(tmp_path / "checkpoint")
+    found = versions.load(tmp_path / "checkpoint")
     assert found.lora is not None
     assert torch.equal(found.head.state_dict()["cls_mlp.layers.0.weight"],
                        model.head.state_dict()["cls_mlp.layers.0.weight"])  # fmt: skip
@@ -234,21 +234,21 @@ def test_checkpoint_in_an_object_store_is_fetched_once(
     save(model, config, tmp_path / "checkpoint")
     with object_store() as store:
         run = locate(store.uri("run"))
-        checkpoint_store.upload(tmp_path / "checkpoint", run, "step-00000020")
+        checkpoints.upload(tmp_path / "checkpoint", run, "step-00000020")
         uri = run.child("step-00000020").uri
-        found = registry.load(uri)
-        assert registry.resolve(uri) == registry.resolve(uri)
+        found = versions.load(uri)
+        assert versions.resolve(uri) == versions.resolve(uri)
         with pytest.raises(UserError, match="There is no checkpoint at s3://"):
-            registry.resolve(run.child("step-00000040").uri)
+            versions.resolve(run.child("step-00000040").uri)
     assert torch.equal(found.head.state_dict()["cls_mlp.layers.0.weight"],
                        model.head.state_dict()["cls_mlp.layers.0.weight"])  # fmt: skip
 
 
 def test_an_alias_is_pinned_to_the_version_that_it_means_now(registered: dict[str, str]) -> None:
     version = f"models:/lorat/{registered['version']}"
-    assert registry.pinned("models:/lorat@candidate") == version
+    assert versions.pinned("models:/lorat@candidate") == version
     for fixed in (version, f"runs:/{registered['run_id']}/model", "/checkpoints/a"):
-        assert registry.pinned(fixed) == fixed
+        assert versions.pinned(fixed) == fixed
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_an_alias_is_pinned_to_the_version_that_it_means_now(registered: dict[st
 )
 def test_missing_model_is_one_sentence(uri: str, message: str, registered: dict[str, str]) -> None:
     with pytest.raises(UserError, match=message):
-        registry.resolve(uri)
+        versions.resolve(uri)
 
 
 def test_failed_registration_leaves_no_version(
@@ -278,6 +278,6 @@ def test_failed_registration_leaves_no_version(
     monkeypatch.setattr(lorat_platform.registry.package, "package", broken)
     before = len(connect().search_model_versions("name='lorat'"))
     with pytest.raises(OSError, match="no space"):
-        registry.register(random_tracker(), run_id=registered["run_id"])
+        versions.register(random_tracker(), run_id=registered["run_id"])
     assert len(connect().search_model_versions("name='lorat'")) == before
     assert connect().get_model_version_by_alias("lorat", "candidate").version in (1, "1")

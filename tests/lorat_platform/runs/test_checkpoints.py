@@ -13,7 +13,7 @@ import pytest
 from lorat.errors import UserError
 from lorat.files import scratch
 from lorat.files.storage import Location, locate
-from lorat_platform.runs import checkpoints as checkpoint_store
+from lorat_platform.runs import checkpoints
 from lorat_platform.runs.checkpoints import MANIFEST, SNAPSHOT
 from tests.object_store import KEYS, object_store
 
@@ -30,20 +30,20 @@ def local(tmp_path: Path) -> Path:
 def test_an_uploaded_checkpoint_is_complete_and_the_newest(tmp_path: Path, local: Path) -> None:
     run = locate(tmp_path / "run")
     run.make()
-    assert checkpoint_store.newest(run) is None
+    assert checkpoints.newest(run) is None
     for step in (20, 100, 40):
-        checkpoint_store.upload(local, run, checkpoint_store.name_of(step))
-    assert checkpoint_store.newest(run) == "step-00000100"
-    assert checkpoint_store.names(run) == ["step-00000020", "step-00000040", "step-00000100"]
-    assert checkpoint_store.step_of("step-00000100") == 100
+        checkpoints.upload(local, run, checkpoints.name_of(step))
+    assert checkpoints.newest(run) == "step-00000100"
+    assert checkpoints.names(run) == ["step-00000020", "step-00000040", "step-00000100"]
+    assert checkpoints.step_of("step-00000100") == 100
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "no manifest", "half manifest"])
 def test_an_incomplete_folder_is_no_checkpoint(tmp_path: Path, local: Path, damage: str) -> None:
     run = locate(tmp_path / "run")
     run.make()
-    checkpoint_store.upload(local, run, "step-00000020")
-    checkpoint_store.upload(local, run, "step-00000040")
+    checkpoints.upload(local, run, "step-00000020")
+    checkpoints.upload(local, run, "step-00000040")
     broken = tmp_path / "run" / "step-00000040"
     if damage == "cut":
         (broken / "head.safetensors").write_bytes(b"h")
@@ -53,9 +53,9 @@ def test_an_incomplete_folder_is_no_checkpoint(tmp_path: Path, local: Path, dama
         (broken / MANIFEST).unlink()
     else:
         (broken / MANIFEST).write_text('{"files": {"head')
-    assert checkpoint_store.newest(run) == "step-00000020"
-    checkpoint_store.upload(local, run, "step-00000040")
-    assert checkpoint_store.newest(run) == "step-00000040"
+    assert checkpoints.newest(run) == "step-00000020"
+    checkpoints.upload(local, run, "step-00000040")
+    assert checkpoints.newest(run) == "step-00000040"
 
 
 def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_intact(
@@ -63,7 +63,7 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_intact(
 ) -> None:
     run = locate(tmp_path / "run")
     run.make()
-    checkpoint_store.upload(local, run, "step-00000020")
+    checkpoints.upload(local, run, "step-00000020")
 
     def full(source: object, target: Path) -> None:
         Path(target).mkdir()
@@ -72,7 +72,7 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_intact(
 
     monkeypatch.setattr(shutil, "copytree", full)
     with pytest.raises(UserError, match="No space left on device; step-00000020 is intact"):
-        checkpoint_store.upload(local, run, "step-00000040")
+        checkpoints.upload(local, run, "step-00000040")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["step-00000020"]
 
 
@@ -83,15 +83,15 @@ def test_an_unreachable_store_is_said_and_leaves_the_last_checkpoint_intact(
         monkeypatch.setenv(name, value)
     with object_store() as store:
         run = locate(store.uri("run"))
-        checkpoint_store.upload(local, run, "step-00000020")
-        assert checkpoint_store.newest(run) == "step-00000020"
+        checkpoints.upload(local, run, "step-00000020")
+        assert checkpoints.newest(run) == "step-00000020"
         store.pause()
         with pytest.raises(UserError, match=r"step-00000040 cannot be written .* is intact"):
-            checkpoint_store.upload(local, run, "step-00000040")
+            checkpoints.upload(local, run, "step-00000040")
         store.resume()
-        assert checkpoint_store.names(run) == ["step-00000020"]
-        checkpoint_store.upload(local, run, "step-00000040")
-        assert checkpoint_store.newest(run) == "step-00000040"
+        assert checkpoints.names(run) == ["step-00000020"]
+        checkpoints.upload(local, run, "step-00000040")
+        assert checkpoints.newest(run) == "step-00000040"
 
 
 def test_a_damaged_list_of_checkpoints_is_dropped_and_a_good_one_kept(
@@ -99,25 +99,25 @@ def test_a_damaged_list_of_checkpoints_is_dropped_and_a_good_one_kept(
 ) -> None:
     run = locate(tmp_path / "run")
     run.make()
-    checkpoint_store.upload(local, run, "step-00000020")
+    checkpoints.upload(local, run, "step-00000020")
     snapshot = tmp_path / "run" / SNAPSHOT
     entry = {"checkpoint_dir_name": "step-00000020", "metrics": {"val/ao": 0.5}}
     snapshot.write_text(json.dumps({"checkpoint_results": [entry]}))
-    checkpoint_store.repair(run)
-    assert checkpoint_store.registered(run) == {"step-00000020": {"val/ao": 0.5}}
+    checkpoints.repair(run)
+    assert checkpoints.registered(run) == {"step-00000020": {"val/ao": 0.5}}
     for content in ("", '{"checkpoint_results": [', json.dumps({"checkpoint_results": [
         entry | {"checkpoint_dir_name": "step-00000099"}]})):  # fmt: skip
         snapshot.write_text(content)
         (tmp_path / "run" / ".part-step-00000040").mkdir()
-        checkpoint_store.repair(run)
+        checkpoints.repair(run)
         assert not snapshot.exists()
         assert not (tmp_path / "run" / ".part-step-00000040").exists()
-    assert checkpoint_store.newest(run) == "step-00000020"
+    assert checkpoints.newest(run) == "step-00000020"
 
 
 def upload_three(run: Location, local: Path) -> None:
     for step in (20, 40, 60):
-        checkpoint_store.upload(local, run, checkpoint_store.name_of(step))
+        checkpoints.upload(local, run, checkpoints.name_of(step))
 
 
 @pytest.mark.parametrize("what", ["manifest", "file", "all but the manifest"])
@@ -130,10 +130,10 @@ def test_what_a_kill_left_of_a_deletion_is_removed(tmp_path: Path, local: Path, 
         keeps = {"manifest": path.name != MANIFEST, "file": path.parent == half}
         if not keeps.get(what, path.name == MANIFEST):
             path.unlink()
-    assert checkpoint_store.parts(run) == ["step-00000020"]
-    checkpoint_store.repair(run)
+    assert checkpoints.parts(run) == ["step-00000020"]
+    checkpoints.repair(run)
     assert not half.exists()
-    assert checkpoint_store.names(run) == ["step-00000040", "step-00000060"]
+    assert checkpoints.names(run) == ["step-00000040", "step-00000060"]
 
 
 def test_a_damaged_checkpoint_with_all_its_files_is_left_to_its_owner(
@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_with_all_its_files_is_left_to_its_owner(
     upload_three(run, local)
     for content in (b"\xff\x00", b"[]", b'{"files": 3}', b'{"files": {"../x": 1}}'):
         (tmp_path / "run" / "step-00000020" / MANIFEST).write_bytes(content)
-        checkpoint_store.repair(run)
+        checkpoints.repair(run)
         assert (tmp_path / "run" / "step-00000020").exists()
 
 
@@ -162,13 +162,13 @@ def test_a_deletion_that_is_killed_leaves_no_half_checkpoint_in_view(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint_store.delete(run, "step-00000020")
-    assert checkpoint_store.names(run) == ["step-00000040", "step-00000060"]
-    assert not checkpoint_store.parts(run)
+            checkpoints.delete(run, "step-00000020")
+    assert checkpoints.names(run) == ["step-00000040", "step-00000060"]
+    assert not checkpoints.parts(run)
     (left,) = (tmp_path / "run").glob(".deleted-*")
     gone = scratch.Process(scratch.machine(), os.getpid(), "1").mark()  # the process is dead by now
     left.rename(left.with_name(f".deleted-step-00000020{gone}abc"))
-    checkpoint_store.repair(run)
+    checkpoints.repair(run)
     assert not list((tmp_path / "run").glob(".deleted-*"))
 
 
@@ -188,9 +188,9 @@ def test_what_a_kill_left_of_a_deletion_in_an_object_store_is_removed(
         with monkeypatch.context() as patch:
             patch.setattr(Location, "delete_folder", killed)
             with pytest.raises(KeyboardInterrupt):
-                checkpoint_store.delete(run, "step-00000020")
+                checkpoints.delete(run, "step-00000020")
         assert run.exists("step-00000020")
-        assert checkpoint_store.names(run) == ["step-00000040", "step-00000060"]
-        checkpoint_store.repair(run)
+        assert checkpoints.names(run) == ["step-00000040", "step-00000060"]
+        checkpoints.repair(run)
         assert not run.exists("step-00000020")
-        assert checkpoint_store.names(run) == ["step-00000040", "step-00000060"]
+        assert checkpoints.names(run) == ["step-00000040", "step-00000060"]

@@ -27,7 +27,7 @@ from lorat.files import storage
 from lorat_platform import cluster
 from lorat_platform.recording.store import connect
 from lorat_platform.runs.claim import announcements
-from lorat_platform.search import driver as search
+from lorat_platform.search import driver
 from lorat_platform.search import plan as search_plan
 from lorat_platform.search.driver import run_search
 from lorat_platform.search.plan import REQUEST_FILE, SearchOptions, make_plan
@@ -365,14 +365,14 @@ def test_a_second_driver_of_a_search_is_refused(data: Data) -> None:
     request = {"options": dataclasses.asdict(plan.options), "config": to_dict(plan.space.base)}
     location.write_bytes(REQUEST_FILE, json.dumps(request).encode())
     token = announce(location, FOREIGN, age_s=5)
-    for start in (lambda: search.resume_search("driven"), lambda: run_search(plan)):
+    for start in (lambda: driver.resume_search("driven"), lambda: run_search(plan)):
         with pytest.raises(UserError, match="search driven is driven by process 7 on elsewhere"):
             start()
     location.delete(f"driver-{token}.json")
     with pytest.raises(UserError, match="There is a search driven"):
         run_search(plan)
     with pytest.raises(UserError, match="had not begun"):
-        search.resume_search("driven")
+        driver.resume_search("driven")
 
 
 def test_the_mark_of_the_driver_is_taken_away(outcome: SearchOutcome) -> None:
@@ -399,7 +399,7 @@ def test_a_snapshot_that_is_damaged_is_left_as_it_is(
         snapshot.write_text(json.dumps(content))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"cannot be taken up .* and is left as it is"):
-        search.resume_search("whole", str(tmp_path))
+        driver.resume_search("whole", str(tmp_path))
     kept = {path: path.read_bytes() for path in before}
     assert kept == before
     assert len(list(folder.glob("trial-*"))) == 8, "no trial was begun"
@@ -407,4 +407,4 @@ def test_a_snapshot_that_is_damaged_is_left_as_it_is(
 
 def test_a_search_that_does_not_exist_cannot_be_resumed(data: Data) -> None:
     with pytest.raises(UserError, match="no search nothing"):
-        search.resume_search("nothing")
+        driver.resume_search("nothing")

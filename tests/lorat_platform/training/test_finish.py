@@ -13,7 +13,7 @@ from lorat_platform.recording.remote import RemoteRun
 from lorat_platform.recording.run import open_run
 from lorat_platform.recording.store import connect
 from lorat_platform.runs.record import RunRecord
-from lorat_platform.training import finish as completion
+from lorat_platform.training import finish
 from lorat_platform.training.finish import TrainingResult
 from tests.constant_trackers import random_tracker
 
@@ -49,7 +49,7 @@ def test_a_model_that_was_registered_before_a_kill_is_not_registered_again(
 
     def register() -> str:
         datasets = Datasets(train=(), val=(), fingerprints={})
-        return completion._register(random_tracker(), result, datasets, run, record, {})[1]
+        return finish._register(random_tracker(), result, datasets, run, record, {})[1]
 
     client = connect()
     assert register() == "1"

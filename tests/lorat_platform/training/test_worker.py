@@ -14,7 +14,7 @@ from lorat.files.storage import locate
 from lorat.learning.learner import Learner, World
 from lorat.learning.loop import run
 from lorat_platform.cluster.console import Console
-from lorat_platform.runs import checkpoints as checkpoint_store
+from lorat_platform.runs import checkpoints
 from lorat_platform.runs.claim import Lease
 from lorat_platform.training.worker import WorkerSetup, _Upload, make_learner
 
@@ -45,7 +45,7 @@ def test_start_weights_are_only_asked_for_without_a_checkpoint(tmp_path: Path) -
     trained.save(tmp_path / "local")
     folder = locate(tmp_path / "run")
     folder.make()
-    checkpoint_store.upload(tmp_path / "local", folder, "step-00000003")
+    checkpoints.upload(tmp_path / "local", folder, "step-00000003")
     gone = setup(tmp_path / "run", str(tmp_path / "gone"))
     learner = make_learner(gone, World(), "step-00000003")
     assert learner.step == 3
@@ -72,5 +72,5 @@ def test_a_checkpoint_of_a_driver_that_lost_the_run_is_not_written(tmp_path: Pat
     said = r"has taken .*run over from the driver of this one"
     with Lease(folder, "The run mine", "wait").claim(), pytest.raises(UserError, match=said):
         _Upload(folder, lease.token, ())(checkpoint, "step-00000010")
-    assert checkpoint_store.names(folder) == ["step-00000005"]
+    assert checkpoints.names(folder) == ["step-00000005"]
     lease.release()

@@ -23,7 +23,7 @@ from lorat.learning.learner import Learner, World
 from lorat.learning.loop import run
 from lorat_platform.cluster.process_group import PrivateTorchConfig
 from lorat_platform.failures import user_message
-from lorat_platform.runs import checkpoints as checkpoint_store
+from lorat_platform.runs import checkpoints
 from lorat_platform.search.trial.measure import measure
 from lorat_platform.search.trial.process import (
     batch_source,
@@ -157,11 +157,11 @@ def _worker(work: RungWork) -> None:
     device = prepare_process(work.setup)
     world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=device)
     config, folder, progress = work.config, work.folder, work.progress
-    last = checkpoint_store.newest(folder)
+    last = checkpoints.newest(folder)
     with temporary_folder() as name, open_cache(config, work.setup) as cache:
-        resume = checkpoint_store.download(folder, last, name) if last else None
+        resume = checkpoints.download(folder, last, name) if last else None
         start_step = work.setup.rungs.steps[work.rung - 1] if work.rung else 0
-        if last and resume is not None and (checkpoint_store.step_of(last) or 0) > start_step:
+        if last and resume is not None and (checkpoints.step_of(last) or 0) > start_step:
             # Saved within this rung, or at its end, where there is nothing left to train.
             saved = read_progress(resume)
             progress.loss_sum, progress.loss_steps = saved.loss_sum, saved.loss_steps

@@ -21,7 +21,7 @@ from lorat.files.scratch import temporary_folder
 from lorat.learning.learner import Learner, World
 from lorat.learning.loop import Hooks, run
 from lorat.learning.tail_average import TailAverage
-from lorat_platform.runs import checkpoints as checkpoint_store
+from lorat_platform.runs import checkpoints
 from lorat_platform.search.rungs import HISTORY
 from lorat_platform.search.trial.measure import measure
 from lorat_platform.search.trial.process import (
@@ -94,9 +94,9 @@ def save_state(
         learner.save(name)
         average.save(name)
         _write_progress(progress, name)
-        checkpoint_store.upload(name, folder, checkpoint_store.name_of(learner.step))
-    for old in checkpoint_store.names(folder)[:-2]:
-        checkpoint_store.delete(folder, old)
+        checkpoints.upload(name, folder, checkpoints.name_of(learner.step))
+    for old in checkpoints.names(folder)[:-2]:
+        checkpoints.delete(folder, old)
 
 
 def _write_progress(progress: Progress, folder: Path) -> None:
@@ -116,7 +116,7 @@ def read_progress(folder: Path | None) -> Progress:
 def trial_folder(setup: TrialSetup) -> storage.Location:
     """Return where this trial keeps what Ray Tune does not."""
     trial_id = tune.get_context().get_trial_id()
-    return storage.locate(setup.folder).child(checkpoint_store.BETWEEN_RUNGS).child(str(trial_id))
+    return storage.locate(setup.folder).child(checkpoints.BETWEEN_RUNGS).child(str(trial_id))
 
 
 def training_hooks(
@@ -176,10 +176,10 @@ def _saved_state(setup: TrialSetup) -> Iterator[tuple[Path | None, Progress]]:
             folder = Path(stack.enter_context(checkpoint.as_directory()))
         progress = read_progress(folder)
         step = setup.rungs.steps[len(progress.history) - 1] if progress.history else 0
-        later = checkpoint_store.newest(trial_folder(setup))
-        if later is not None and (checkpoint_store.step_of(later) or 0) > step:
+        later = checkpoints.newest(trial_folder(setup))
+        if later is not None and (checkpoints.step_of(later) or 0) > step:
             scratch = stack.enter_context(temporary_folder())
-            folder = checkpoint_store.download(trial_folder(setup), later, scratch)
+            folder = checkpoints.download(trial_folder(setup), later, scratch)
             # Times are the rung's: what was trained since is counted by nobody.
             saved = read_progress(folder)
             progress.loss_sum, progress.loss_steps = saved.loss_sum, saved.loss_steps

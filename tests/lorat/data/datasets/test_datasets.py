@@ -10,7 +10,7 @@ import pytest
 
 from lorat.data import datasets
 from lorat.data.datasets import Findings
-from lorat.data.shards import images as shards
+from lorat.data.shards import images
 from lorat.errors import UserError
 from tests.lorat import layouts
 from tests.lorat.loading import load_all, to_shards
@@ -150,7 +150,7 @@ def test_trackingnet_sorts_by_number_and_clips(tmp_path: Path) -> None:
     assert index.num_tracks == 2
     rows = frames_of(index, "video-0")
     assert index.frame_number[rows].tolist() == list(range(12))
-    reader = shards.ImageReader(index)
+    reader = images.ImageReader(index)
     data = (tmp_path / "tn" / "TRAIN_0" / "frames" / "video-0" / "10.jpg").read_bytes()
     assert reader.read(rows.start + 10) == data
     np.testing.assert_array_equal(index.box[rows][5], [80, 50, 96, 72])
@@ -233,7 +233,7 @@ def test_a_damaged_image_of_an_evaluation_set_is_replaced_by_the_one_before(
     source = datasets.Tnl2k(source=tmp_path / "tnl2k", split="test")
     index, findings = to_shards(source, tmp_path / "out")
     assert index.frame_number.tolist() == list(range(1, 13))
-    reader = shards.ImageReader(index)
+    reader = images.ImageReader(index)
     np.testing.assert_array_equal(reader.decode(7), reader.decode(6))
     np.testing.assert_allclose(index.box[7], [24, 19, 54, 43])
     assert any(f.action == "repaired" and f.frames == (8,) for f in findings)

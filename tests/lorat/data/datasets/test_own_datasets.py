@@ -10,7 +10,7 @@ import pytest
 
 from lorat.data import datasets
 from lorat.data.datasets import Findings
-from lorat.data.shards import images as shards
+from lorat.data.shards import images
 from lorat.errors import UserError
 from tests.lorat import layouts
 from tests.lorat.loading import load_all, to_shards
@@ -139,7 +139,7 @@ def test_video_files(tmp_path: Path) -> None:
     index, findings = to_shards(datasets.Video(source=tmp_path / "videos"), tmp_path / "out")
     assert [index.sequence(t) for t in range(index.num_tracks)] == ["one", "two"]
     assert index.num_frames == 12
-    image = shards.ImageReader(index).decode(3)
+    image = images.ImageReader(index).decode(3)
     assert np.abs(image.astype(int) - layouts.picture(3)[..., ::-1]).mean() < 8
     whys = {f.sequence: f.why for f in findings}
     assert "ends 3 frames before" in whys["two"]

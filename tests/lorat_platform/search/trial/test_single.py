@@ -22,10 +22,7 @@ from lorat.learning.tail_average import TailAverage
 from lorat_platform.runs.checkpoints import BETWEEN_RUNGS
 from lorat_platform.search.rungs import Rungs
 from lorat_platform.search.space import build_space
-from lorat_platform.search.trial import group as trial_group
-from lorat_platform.search.trial import measure
-from lorat_platform.search.trial import process as trial_work
-from lorat_platform.search.trial import single as trial
+from lorat_platform.search.trial import group, measure, process, single
 from lorat_platform.search.trial.progress import TrialSetup
 from tests.small_shards import make_shards
 
@@ -109,7 +106,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> TrialSetup:
 @pytest.fixture
 def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setup: TrialSetup) -> Tune:
     fake = Tune(tmp_path)
-    monkeypatch.setattr(trial, "tune", fake)
+    monkeypatch.setattr(single, "tune", fake)
     monkeypatch.setenv("LORAT_CROP_CACHE", str(tmp_path / "crops"))
     shutil.rmtree(Path(setup.folder) / BETWEEN_RUNGS, ignore_errors=True)
     return fake
@@ -121,7 +118,7 @@ def scores(reports: list[dict[str, Any]]) -> list[tuple[float, ...]]:
 
 
 def test_a_trial_reports_every_rung(tune: Tune, setup: TrialSetup) -> None:
-    trial.run_trial(VALUES, setup)
+    single.run_trial(VALUES, setup)
     assert [(r["step"], r["budget"]) for r in tune.reports] == [(4, 1), (12, 3)]
     last = tune.reports[-1]
     assert [h["budget"] for h in last["history"]] == [1, 3]
@@ -148,8 +145,8 @@ def test_a_rung_is_judged_by_the_mean_of_its_last_weights_and_the_last_by_its_ow
         return {"ao": 0.5}
 
     monkeypatch.setattr(TailAverage, "add", noting_add)
-    monkeypatch.setattr(trial_work, "validate", validate)
-    trial.run_trial(VALUES, setup)
+    monkeypatch.setattr(process, "validate", validate)
+    single.run_trial(VALUES, setup)
     torch.testing.assert_close(judged[0], (weights[3] + weights[4]) / 2)
     assert not torch.equal(weights[3], weights[4])
     assert torch.equal(judged[1], weights[12])
@@ -159,13 +156,13 @@ def test_a_trial_that_dies_anywhere_ends_like_an_uninterrupted_one(
     tune: Tune, setup: TrialSetup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     setup = dataclasses.replace(setup, sum_every=3)
-    trial.run_trial(VALUES, setup)
+    single.run_trial(VALUES, setup)
     expected = scores(tune.reports)
 
     interrupted = Tune(tmp_path / "again")
-    monkeypatch.setattr(trial, "tune", interrupted)
+    monkeypatch.setattr(single, "tune", interrupted)
     shutil.rmtree(Path(setup.folder) / BETWEEN_RUNGS)
-    whole_run = trial.run
+    whole_run = single.run
     for deadly_step in (2, 3, 7):  # 3 is among the steps whose mean the first rung is judged by
 
         def dying_run(*args: Any, deadly_step: int = deadly_step, **kwargs: Any) -> Any:
@@ -175,17 +172,17 @@ def test_a_trial_that_dies_anywhere_ends_like_an_uninterrupted_one(
                 raise Stopped
             return whole_run(*args, **kwargs)
 
-        monkeypatch.setattr(trial, "run", dying_run)
+        monkeypatch.setattr(single, "run", dying_run)
         with pytest.raises(Stopped):
-            trial.run_trial(VALUES, setup)
+            single.run_trial(VALUES, setup)
     steps: list[int] = []
 
     def noting_run(*args: Any, **kwargs: Any) -> Any:
         steps.append(kwargs["learner"].step)
         return whole_run(*args, **kwargs)
 
-    monkeypatch.setattr(trial, "run", noting_run)
-    trial.run_trial(VALUES, setup)
+    monkeypatch.setattr(single, "run", noting_run)
+    single.run_trial(VALUES, setup)
     assert steps == [7], "it goes on from what was saved between two rungs"
     got = scores(interrupted.reports)
     assert len(got) == 2
@@ -197,7 +194,7 @@ def test_a_trial_that_dies_anywhere_ends_like_an_uninterrupted_one(
 
 
 def test_only_the_last_states_between_rungs_are_kept(tune: Tune, setup: TrialSetup) -> None:
-    trial.run_trial(VALUES, setup)
+    single.run_trial(VALUES, setup)
     kept = sorted(p.name for p in (Path(setup.folder) / BETWEEN_RUNGS / "t1").iterdir())
     assert kept == ["step-00000010", "step-00000011"]
 
@@ -214,13 +211,13 @@ def lone_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LORAT_CROP_CACHE", str(tmp_path / "crops"))
 
 
-def rung_work(setup: TrialSetup, folder: Path, rung: int = 0) -> trial_group.RungWork:
+def rung_work(setup: TrialSetup, folder: Path, rung: int = 0) -> group.RungWork:
     """Return the work of a new trial's group."""
     location = locate(str(folder))
     location.make()
-    return trial_group.RungWork(
+    return group.RungWork(
         config=setup.space.configure(VALUES), setup=setup, rung=rung, folder=location,
-        progress=trial.read_progress(None),
+        progress=single.read_progress(None),
     )  # fmt: skip
 
 
@@ -229,19 +226,19 @@ def test_a_group_that_dies_at_the_end_of_a_rung_goes_on(
     setup: TrialSetup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     whole = rung_work(setup, tmp_path / "whole")
-    trial_group._worker(whole)
+    group._worker(whole)
     expected = json.loads(whole.folder.read_bytes(whole.result_file))["measured"]
 
     def dies(*_: Any) -> dict[str, float]:
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(trial_group, "measure", dies)
+        patch.setattr(group, "measure", dies)
         with pytest.raises(Stopped):
-            trial_group._worker(rung_work(setup, tmp_path / "killed"))
+            group._worker(rung_work(setup, tmp_path / "killed"))
     again = rung_work(setup, tmp_path / "killed")
     assert not again.folder.exists(again.result_file)
-    trial_group._worker(again)
+    group._worker(again)
     got = json.loads(again.folder.read_bytes(again.result_file))["measured"]
     assert got["loss"] == expected["loss"]
     assert got["ao"] == expected["ao"]
@@ -251,9 +248,9 @@ def test_a_group_that_dies_at_the_end_of_a_rung_goes_on(
 def test_a_group_that_dies_within_a_rung_reports_the_loss_of_the_whole_rung(
     setup: TrialSetup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(trial_group, "measure", lambda *a: {"loss": a[3].loss})
+    monkeypatch.setattr(group, "measure", lambda *a: {"loss": a[3].loss})
     losses: dict[str, list[float]] = {}
-    whole_run = trial_group.run
+    whole_run = group.run
 
     def dying_run(*args: Any, **kwargs: Any) -> Any:
         kwargs["end_step"] = 7
@@ -265,11 +262,11 @@ def test_a_group_that_dies_within_a_rung_reports_the_loss_of_the_whole_rung(
             work = rung_work(setup, tmp_path / name, rung)
             if rung == 1 and name == "killed":
                 with monkeypatch.context() as patch:
-                    patch.setattr(trial_group, "run", dying_run)
+                    patch.setattr(group, "run", dying_run)
                     with pytest.raises(Stopped):
-                        trial_group._worker(work)
-                work = dataclasses.replace(work, progress=trial.read_progress(None))
-            trial_group._worker(work)
+                        group._worker(work)
+                work = dataclasses.replace(work, progress=single.read_progress(None))
+            group._worker(work)
             measured = json.loads(work.folder.read_bytes(work.result_file))["measured"]
             losses.setdefault(name, []).append(measured["loss"])
     assert losses["killed"] == pytest.approx(losses["whole"], rel=1e-6)
