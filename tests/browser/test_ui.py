@@ -87,7 +87,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
                 run.log_params({"lora": {"rank": 8}})
                 scores = {"val/ao": 0.1}
                 version = registry.register(
-                    model, run_id=run.wait_for_id(), scores=scores, benchmark=[data]
+                    model, run_id=run.wait_for_id(), scores=scores, reference_set=[data]
                 )
                 versions.append(version)
         with cluster.connected("local", num_cpus=2):

@@ -63,7 +63,7 @@ def run_job(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 def register(model: LoRAT, uri: str) -> str:
     with open_run("lorat", "training") as run:
-        return versions.register(model, run_id=run.wait_for_id(), benchmark=[uri])
+        return versions.register(model, run_id=run.wait_for_id(), reference_set=[uri])
 
 
 def test_evaluation_is_complete_in_mlflow(home: Path, uri: str, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_benchmarks_are_remembered_by_whole_addresses(
     monkeypatch.chdir(Path(uri).parent)
     assert promote(version, data=(Path(uri).name,))
     tags = connect().get_model_version("lorat", version).tags
-    assert json.loads(tags["benchmark"]) == [uri]
+    assert json.loads(tags["reference_set"]) == [uri]
 
 
 def test_a_server_that_is_down_is_one_sentence(

@@ -126,7 +126,7 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
     }
     assert {"success.png", "precision.png", "sequences.csv", "report.md"} <= set(report)
     assert {name.split("-")[0] for name in report if name.endswith(".mp4")} == {"best", "worst"}
-    assert json.loads(version.tags["benchmark"]) == [val]
+    assert json.loads(version.tags["reference_set"]) == [val]
 
 
 def test_no_file_page_or_log_of_a_run_holds_a_secret(trained: Trained) -> None:

@@ -43,7 +43,7 @@ def register(
     run_id: str,
     datasets: Mapping[str, str] | None = None,
     scores: Mapping[str, float] | None = None,
-    benchmark: Sequence[str] = (),
+    reference_set: Sequence[str] = (),
     git_revision: str | None = None,
     tags: Mapping[str, Any] | None = None,
 ) -> str:
@@ -54,7 +54,7 @@ def register(
         run_id: the MLflow run that trained it.
         datasets: name -> fingerprint of what it was trained on.
         scores: results of its evaluation, such as ``{"val/ao": 0.61}``.
-        benchmark: URIs of the data sets that the scores are of; a candidate is compared with
+        reference_set: URIs of the data sets that the scores are of; a candidate is compared with
             this model on them.
         git_revision: of the code that trained it.
         tags: more tags of the version.
@@ -70,7 +70,7 @@ def register(
     about: dict[str, str] = {"variant": model.variant.name}
     about |= {f"dataset.{key}": value for key, value in (datasets or {}).items()}
     about |= {f"score.{key}": f"{value:.4f}" for key, value in (scores or {}).items()}
-    about |= {"benchmark": json.dumps(list(benchmark))} if benchmark else {}
+    about |= {"reference_set": json.dumps(list(reference_set))} if reference_set else {}
     about |= {"git_revision": git_revision} if git_revision else {}
     about |= {key: str(value) for key, value in (tags or {}).items()}
 

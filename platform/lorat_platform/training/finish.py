@@ -140,7 +140,7 @@ def _register(
             run_id=run_id,
             datasets=datasets.fingerprints,
             scores={k: v for k, v in scores.items() if "/static_" not in k and "/mil_" not in k},
-            benchmark=benchmark(record.config["val_data"], datasets),
+            reference_set=reference_set(record.config["val_data"], datasets),
             git_revision=record.git_revision,
             tags={"run": record.name},
         )
@@ -163,7 +163,7 @@ def ui_command() -> str:
     return f"mlflow server --backend-store-uri {uri} --port 5000   then http://127.0.0.1:5000"
 
 
-def benchmark(val_data: str | None, datasets: Datasets) -> list[str]:
+def reference_set(val_data: str | None, datasets: Datasets) -> list[str]:
     """Return the addresses on which promotion compares the model: its validation sets.
 
     The synthetic set keeps its name, under which any machine can make it.

@@ -51,7 +51,7 @@ def registered(home: Path) -> dict[str, str]:
             run_id=run.wait_for_id(),
             datasets={"got10k-train": "0123abcd"},
             scores={"val/ao": 0.6123},
-            benchmark=["/data/val"],
+            reference_set=["/data/val"],
             git_revision="deadbeef",
         )
     return {"run_id": run.wait_for_id(), "version": version}
@@ -71,7 +71,7 @@ def test_version_has_alias_and_tags(registered: dict[str, str]) -> None:
         "variant": "N-112",
         "dataset.got10k-train": "0123abcd",
         "score.val/ao": "0.6123",
-        "benchmark": '["/data/val"]',
+        "reference_set": '["/data/val"]',
         "git_revision": "deadbeef",
     }
     assert "mlflow.pyfunc.load_model" in version.description

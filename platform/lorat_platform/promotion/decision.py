@@ -1,0 +1,207 @@
+"""Whether a candidate becomes champion: compared on a reference set, decided, and written down."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorat.config.json_files import parse_json
+from lorat.errors import UserError
+from lorat.files.scratch import temporary_folder
+from lorat.files.storage import locate
+from lorat.metrics import plots
+from lorat.metrics.comparison import Comparison, GateConfig, compare
+from lorat_platform.data.sources import SYNTHETIC
+from lorat_platform.evaluation.report import markdown_table
+from lorat_platform.evaluation.sets import check_distinct, evaluate
+from lorat_platform.evaluation.subject import load_subject
+from lorat_platform.evaluation.workers import EvaluationConfig
+from lorat_platform.promotion import champion
+from lorat_platform.recording.run import Run, user_name
+from lorat_platform.recording.store import connect
+from lorat_platform.registry import versions
+
+log = logging.getLogger(__name__)
+
+MAX_ROUNDS = 5
+"""Comparisons, each with a newer champion, before the candidate is given up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A registered version that may become champion, and on what grounds."""
+
+    name: str
+    """Registered model."""
+    version: str
+    data: tuple[str, ...] = ()
+    """Reference set, shards with full frames; empty means what is on record of the champion."""
+    force: bool = False
+    """Promote whatever the comparison says; this is recorded."""
+    reason: str = ""
+    """Why, for the record."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def reference_set(client: Any, candidate: Candidate, numbers: Sequence[str]) -> list[str]:
+    """Return the URIs to compare on: the given ones, or those on record.
+
+    Raises:
+        UserError: if there are none.
+    """
+    uris = whole_addresses(candidate.data)
+    for number in numbers:
+        if not uris:
+            tags = client.get_model_version(candidate.name, number).tags
+            uris = parse_json(
+                tags.get("reference_set", "[]"),
+                f"The tag reference_set of {candidate.name} version {number}",
+                "give --data, or correct the tag in MLflow",
+                shape=[str],
+            )
+    if not uris:
+        raise UserError(
+            f"No reference set is on record for {candidate.name}; give --data with shards of full "
+            "frames."
+        )
+    return uris
+
+
+def whole_addresses(uris: Sequence[str]) -> list[str]:
+    """Return addresses that hold wherever a later job starts."""
+    return [uri if uri == SYNTHETIC else locate(uri).uri for uri in uris]
+
+
+def overlaps_on(
+    uri_of_model: str, data: Sequence[str], config: EvaluationConfig
+) -> dict[str, float]:
+    """Evaluate a model and return AO per sequence, named with its data set."""
+    from lorat.data import synthetic
+
+    data = [synthetic.ensure(None, "val") if uri == SYNTHETIC else uri for uri in data]
+    check_distinct(data)
+    subject = load_subject(uri_of_model)
+    overlaps: dict[str, float] = {}
+    for uri in data:
+        result = evaluate(subject, uri, config)
+        if not result.evaluations:
+            raise UserError(f"{uri} has no annotation after the first frames; give another --data.")
+        overlaps |= {f"{result.name}/{name}": ao for name, ao in result.overlaps.items()}
+    return overlaps
+
+
+def compare_with(
+    candidate: Candidate, present: str | None, data: Sequence[str]
+) -> Comparison | None:
+    """Compare with the present champion; none if there is none."""
+    if present is None or present == candidate.version:
+        return None
+    return compare(
+        overlaps_on(f"models:/{candidate.name}/{candidate.version}", data, candidate.evaluation),
+        overlaps_on(f"models:/{candidate.name}/{present}", data, candidate.evaluation),
+        candidate.gate,
+    )
+
+
+def promote(candidate: Candidate, run: Run) -> bool:
+    """Compare, decide, move the alias, and record all that; True if promoted."""
+    client = connect()
+    name, version = candidate.name, candidate.version
+    for _ in range(MAX_ROUNDS):
+        present = champion.champion_of(client, name)
+        if present == version:
+            log.info("Version %s of %s is champion already.", version, name)
+            return True
+        comparison, data, note = None, [], ""
+        try:
+            data = reference_set(client, candidate, [present, version] if present else [version])
+            comparison = compare_with(candidate, present, data)
+        except UserError as error:
+            if not candidate.force and present is not None:
+                raise
+            note = f"not compared: {error}"
+        passed = present is None or (comparison is not None and comparison.passed)
+        reason = note if comparison is None else comparison.reason
+        if present is None:
+            reason = "there was no champion"
+        decision = "promoted" if passed else "forced" if candidate.force else "refused"
+        record = {
+            "gate.decision": decision,
+            "gate.reason": reason,
+            "gate.champion": present or "none",
+            "gate.numbers": json.dumps(comparison.numbers() if comparison else {}),
+            "gate.by": user_name(),
+            "gate.note": candidate.reason,
+            "gate.at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "gate.run_id": run.wait_for_id(),
+        }
+        if decision == "refused":
+            for key, value in record.items():
+                client.set_model_version_tag(name, version, key, value)
+            done = True
+        else:
+            done = champion.promote(
+                name,
+                version,
+                expected_champion=present,
+                tags=record | ({"reference_set": json.dumps(data)} if data else {}),
+                by="force" if decision == "forced" else "gate",
+            )
+        if done:
+            write_down(client, run, candidate, present, record, comparison)
+            return decision != "refused"
+        log.info("The champion changed meanwhile; comparing with the new one.")
+    raise UserError(f"The champion of {name} changed {MAX_ROUNDS} times meanwhile; try again.")
+
+
+def write_down(
+    client: Any, run: Run, candidate: Candidate, present: str | None,
+    record: dict[str, str], comparison: Comparison | None,
+) -> None:  # fmt: skip
+    """Record a decision in the run, in the version's description and among its files."""
+    name, version = candidate.name, candidate.version
+    numbers = comparison.numbers() if comparison else {}
+    experiment = client.get_run(run.wait_for_id()).info.experiment_id
+    heading = f"{record['gate.at']}: {record['gate.decision']}"
+    text = (
+        f"Version {version} against champion {present or '(none)'}: {record['gate.reason']}."
+        f"{' ' + record['gate.note'] if record['gate.note'] else ''}\n\n"
+    )
+    if numbers:
+        text += markdown_table(list(numbers), [list(numbers.values())]) + "\n\n"
+    run.log_metrics(numbers, step=0)
+    run.set_tags(record | {"model": name, "version": version})
+    run.set_description(f"### {heading}\n\n{text}")
+    link = f"[run](#/experiments/{experiment}/runs/{run.wait_for_id()})"
+    versions.add_to_description(client, name, version, heading, f"{text}Details: {link}\n")
+    if comparison is not None:
+        figure = plots.comparison_plot(
+            comparison.differences,
+            comparison.resampled_means,
+            comparison.interval,
+            f"{name} version {version} against version {present}: {record['gate.decision']}",
+        )
+        run.log_bytes(plots.png(figure), "comparison.png")
+        rows = zip(comparison.names, comparison.differences, strict=True)
+        table = "sequence,difference\n" + "".join(f"{n},{d:.6f}\n" for n, d in rows)
+        run.log_bytes(table.encode(), "comparison.csv")
+        if model_id := client.get_model_version(name, version).tags.get("model_id"):
+            with temporary_folder() as folder:
+                (folder / "comparison.png").write_bytes(plots.png(figure))
+                client.log_model_artifacts(model_id, str(folder), artifact_path="promotion")
+    log.info("\n%s", text)
+
+
+def roll_back(name: str, reason: str) -> None:
+    """Make the previous champion champion again, and record who did and why."""
+    why = {"rolled_back.by": user_name(), "rolled_back.note": reason}
+    old, new = champion.roll_back(name, tags=why)
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    text = f"Version {new} is champion again. {reason}".rstrip() + "\n"
+    versions.add_to_description(connect(), name, old, f"{stamp}: rolled back", text)
+    log.info("Champion of %s: version %s again, instead of version %s.", name, new, old)
