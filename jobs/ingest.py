@@ -24,7 +24,7 @@ from lorat.config import fields
 from lorat.config.bounds import Bounds, Seed, check_bounds
 from lorat.config.variants import get_variant
 from lorat.data.datasets import DATASETS, Source
-from lorat.data.shards.frame_index import FrameIndex
+from lorat.data.shards.frame_index import FrameIndex, summary
 from lorat.errors import UserError
 from lorat_platform import cluster
 from lorat_platform.data.ingestion import IngestConfig, format_report, ingest, map_tasks
@@ -104,19 +104,8 @@ def run_ingest(source: Source, config: IngestConfig) -> int:
         log.info("Ingesting with %s.", ray_cluster)
         result = ingest(source, config)
     log.info("\n%s\n", format_report(result.findings))
-    log.info("%s", describe(result.index))
+    log.info("%s", summary(result.index))
     return 0
-
-
-def describe(index: FrameIndex) -> str:
-    """Summarise a dataset in some lines."""
-    return (
-        f"{index.name} {index.split} ({index.storage}): {index.num_tracks:,} tracks, "
-        f"{index.num_frames:,} frames, {len(index.valid_rows):,} with a usable box, "
-        f"{len(index.shard_files)} shards\n"
-        f"fingerprint {index.fingerprint}\n"
-        f"dataset     {index.uri}"
-    )
 
 
 def run_verify(uri: str, address: str | None) -> int:
@@ -131,7 +120,7 @@ def run_verify(uri: str, address: str | None) -> int:
     if problems:
         log.info("%d problems in %s.", len(problems), uri)
         return command.EXIT_FAILURE
-    log.info("All %d images, ranges and boxes are right.\n%s", index.num_frames, describe(index))
+    log.info("All %d images, ranges and boxes are right.\n%s", index.num_frames, summary(index))
     say_what_is_unchecked(index)
     return 0
 
@@ -142,7 +131,7 @@ def run_reindex(uri: str, address: str | None) -> int:
 
     with cluster.connected(address):
         index = rebuild_index(uri, functools.partial(map_tasks, what="reindex"))
-    log.info("%s", describe(index))
+    log.info("%s", summary(index))
     say_what_is_unchecked(index)
     return 0
 

@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import bootstrap  # noqa: F401
 
-import csv
-import json
 import logging
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import command
-import numpy as np
 import tyro
 from tqdm import tqdm
 
 from lorat.config import fields
 from lorat.config.bounds import Count, check_bounds
 from lorat.errors import UserError
-from lorat.image.boxes import xywh_from_xyxy, xyxy_from_xywh
+from lorat.metrics.result_files import write_boxes
 from lorat.tracking.clips import CODECS, ClipWriter, annotate
+from lorat.tracking.first_box import check_inside, parse_box
 from lorat.tracking.video_source import VideoSource
+from lorat.tracking.window import need_screen, select_box, show
 from lorat_platform.evaluation.subject import load_subject
 
 log = logging.getLogger(__name__)
@@ -68,53 +65,6 @@ class Options:
             raise UserError("The object is not given once; give either --box L,T,W,H or --select.")
 
 
-def parse_box(text: str) -> np.ndarray:
-    """Return xyxy of ``left,top,width,height``.
-
-    Raises:
-        UserError: if it is not four numbers with positive sides.
-    """
-    try:
-        values = np.array([float(part) for part in text.split(",")])
-    except ValueError:
-        values = np.empty(0)
-    if values.shape != (4,) or not np.isfinite(values).all() or not (values[2:] > 0).all():
-        raise UserError(
-            f"The box is {text}; give left,top,width,height in pixels, such as 100,80,60,90."
-        )
-    return xyxy_from_xywh(values)
-
-
-def check_inside(box: np.ndarray, frame: np.ndarray) -> None:
-    """Refuse a box that does not lie in the frame.
-
-    Raises:
-        UserError: if less than a pixel of it does, or it sticks out.
-    """
-    height, width = frame.shape[:2]
-    if (box[:2] < 0).any() or box[2] > width or box[3] > height:
-        given = ",".join(f"{value:g}" for value in xywh_from_xyxy(box))
-        raise UserError(
-            f"The box {given} does not lie inside the first frame of {width}x{height} pixels; "
-            "give left,top,width,height within it."
-        )
-
-
-def need_screen(option: str) -> None:
-    """Refuse an option that opens a window where there is no screen, and open the first one.
-
-    Raises:
-        UserError: if a window cannot be opened; tried in a child, since Qt ends the process.
-    """
-    import cv2
-
-    probe = "import cv2; cv2.namedWindow('probe'); cv2.destroyAllWindows()"
-    if subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode != 0:
-        raise UserError(f"{option} needs a screen and there is none; leave it out and give --box.")
-    cv2.namedWindow("probe")  # before PyAV is loaded, or OpenCV hangs in its first window
-    cv2.destroyAllWindows()
-
-
 def torch_device(name: str) -> str | None:
     """Return torch's name of a device; none means whatever is there.
 
@@ -128,44 +78,6 @@ def torch_device(name: str) -> str | None:
             raise UserError("device is gpu, but this machine has none; give cpu or auto.")
         return "cuda"
     return None if name == "auto" else name
-
-
-def select_box(frame: np.ndarray) -> np.ndarray:
-    """Let the user draw the box in a window.
-
-    Raises:
-        UserError: if nothing was drawn.
-    """
-    import cv2
-
-    x, y, w, h = cv2.selectROI("draw the object, then press Enter", frame[..., ::-1].copy())
-    cv2.destroyAllWindows()
-    if w == 0 or h == 0:
-        raise UserError("No box was drawn; drag one around the object and press Enter.")
-    return xyxy_from_xywh(np.array([x, y, w, h], dtype=np.float64))
-
-
-def show(frame: np.ndarray) -> bool:
-    """Show a frame; False once the user wants to stop."""
-    import cv2
-
-    cv2.imshow("tracking", frame[..., ::-1])
-    return cv2.waitKey(1) not in (ord("q"), 27)
-
-
-def write_boxes(path: Path, boxes: list[np.ndarray], scores: list[float], about: dict) -> None:
-    """Write boxes as CSV (frame, x, y, w, h, score) and JSON beside the video."""
-    xywh = xywh_from_xyxy(np.array(boxes))
-    with open(path.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["frame", "x", "y", "w", "h", "score"])
-        for frame, (row, score) in enumerate(zip(xywh, scores, strict=True)):
-            writer.writerow([frame, *(f"{value:.3f}" for value in row), f"{score:.4f}"])
-    content = about | {
-        "boxes_xywh": np.round(xywh, 3).tolist(),
-        "scores": np.round(scores, 4).tolist(),
-    }
-    path.with_suffix(".json").write_text(json.dumps(content) + "\n")
 
 
 def main() -> int:

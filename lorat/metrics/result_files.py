@@ -11,6 +11,8 @@ given first box.
 
 from __future__ import annotations
 
+import csv
+import json
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -169,3 +171,18 @@ def _write(path: Path, files: Mapping[str, str]) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
     return path
+
+
+def write_boxes(path: Path, boxes: list[np.ndarray], scores: list[float], about: dict) -> None:
+    """Write boxes as CSV (frame, x, y, w, h, score) and JSON beside the video."""
+    xywh = xywh_from_xyxy(np.array(boxes))
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["frame", "x", "y", "w", "h", "score"])
+        for frame, (row, score) in enumerate(zip(xywh, scores, strict=True)):
+            writer.writerow([frame, *(f"{value:.3f}" for value in row), f"{score:.4f}"])
+    content = about | {
+        "boxes_xywh": np.round(xywh, 3).tolist(),
+        "scores": np.round(scores, 4).tolist(),
+    }
+    path.with_suffix(".json").write_text(json.dumps(content) + "\n")

@@ -342,3 +342,14 @@ def _view(batch: pa.RecordBatch, name: str) -> np.ndarray:
     if FRAME_COLUMNS.get(name, ("", 1))[0] == "bool":
         values = values.view(np.bool_)
     return values.reshape(-1, width) if width > 1 else values
+
+
+def summary(index: FrameIndex) -> str:
+    """Summarise a dataset in some lines."""
+    return (
+        f"{index.name} {index.split} ({index.storage}): {index.num_tracks:,} tracks, "
+        f"{index.num_frames:,} frames, {len(index.valid_rows):,} with a usable box, "
+        f"{len(index.shard_files)} shards\n"
+        f"fingerprint {index.fingerprint}\n"
+        f"dataset     {index.uri}"
+    )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorat.config.bounds import Count
 from lorat.config.json_files import check_shape, parse_json
-from lorat.data.shards.windows import WindowLaw
 from lorat.errors import UserError
 from lorat.files import storage
+
+if TYPE_CHECKING:
+    from lorat.data.shards.windows import WindowLaw
 
 
 def dataset_info(*, name: str, split: str, law: WindowLaw | None) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def test_the_box_that_never_moves_fails_and_the_target_is_mostly_seen() -> None:
 
 
 def test_callers_at_the_same_time_share_one_sound_dataset(tmp_path: Path) -> None:
-    code = "import sys; from lorat import synthetic; print(synthetic.ensure(sys.argv[1], 'val'))"
+    code = (
+        "import sys; from lorat.data import synthetic; print(synthetic.ensure(sys.argv[1], 'val'))"
+    )
     command = [sys.executable, "-c", code, str(tmp_path)]
     root = Path(__file__).parents[4]
     callers = [
