@@ -35,6 +35,7 @@ from typing import Annotated, Self
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+import tenacity
 
 from lorat.config.bounds import Bounds
 from lorat.config.json_files import parse_json
@@ -352,9 +353,21 @@ def announcements(folder: Location) -> list[Announcement]:
         match = _FILE.fullmatch(info.base_name)
         if match and info.type == pafs.FileType.File:
             with contextlib.suppress(FileNotFoundError):  # withdrawn since
-                data = folder.read_bytes(info.base_name)
+                data = _read(folder, info.base_name)
                 found.append(Announcement.read(match[1], data, (info.mtime_ns or 0) / 1e9))
     return found
+
+
+@tenacity.retry(
+    retry=tenacity.retry_if_exception_type((OSError, pa.ArrowException))
+    & tenacity.retry_if_not_exception_type(FileNotFoundError),
+    stop=tenacity.stop_after_attempt(3),
+    wait=tenacity.wait_fixed(LOOK_S),
+    reraise=True,
+)
+def _read(folder: Location, name: str) -> bytes:
+    """Read a driver's file, which is written again all the time: one failed answer is no answer."""
+    return folder.read_bytes(name)
 
 
 def check_held(folder: Location, token: str) -> None:

@@ -22,7 +22,7 @@ from lorat.learning.tail_average import TailAverage
 from lorat_platform.runs.checkpoints import BETWEEN_RUNGS
 from lorat_platform.search.rungs import Rungs
 from lorat_platform.search.space import build_space
-from lorat_platform.search.trial import group, measure, process, single
+from lorat_platform.search.trial import group, measure, single
 from lorat_platform.search.trial.progress import TrialSetup
 from tests.small_shards import make_shards
 
@@ -145,7 +145,7 @@ def test_a_rung_is_judged_by_the_mean_of_its_last_weights_and_the_last_by_its_ow
         return {"ao": 0.5}
 
     monkeypatch.setattr(TailAverage, "add", noting_add)
-    monkeypatch.setattr(process, "validate", validate)
+    monkeypatch.setattr("lorat_platform.search.trial.measure.validate", validate)
     single.run_trial(VALUES, setup)
     torch.testing.assert_close(judged[0], (weights[3] + weights[4]) / 2)
     assert not torch.equal(weights[3], weights[4])
