@@ -28,7 +28,7 @@ from lorat_platform.search.rungs import BUDGET, HISTORY, OBJECTIVES, Rungs, pare
 from lorat_platform.search.searcher_state import JsonOptuna
 from lorat_platform.search.space import Dimension, SearchSpace
 
-SearcherName = Literal["tpe", "random", "bohb"]
+SearcherName = Literal["tpe", "random"]
 SchedulerName = Literal["asha", "median", "hyperband", "none"]
 
 
@@ -81,7 +81,7 @@ class ResumableHyperBand(_Synchronous, HyperBandScheduler):
 
 
 class ResumableHyperBandForBOHB(_Synchronous, HyperBandForBOHB):
-    """Hyperband in the order that BOHB (Falkner et al. 2018) expects."""
+    """Hyperband that fills its brackets in the order of BOHB (Falkner et al. 2018)."""
 
 
 SLOTS: dict[str, int] = {}
@@ -163,10 +163,6 @@ def build_scheduler(
     Raises:
         UserError: if it does not work with several objectives, or not with the searcher.
     """
-    if searcher == "bohb" and name != "hyperband":
-        raise UserError(
-            f"--searcher bohb works only with --scheduler hyperband, not {name}; set both."
-        )
     if name == "none" or rungs.num_rungs == 1:
         return FIFOScheduler()
     if len(objectives) > 1:
@@ -204,11 +200,7 @@ def build_searcher(
     seed: int,
     max_concurrent: int,
 ) -> Searcher | BasicVariantGenerator:
-    """Build the searcher; its first trial is always the base configuration's own values.
-
-    Raises:
-        UserError: if the installed packages lack it, or it cannot take several objectives.
-    """
+    """Build the searcher; its first trial is always the base configuration's own values."""
     prior = [space.prior()]
     if name == "random":
         return RandomSearch(
@@ -216,8 +208,6 @@ def build_searcher(
         )
     modes: list[str] = [OBJECTIVES[objective] for objective in objectives]
     several = len(objectives) > 1
-    if name == "bohb":
-        return _bohb(space, objectives, prior=prior, seed=seed)
 
     import optuna
 
@@ -247,28 +237,3 @@ def distribution(dimension: Dimension) -> Any:
     if dimension.kind in ("int", "logint"):
         return od.IntDistribution(int(low), int(high), log=dimension.log)
     return od.FloatDistribution(low, high, log=dimension.log)
-
-
-def _bohb(
-    space: SearchSpace, objectives: Sequence[str], *, prior: list[dict[str, Any]], seed: int
-) -> Searcher:
-    try:
-        import ConfigSpace  # noqa: F401
-        from hpbandster.optimizers.config_generators.bohb import BOHB  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"--searcher bohb needs hpbandster and ConfigSpace ({error}); install them, or use "
-            "--searcher tpe --scheduler hyperband."
-        ) from error
-    if len(objectives) > 1:
-        raise UserError("--searcher bohb takes one objective; use --searcher tpe for several.")
-    from ray.tune.search.bohb import TuneBOHB
-
-    searcher = TuneBOHB(
-        metric=objectives[0],
-        mode=OBJECTIVES[objectives[0]],
-        points_to_evaluate=prior,
-        seed=seed,
-    )
-    searcher.set_search_properties(None, None, space.to_tune())
-    return searcher

@@ -49,7 +49,7 @@ class SearchOptions:
     """What to optimise, or several by commas for the Pareto front: ao, auc, sr50, sr75, loss,
     latency (ms per frame), parameters (trained ones)."""
     searcher: SearcherName = "tpe"
-    """Who proposes configurations: tpe (Optuna), random, or bohb (with hyperband)."""
+    """Who proposes configurations: tpe (Optuna) or random."""
     scheduler: SchedulerName = "asha"
     """Who stops trials early: asha, median, hyperband, or none."""
     reduction: Annotated[int, Bounds(2, 1000)] = 4

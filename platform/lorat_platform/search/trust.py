@@ -1,7 +1,7 @@
 """Whether a search may be gone on with: Ray Tune runs code that it finds in the search's folder.
 
 ``Tuner.restore`` unpickles ``tuner.pkl`` and, inside of JSON or under a name that ends in
-``.json``, ``experiment_state-*`` and the states of random search, BOHB, wrappers and callbacks; the
+``.json``, ``experiment_state-*`` and the states of random search, wrappers and callbacks; the
 ``fit`` after it unpickles ``error.pkl`` of failed trials.  Ray Tune writes and reads all of these
 by itself, so whoever could write there would run code with the rights of who goes on.  Only what
 Optuna has learnt is ours, and JSON (:mod:`lorat_platform.search.searcher_state`).

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,15 +125,6 @@ def test_hyperband_ignores_finished_trials_of_an_earlier_session() -> None:
 def test_combinations_that_do_not_work_are_errors() -> None:
     with pytest.raises(UserError, match="one objective"):
         build_scheduler("median", ["ao", "latency"], RUNGS)
-    with pytest.raises(UserError, match="only with --scheduler hyperband"):
-        build_scheduler("asha", ["ao"], RUNGS, searcher="bohb")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("hpbandster") is not None, reason="it is installed")
-def test_bohb_without_its_packages_says_what_to_do() -> None:
-    space = build_space(TrainConfig())
-    with pytest.raises(UserError, match="needs hpbandster and ConfigSpace"):
-        build_searcher("bohb", space, ["ao"], num_trials=8, seed=0, max_concurrent=0)
 
 
 def test_tpe_begins_with_the_papers_values_and_stays_in_the_space() -> None:

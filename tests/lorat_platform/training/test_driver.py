@@ -235,7 +235,7 @@ def battered(uri: str, val_uri: str, tmp_path_factory: pytest.TempPathFactory) -
             training.kill()
         story.interrupted(training)
     # A validation that has no end, begun late: it is killed once all steps are taken.
-    endless = ("--val-pairs", "100000000", "--val-sequences", "0", "--validate-every", "12")
+    endless = ("--val-pairs", "1000000", "--val-sequences", "0", "--validate-every", "12")
     with job(home, uri, *val, *endless) as training:
         story.went_on("driver killed", training)
         first = validation_process(training)
