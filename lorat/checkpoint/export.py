@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from lorat.checkpoint.folder import load_merged, save_merged
 from lorat.checkpoint.official import export_official, import_official
+from lorat.config.json_files import write_json
 from lorat.errors import UserError
 from lorat.files.checksums import seal
 from lorat.model.network import LoRAT
@@ -119,9 +119,7 @@ def export(model: LoRAT, folder: Path, formats: tuple[str, ...] = FORMATS) -> li
          for k, v in asdict(report).items()}
         for report in reports
     ]  # fmt: skip
-    part = folder / ".parity.json.part"
-    part.write_text(json.dumps(content | {"formats": rows}, indent=2) + "\n")
-    os.replace(part, folder / "parity.json")
+    write_json(content | {"formats": rows}, folder / "parity.json")
     written = [*folder.glob("model.onnx*"), folder / "model.pt2", folder / "official.safetensors"]
     seal(folder, "parity.json", *(file.name for file in written if file.is_file()))
     return reports

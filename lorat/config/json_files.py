@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lorat.config.bounds import Bounds
 from lorat.config.fields import describe, fits, shown
 from lorat.errors import UserError
+from lorat.files.scratch import whole_file
 
 if TYPE_CHECKING:
     from lorat.files.storage import Location
@@ -110,10 +110,8 @@ def read_json_at(
 
 def write_json(content: Any, path: Path) -> None:
     """Write a JSON file; a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(part, path)
+    with whole_file(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _parse(data: bytes | str, finite: bool) -> Any:

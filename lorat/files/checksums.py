@@ -8,11 +8,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
 import re
 from pathlib import Path
 
 from lorat.errors import UserError
+from lorat.files.scratch import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +33,8 @@ def seal(folder: Path, *names: str) -> None:
         sums = {}
     sums = {name: digest for name, digest in sums.items() if (folder / name).is_file()}
     sums |= {name: sha256_of(folder / name) for name in names}
-    part = folder / f"{SUMS}.part"
-    part.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
-    os.replace(part, folder / SUMS)
+    with whole_file(folder / SUMS) as part:
+        part.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
 
 
 def check(folder: Path, *names: str) -> None:

@@ -101,6 +101,21 @@ def marked(prefix: str, parent: Path) -> Path:
 
 
 @contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield where to write a file; a reader sees the old one or the whole new one.
+
+    Where writing fails, the old one stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = marked(f".part-{path.name}", path.parent)
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
     """Make a folder for the length of a ``with`` block, where temporary files are by default."""
     folder = make_folder(parent=parent)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from lorat.errors import UserError
+from lorat.files.scratch import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,14 +61,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
-    except SafetensorError as error:
-        part.unlink(missing_ok=True)
-        raise _as_os_error(error, path) from error
-    os.replace(part, path)
+    with whole_file(path) as part:
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
+        except SafetensorError as error:
+            raise _as_os_error(error, path) from error
 
 
 def _as_os_error(error: SafetensorError, path: Path) -> OSError:

@@ -16,6 +16,7 @@ import pytest
 from lorat.files import scratch
 from lorat.files.storage import locate
 from tests.other_driver import FOREIGN, announce
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 GONE = scratch.Process(scratch.machine(), os.getpid(), "1").mark()
@@ -112,7 +113,12 @@ def test_agents_of_a_killed_ray_are_ended_and_those_of_a_living_one_left() -> No
         orphan = subprocess.Popen(
             ["ray::DashboardAgent"], executable="/bin/cat", stdin=subprocess.PIPE
         )
-        left_overs.end_orphaned_agents()
+
+        def ended() -> bool:
+            left_overs.end_orphaned_agents()
+            return orphan.poll() is not None
+
+        wait_until("end of the orphan", ended)
         orphan.communicate()
         assert orphan.returncode == -signal.SIGKILL
         assert scratch.start_time(living) is not None

@@ -19,18 +19,17 @@ import numpy as np
 import ray
 from tqdm import tqdm
 
-from lorat.config.json_files import parse_json, read_json
+from lorat.config.json_files import parse_json, read_json, write_json
 from lorat.data.shards.frame_index import FrameIndex
 from lorat.errors import UserError
 from lorat.files.home import home
-from lorat.files.scratch import marked, sweep
+from lorat.files.scratch import sweep, whole_file
 from lorat.metrics import Evaluation
 from lorat.metrics import evaluate as score
 from lorat.metrics.attributes import sequences_by_attribute
 from lorat.tracking.one_pass import SequenceResult, ground_truth, usable_tracks
 from lorat_platform.evaluation.subject import Subject
 from lorat_platform.evaluation.workers import Conditions, EvaluationConfig, Workers
-from lorat_platform.recording.journal import write_json
 
 log = logging.getLogger(__name__)
 
@@ -236,8 +235,7 @@ class _Store:
 
     def save(self, result: SequenceResult, conditions: Conditions) -> None:
         """Write a result; it is there as a whole or not at all."""
-        part = marked(".part-", self._folder)
-        with open(part, "wb") as file:
+        with whole_file(self._file(result.track)) as part, open(part, "wb") as file:
             np.savez(
                 file,
                 boxes=result.boxes,
@@ -247,7 +245,6 @@ class _Store:
                 damaged=result.damaged,
                 conditions=json.dumps(dataclasses.asdict(conditions)),
             )
-        part.replace(self._file(result.track))
 
     def load(self, tracks: Sequence[int]) -> dict[int, tuple[SequenceResult, Conditions]]:
         """Return the results that are there; what is damaged is tracked again."""
@@ -285,7 +282,7 @@ class _Store:
         file = self._folder / f"fps-{threads}-threads.json"
         if fresh or not file.exists():
             fps, conditions = measure()
-            write_json(file, {"fps": fps, "conditions": dataclasses.asdict(conditions)})
+            write_json({"fps": fps, "conditions": dataclasses.asdict(conditions)}, file)
         shape = {"fps": float, "conditions": Conditions}
         stored = read_json(file, "delete that file, or give --fresh", shape=shape)
         return stored["fps"], Conditions(**stored["conditions"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tenacity
 
-from lorat.config.json_files import read_json
+from lorat.config.json_files import read_json, write_json
 from lorat.errors import UserError
 from lorat.files.home import home
 from lorat_platform.recording.delivery import (
@@ -18,7 +18,7 @@ from lorat_platform.recording.delivery import (
     first_line,
     is_doubtful,
 )
-from lorat_platform.recording.journal import Journal, write_json
+from lorat_platform.recording.journal import Journal
 from lorat_platform.recording.store import tracking_uri
 from lorat_platform.recording.trouble import replay_command
 
@@ -34,7 +34,7 @@ def remember(journal: Journal) -> None:
     """Note that a journal may hold undelivered records."""
     path = _entry(journal)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"journal": str(journal.folder)})
+    write_json({"journal": str(journal.folder)}, path)
 
 
 def forget(journal: Journal) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from lorat.config.bounds import Bounds
-from lorat.config.json_files import check_shape, parse_json, read_json
+from lorat.config.json_files import check_shape, parse_json, read_json, write_json
 from lorat.errors import UserError
 from lorat.files.addresses import without_secrets
 from lorat.files.storage import is_plain_name
@@ -79,13 +79,6 @@ def _parse_record(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one step."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    temporary.write_text(json.dumps(value, indent=2))
-    os.replace(temporary, path)
-
-
 def _write_whole(file: io.FileIO, data: bytes) -> None:
     """Write all of some bytes, of which the system may take a part at a time."""
     while data:
@@ -113,7 +106,7 @@ class Journal:
     def set_header(self, **values: Any) -> dict[str, Any]:
         """Change fields of ``run.json`` and return all of them."""
         header = self.header() | values
-        write_json(self.folder / "run.json", header)
+        write_json(header, self.folder / "run.json")
         return header
 
     def append(self, record: dict[str, Any]) -> None:
@@ -183,7 +176,7 @@ class Journal:
 
     def deliver_to(self, offset: int) -> None:
         """Remember that everything before ``offset`` is delivered (or rejected)."""
-        write_json(self.folder / "delivered.json", {"offset": offset})
+        write_json({"offset": offset}, self.folder / "delivered.json")
 
     def is_read(self) -> bool:
         """Tell whether every record is delivered, rejected or postponed."""
@@ -212,7 +205,7 @@ class Journal:
     def set_postponed(self, records: list[dict[str, Any]]) -> None:
         """Replace the records of artefacts that are tried again later."""
         if records:
-            write_json(self.folder / "postponed.json", records)
+            write_json(records, self.folder / "postponed.json")
         else:
             (self.folder / "postponed.json").unlink(missing_ok=True)
 
