@@ -23,7 +23,7 @@ import tyro
 from lorat.config import fields
 from lorat.config.bounds import Bounds, Seed, check_bounds
 from lorat.config.variants import get_variant
-from lorat.data.datasets import DATASETS, Source
+from lorat.data.datasets import DATASETS, RawDataset
 from lorat.data.shards.frame_index import FrameIndex, summary
 from lorat.errors import UserError
 from lorat_platform import cluster
@@ -72,7 +72,7 @@ class Preview:
         check_bounds(self, fields.flag)
 
 
-def _ingest_command(name: str, source: type[Source]) -> Any:
+def _ingest_command(name: str, source: type[RawDataset]) -> Any:
     """Join the options of a dataset and those of every ingest into one command."""
     kind = dataclasses.make_dataclass(
         f"Ingest{source.__name__}",
@@ -98,7 +98,7 @@ COMMANDS = Union[  # noqa: UP007
 ]
 
 
-def run_ingest(source: Source, config: IngestConfig) -> int:
+def run_ingest(source: RawDataset, config: IngestConfig) -> int:
     """Ingest one dataset and print what was odd in it."""
     with cluster.connected(config.address) as ray_cluster:
         log.info("Ingesting with %s.", ray_cluster)

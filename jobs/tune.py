@@ -22,7 +22,7 @@ from lorat_platform.recording.store import tracking_uri
 from lorat_platform.search.driver import resume_search, run_search
 from lorat_platform.search.plan import SearchOptions, check_data, make_plan, read_plan
 from lorat_platform.search.results.final import train_winner
-from lorat_platform.search.results.outcome import SearchOutcome, describe
+from lorat_platform.search.results.outcome import SearchOutcome, search_description
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def main() -> int:
 
 
 def _conclude(outcome: SearchOutcome) -> int:
-    log.info("\n%s\n", describe(outcome.plan, outcome.board).replace("\n\n", "\n"))
+    log.info("\n%s\n", search_description(outcome.plan, outcome.board).replace("\n\n", "\n"))
     log.info("table   %s", outcome.plan.folder / "results" / "trials.csv")
     if outcome.best_config_file is not None:
         log.info("best    python jobs/train.py --config %s", outcome.best_config_file)

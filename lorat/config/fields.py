@@ -41,19 +41,19 @@ def shown(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
-def describe(kind: Any) -> str:
+def type_name(kind: Any) -> str:
     """Say in words what a field of the type takes."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return " or ".join(json.dumps(choice) for choice in arguments)
     if origin is Annotated:
-        return describe(arguments[0])
+        return type_name(arguments[0])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(choice) for choice in arguments)
+        return " or ".join(type_name(choice) for choice in arguments)
     if origin in (tuple, list):
-        return f"a list, each {describe(arguments[0])}"
+        return f"a list, each {type_name(arguments[0])}"
     if origin is dict:
-        return f"an object, each of its values {describe(arguments[1])}"
+        return f"an object, each of its values {type_name(arguments[1])}"
     names = {
         int: "a whole number", float: "a number", bool: "true or false", str: "a text",
         types.NoneType: "null", dict: "an object", list: "a list", Any: "anything",
@@ -115,7 +115,7 @@ def from_dict(cls: type[Any], values: dict[str, Any], *, path: str = "") -> Any:
             value = tuple(value)
         _require(
             fits(value, kind),
-            f"Configuration field {path}{name} is {shown(value)}; give {describe(kind)}.",
+            f"Configuration field {path}{name} is {shown(value)}; give {type_name(kind)}.",
         )
         arguments[name] = value
     return cls(**arguments)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorat.config.bounds import Bounds
-from lorat.config.fields import describe, fits, shown
+from lorat.config.fields import fits, shown, type_name
 from lorat.errors import UserError
 from lorat.files.scratch import whole_file
 
@@ -195,7 +195,7 @@ def _misfit(value: Any, shape: Any, path: str) -> str | None:
     if isinstance(value, list) and typing.get_origin(shape) is tuple:
         value = tuple(value)
     if not fits(value, shape):
-        return f"{name} is {shown(value)}, not {describe(shape)}"
+        return f"{name} is {shown(value)}, not {type_name(shape)}"
     return None
 
 

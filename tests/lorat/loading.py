@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorat.data.datasets import Findings, Recording, Source
+from lorat.data.datasets import Findings, RawDataset, Recording
 from lorat.data.shards import images
 from lorat.data.shards.conversion import convert
 from lorat.data.shards.manifest import dataset_info
@@ -12,7 +12,7 @@ from lorat.data.shards.verification import rebuild_index
 from lorat.files import storage
 
 
-def load_all(source: Source) -> tuple[dict[str, Recording], dict[tuple[str, str], str]]:
+def load_all(source: RawDataset) -> tuple[dict[str, Recording], dict[tuple[str, str], str]]:
     """Return recordings by name, and the reasons by (sequence, action)."""
     findings = Findings()
     found = {}
@@ -26,7 +26,7 @@ def load_all(source: Source) -> tuple[dict[str, Recording], dict[tuple[str, str]
     return found, reasons
 
 
-def to_shards(source: Source, folder: Path):
+def to_shards(source: RawDataset, folder: Path):
     """Convert without Ray; return the index and the findings."""
     findings = Findings()
     info = dataset_info(name=source.label, split=source.split_name, law=None)

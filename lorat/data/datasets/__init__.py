@@ -8,13 +8,13 @@ from lorat.data.datasets.got10k import Got10k
 from lorat.data.datasets.lasot import Lasot, LasotExt
 from lorat.data.datasets.nfs import Nfs
 from lorat.data.datasets.otb100 import Otb100
-from lorat.data.datasets.records import Entry, Finding, Findings, Recording, Source
+from lorat.data.datasets.records import Entry, Finding, Findings, RawDataset, Recording
 from lorat.data.datasets.tnl2k import Tnl2k
 from lorat.data.datasets.trackingnet import TrackingNet
 from lorat.data.datasets.uav123 import Uav123
 from lorat.data.datasets.vasttrack import VastTrack
 
-DATASETS: dict[str, type[Source]] = {
+DATASETS: dict[str, type[RawDataset]] = {
     "got10k": Got10k,
     "lasot": Lasot,
     "lasot_ext": LasotExt,
@@ -42,8 +42,8 @@ __all__ = [
     "LasotExt",
     "Nfs",
     "Otb100",
+    "RawDataset",
     "Recording",
-    "Source",
     "Tnl2k",
     "TrackingNet",
     "Uav123",

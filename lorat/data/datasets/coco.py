@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from lorat.data.datasets.records import Entry, Findings, Recording, Source
+from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording
 from lorat.errors import UserError
 
 _Object = tuple[int, str, list[float]]
@@ -16,7 +16,7 @@ _Object = tuple[int, str, list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coco(Source):
+class Coco(RawDataset):
     """COCO 2017: still images; crowds are left out, images without boxes too.
 
     Each box is a track of its own and training deals tracks, so an image with many boxes is drawn

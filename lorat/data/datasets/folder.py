@@ -17,7 +17,7 @@ from lorat.data.datasets.labels import (
     read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, Recording, Source
+from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording
 from lorat.errors import UserError
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".m4v"})
@@ -25,7 +25,7 @@ _TRUTH_NAMES = ("groundtruth.txt", "groundtruth_rect.txt", "annotation.txt", "bo
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OwnData(Source):
+class _OwnData(RawDataset):
     annotation: Path | None = None
     """File with one box per frame and line, numbers separated by comma, tab or spaces, below a line
     with the columns' names if there is one; none means the file beside that has the usual or the

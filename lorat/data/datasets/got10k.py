@@ -17,12 +17,12 @@ from lorat.data.datasets.labels import (
     read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, Recording, Source, read_lines
+from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording, read_lines
 from lorat.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Got10k(Source):
+class Got10k(RawDataset):
     """GOT-10k: 9,335 training, 180 validation and 180 test videos.
 
     The include list may hold numbers instead of names: positions in list.txt, from 0.

@@ -16,7 +16,7 @@ from lorat.data.datasets.labels import (
     read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, Recording, Source, read_lines
+from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording, read_lines
 
 
 def _load(folder: Path, name: str, *, one_based: bool, findings: Findings) -> list[Recording]:
@@ -66,7 +66,7 @@ def _walk(root: Path) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lasot(Source):
+class Lasot(RawDataset):
     """LaSOT: 1,120 training and 280 test videos; boxes are 1-based."""
 
     split: Literal["train", "test"] = "train"
@@ -94,7 +94,7 @@ class Lasot(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LasotExt(Source):
+class LasotExt(RawDataset):
     """LaSOT_ext: 150 test videos; boxes are taken as 0-based, as the tracker's authors do."""
 
     label: ClassVar[str] = "lasot_ext"

@@ -18,7 +18,7 @@ from lorat.data.datasets.labels import (
     read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, Recording, Source
+from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording
 
 _RATIO = 8
 """Frames of the 240 fps video per frame of the 30 fps video."""
@@ -28,7 +28,7 @@ _VATIC_COLUMNS = 9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nfs(Source):
+class Nfs(RawDataset):
     """NfS: 100 videos for evaluation, at 30 fps as usually reported or at 240 fps."""
 
     fps: Literal["30", "240"] = "30"

@@ -15,7 +15,7 @@ from lorat.data.datasets.labels import (
     read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, Recording, Source
+from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording
 
 FRAME_WINDOWS: dict[str, tuple[int, int]] = {
     "David": (300, 770),
@@ -35,7 +35,7 @@ CHOSEN_TARGETS = {"Human4": ("2",)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Otb100(Source):
+class Otb100(RawDataset):
     """OTB-100: 100 targets in 98 videos, for evaluation.
 
     Of videos with several targets each is a sequence: Jogging.1, Jogging.2, Skating2.1, ...

@@ -26,7 +26,7 @@ class Finding:
     frames: tuple[int, ...] = ()
     """Numbers of the frames concerned; empty means the sequence as a whole."""
 
-    def describe(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return asdict(self) | {"frames": list(self.frames)}
 
@@ -80,14 +80,14 @@ class Recording:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What :meth:`Source.load` needs to read some tracks; small, so that it travels."""
+    """What :meth:`RawDataset.load` needs to read some tracks; small, so that it travels."""
 
     name: str
     values: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class RawDataset:
     """A dataset on disk, as it was published."""
 
     source: Path

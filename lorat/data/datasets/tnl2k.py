@@ -14,11 +14,11 @@ from lorat.data.datasets.labels import (
     read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, Recording, Source
+from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tnl2k(Source):
+class Tnl2k(RawDataset):
     """TNL2K: 1,300 training and 700 test videos, each split in a folder of its own."""
 
     split: Literal["train", "test"] = "train"

@@ -16,14 +16,14 @@ from lorat.data.datasets.labels import (
     read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, Recording, Source, read_lines
+from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording, read_lines
 from lorat.errors import UserError
 
 _NUM_PARTS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackingNet(Source):
+class TrackingNet(RawDataset):
     """TrackingNet: 30,132 training and 511 test videos; image names start at 0, without padding.
 
     The test split has only the first box of each video.

@@ -19,7 +19,7 @@ from lorat.data.datasets.labels import (
     read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, Recording, Source
+from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording
 
 # First and last frame of each sequence; "car1_2" is a window of the video "car1", while names
 # ending in "_s" are videos of their own.
@@ -68,7 +68,7 @@ SEQUENCES = _parse_table()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uav123(Source):
+class Uav123(RawDataset):
     """UAV123: 123 sequences for evaluation; rows of absent targets are NaN."""
 
     label: ClassVar[str] = "uav123"

@@ -12,13 +12,13 @@ from lorat.data.datasets.labels import (
     read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, Recording, Source
+from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording
 
 _TRUTH_FILES = ("Groundtruth.txt", "groundtruth.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VastTrack(Source):
+class VastTrack(RawDataset):
     """VastTrack: 47,109 training and 3,500 test videos; boxes are 1-based, all zero if absent."""
 
     split: Literal["train", "test"] = "train"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def dataset_info(*, name: str, split: str, law: WindowLaw | None) -> dict[str, Any]:
     """Return what the manifest and every shard say of the dataset."""
     info: dict[str, Any] = {"name": name, "split": split, "storage": "window" if law else "full"}
-    return info | {"window": law.describe() if law else ""}
+    return info | {"window": law.to_dict() if law else ""}
 
 
 def shard_name(number: int) -> str:

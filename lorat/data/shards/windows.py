@@ -84,7 +84,7 @@ class WindowLaw:
             and all(_scale(r, 1, wanted) <= _scale(r, 1, self) for r in (1, 2, 4, 8, 16, 32))
         )
 
-    def describe(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain values for the manifest."""
         return asdict(self)
 

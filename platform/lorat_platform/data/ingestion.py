@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from lorat.config.json_files import parse_json, read_json_at
 from lorat.config.variants import get_variant
-from lorat.data.datasets import DATASETS, Entry, Finding, Findings, Source
+from lorat.data.datasets import DATASETS, Entry, Finding, Findings, RawDataset
 from lorat.data.shards import images
 from lorat.data.shards.conversion import convert
 from lorat.data.shards.frame_index import FrameIndex
@@ -78,7 +78,7 @@ class Ingested:
     findings: list[Finding]
 
 
-def ingest(source: Source, config: IngestConfig) -> Ingested:
+def ingest(source: RawDataset, config: IngestConfig) -> Ingested:
     """Make the shards of a dataset with all CPUs of the connected Ray cluster.
 
     Raises:
@@ -125,7 +125,7 @@ def ingest(source: Source, config: IngestConfig) -> Ingested:
             return _finish(location, info, len(groups), findings, plan, given)
 
 
-def with_absolute_paths(source: Source) -> Source:
+def with_absolute_paths(source: RawDataset) -> RawDataset:
     """Return the source with absolute paths: tasks have other working directories."""
     paths = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
     return dataclasses.replace(
@@ -150,7 +150,7 @@ def receipt_name(number: int) -> str:
 
 
 def write_shard(
-    source: Source,
+    source: RawDataset,
     entries: list[Entry],
     uri: str,
     number: int,
@@ -177,7 +177,7 @@ def write_shard(
 
 
 def _write_shard(
-    source: Source,
+    source: RawDataset,
     entries: list[Entry],
     location: storage.Location,
     number: int,
@@ -207,7 +207,7 @@ def _write_shard(
         entry_text = json.dumps(manifest_entry(file, size, rows.num_rows, checked=True))
     else:
         rows, entry_text = pa.table({}), "null"
-    notes = json.dumps([f.describe() for f in findings])
+    notes = json.dumps([f.to_dict() for f in findings])
     rows = rows.replace_schema_metadata(
         {"findings": notes, "shard": entry_text, "attributes": json.dumps(attributes)}
     )
@@ -289,7 +289,9 @@ def _finding(values: dict[str, Any]) -> Finding:
     return Finding(**(values | {"frames": tuple(values.get("frames", ()))}))
 
 
-def _describe_plan(source: Source, info: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
+def _describe_plan(
+    source: RawDataset, info: dict[str, Any], entries: list[Entry]
+) -> dict[str, Any]:
     """Describe what is being made, so that a resumed run can tell whether it is the same."""
     digest = hashlib.sha256()
     for entry in entries:
@@ -397,7 +399,7 @@ def _finish(
         "name": info["name"],
         "split": info["split"],
         "num_frames": sum(t.num_rows for t in tables),
-        "findings": [f.describe() for f in found_all],
+        "findings": [f.to_dict() for f in found_all],
     }
     location.write_bytes(REPORT, json.dumps(report, indent=1).encode())
     if not tables:

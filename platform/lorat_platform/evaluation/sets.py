@@ -33,7 +33,7 @@ from lorat_platform.evaluation.workers import Conditions, EvaluationConfig, Work
 
 log = logging.getLogger(__name__)
 
-DIALECTS = ("compatible", "plain")
+REPORTED = ("compatible", "plain")
 """Metric dialects of every data set; its own toolkit's is added where there is one."""
 TOOLKITS = {"got10k": "got10k", "trackingnet": "trackingnet", "otb100": "otb", "lasot": "lasot"}
 
@@ -205,7 +205,7 @@ def _score(
     truths = {name: ground_truth(index, result.track) for name, result in results.items()}
     if not any(np.isfinite(truth.boxes[1:]).all(axis=1).any() for truth in truths.values()):
         return {}  # a test set whose server keeps the annotation
-    dialects = list(DIALECTS)
+    dialects = list(REPORTED)
     if index.name in TOOLKITS:
         dialects.append(TOOLKITS[index.name])
     return {

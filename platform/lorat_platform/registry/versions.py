@@ -103,14 +103,14 @@ def register(
         source=logged.artifact_location,
         run_id=run_id,
         tags=about,
-        description=describe(MODEL_NAME, about)[:MAX_DESCRIPTION],
+        description=version_description(MODEL_NAME, about)[:MAX_DESCRIPTION],
         model_id=logged.model_id,
     ).version
     client.set_registered_model_alias(MODEL_NAME, CANDIDATE, version)
     return str(version)
 
 
-def describe(name: str, about: Mapping[str, str]) -> str:
+def version_description(name: str, about: Mapping[str, str]) -> str:
     """Return a version's Markdown description."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in sorted(about.items()))
     return (

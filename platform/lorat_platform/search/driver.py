@@ -252,7 +252,7 @@ def _drive(
     )
     parent.log_params(
         {f"search.{k}": v for k, v in dataclasses.asdict(plan.options).items() if v is not None}
-        | {"search.space": plan.space.describe(), "search.rung_steps": list(plan.rungs.steps)}
+        | {"search.space": plan.space.to_lines(), "search.rung_steps": list(plan.rungs.steps)}
         | {"base": to_dict(plan.space.base)}
     )
     session = SearchSession(

@@ -140,7 +140,7 @@ class SearchPlan:
             [
                 f"Search {self.name}: {options.trials} trials of {base.variant} on {base.data} for "
                 f"{' and '.join(options.objectives)} on {base.val_data}",
-                *(f"  {line}" for line in self.space.describe()),
+                *(f"  {line}" for line in self.space.to_lines()),
                 f"  {options.searcher} proposes, {options.scheduler} compares at steps {stops} of "
                 f"the {base.total_steps}-step schedule (batch {base.batch_size})",
             ]

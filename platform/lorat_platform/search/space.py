@@ -124,7 +124,7 @@ class SearchSpace:
                 space[path] = tune.lograndint(int(low), int(high) + 1)
         return space
 
-    def describe(self) -> list[str]:
+    def to_lines(self) -> list[str]:
         """Return one line per dimension, in the form that ``--space`` takes."""
         return [str(dimension) for dimension in self.dimensions.values()]
 

@@ -84,10 +84,10 @@ def finish(
         results = evaluate_beside_baselines(model, datasets.val)
         scores = _metrics(results)
         run.log_metrics(scores, result.step)
-        run.set_description(describe(config, result, results))
+        run.set_description(run_description(config, result, results))
         _log_report(model, results[MODEL], run)
     else:
-        run.set_description(describe(config, result, {}))
+        run.set_description(run_description(config, result, {}))
     run_id: str | None
     version: str | None = None
     if options.register:
@@ -223,7 +223,7 @@ def _metrics(results: dict[str, list[DatasetResult]]) -> dict[str, float]:
     }
 
 
-def describe(
+def run_description(
     config: TrainConfig, result: TrainingResult, results: dict[str, list[DatasetResult]]
 ) -> str:
     """Return the Markdown at the top of the run's page: the scores, and what was trained how."""

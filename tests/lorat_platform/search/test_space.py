@@ -12,7 +12,7 @@ from lorat_platform.search.space import _field_type, _members, build_space, pars
 
 def test_default_space_of_the_paper_is_rank_lr_and_head_depth() -> None:
     space = build_space(TrainConfig(variant="B-224"))
-    assert space.describe() == [
+    assert space.to_lines() == [
         "lora.rank=choice(4,8,16,32,64,128)",
         "lr=loguniform(1e-05,0.001)",
         "head.depth=choice(1,2,3,4)",

@@ -73,7 +73,7 @@ def write_outcome(
         },
         cost.steps,
     )
-    parent.set_description(describe(plan, board))
+    parent.set_description(search_description(plan, board))
     say_what_is_left([*endings, parent.end("KILLED" if interrupted else "FINISHED")])
     return SearchOutcome(
         plan=plan,
@@ -86,11 +86,11 @@ def write_outcome(
     )
 
 
-def describe(plan: SearchPlan, board: Leaderboard) -> str:
+def search_description(plan: SearchPlan, board: Leaderboard) -> str:
     """Say in Markdown what a search found and what it cost."""
     cost = board.cost()
     best = board.best()
-    lines = [f"Search `{plan.name}` over " + ", ".join(f"`{d}`" for d in plan.space.describe())]
+    lines = [f"Search `{plan.name}` over " + ", ".join(f"`{d}`" for d in plan.space.to_lines())]
     if best is not None:
         found = ", ".join(f"{name} {best.last(name):.4f}" for name in plan.options.objectives)
         values = ", ".join(f"{path} = {value}" for path, value in best.values.items())
