@@ -1,4 +1,8 @@
-"""Pictures of a search, from its table: what was tried, what mattered, what it cost."""
+"""Pictures of a search, from its table: what was tried, what mattered, what it cost.
+
+Optuna's own are drawn from a study, which random search has none of, and know no rungs; only the
+importance is computed by it.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from lorat.metrics.plots import COLORS, GREY, new_axes, png
 from lorat_platform.search.algorithms import distribution
 from lorat_platform.search.results.board import Leaderboard, TrialRow
 from lorat_platform.search.rungs import OBJECTIVES
@@ -29,7 +32,10 @@ NAMES = {
     "latency": "latency (ms per frame)",
     "parameters": "trainable parameters",
 }
-COLORS = {"completed": "C0", "stopped": "C7", "failed": "C3", "running": "C1", "waiting": "C1"}
+BLUE, RED, GREEN, ORANGE, *_ = COLORS
+OF_STATUS = {
+    "completed": BLUE, "stopped": GREY, "failed": RED, "running": ORANGE, "waiting": ORANGE,
+}  # fmt: skip
 
 
 def write_plots(board: Leaderboard, space: SearchSpace, folder: Path) -> list[Path]:
@@ -52,8 +58,7 @@ def write_plots(board: Leaderboard, space: SearchSpace, folder: Path) -> list[Pa
         if figure is None:
             continue
         path = folder / f"{name}.png"
-        figure.savefig(path, dpi=110, bbox_inches="tight")
-        plt.close(figure)
+        path.write_bytes(png(figure))
         paths.append(path)
     return paths
 
@@ -67,12 +72,12 @@ def draw_history(board: Leaderboard, rows: list[TrialRow]) -> Figure:
         if some:
             axes.scatter(
                 [r.number for r in some], [r.reports[-1][name] for r in some],
-                color=COLORS[status], label=status,
+                color=OF_STATUS[status], label=status,
             )  # fmt: skip
     ordered = sorted(rows, key=lambda r: r.number)
     fold = np.maximum if OBJECTIVES[name] == "max" else np.minimum
     best = fold.accumulate([r.reports[-1][name] for r in ordered])
-    axes.step([r.number for r in ordered], best, where="post", color="C2", label="best so far")
+    axes.step([r.number for r in ordered], best, where="post", color=GREEN, label="best so far")
     axes.legend()
     return figure
 
@@ -84,7 +89,7 @@ def draw_learning_curves(board: Leaderboard, rows: list[TrialRow]) -> Figure:
     for row in rows:
         axes.plot(
             [r["step"] for r in row.reports], [r[name] for r in row.reports],
-            marker="o", color=COLORS[row.status], alpha=0.7,
+            marker="o", color=OF_STATUS[row.status], alpha=0.7,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(board.rungs.steps, [str(step) for step in board.rungs.steps])
@@ -101,11 +106,11 @@ def draw_parallel_coordinates(
     objective = np.array([row.reports[-1][name] for row in rows], dtype=float)
     low, high = float(objective.min()), float(objective.max())
     figure, axes = _axes("Parallel coordinates", "", "")
-    scale = plt.Normalize(low, high)
+    scale = Normalize(low, high)
     for row, value in zip(rows, objective, strict=True):
         line = [_position(d, row.values[d.path]) for d in dimensions]
         line.append((value - low) / (high - low) if high > low else 0.5)
-        axes.plot(line, color=plt.get_cmap("viridis")(scale(value)), alpha=0.8)
+        axes.plot(line, color=matplotlib.colormaps["viridis"](scale(value)), alpha=0.8)
     for i, dimension in enumerate(dimensions):
         axes.axvline(i, color="0.7", lw=0.8)
         for position, label in _ticks(dimension):
@@ -115,7 +120,7 @@ def draw_parallel_coordinates(
     axes.axvline(len(dimensions), color="0.7", lw=0.8)
     axes.set_xticks(range(len(dimensions) + 1), [*(d.path for d in dimensions), name])
     axes.set_yticks([])
-    figure.colorbar(plt.cm.ScalarMappable(scale, "viridis"), ax=axes, label=NAMES[name])
+    figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, label=NAMES[name])
     return figure
 
 
@@ -164,7 +169,8 @@ def draw_rank_lr_map(board: Leaderboard, rows: list[TrialRow]) -> Figure | None:
     if not rows:
         return None
     name = board.objectives[0]
-    figure, axes = _axes("LoRA rank × learning rate", "LoRA rank", "peak learning rate")
+    title = "LoRA rank × learning rate (larger: trained further)"
+    figure, axes = _axes(title, "LoRA rank", "peak learning rate")
     size = [40 + 60 * row.num_rungs for row in rows]
     points = axes.scatter(
         [row.values["lora.rank"] for row in rows], [row.values["lr"] for row in rows],
@@ -174,7 +180,6 @@ def draw_rank_lr_map(board: Leaderboard, rows: list[TrialRow]) -> Figure | None:
     axes.set_yscale("log")
     ranks = sorted({row.values["lora.rank"] for row in rows})
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
-    axes.set_title("LoRA rank × learning rate (larger: trained further)")
     figure.colorbar(points, ax=axes, label=NAMES[name])
     return figure
 
@@ -186,7 +191,7 @@ def draw_pareto_front(board: Leaderboard, rows: list[TrialRow]) -> Figure:
     figure, axes = _axes("Pareto front", NAMES[second], NAMES[first])
     axes.scatter(
         [r.reports[-1][second] for r in rows], [r.reports[-1][first] for r in rows],
-        color=[COLORS[r.status] for r in rows], alpha=0.7,
+        color=[OF_STATUS[r.status] for r in rows], alpha=0.7,
     )  # fmt: skip
     pair = Leaderboard(
         objectives=(first, second), rungs=board.rungs, rows={r.trial_id: r for r in rows}
@@ -194,15 +199,16 @@ def draw_pareto_front(board: Leaderboard, rows: list[TrialRow]) -> Figure:
     front = sorted(pair.pareto(), key=lambda r: r.reports[-1][second])
     axes.step(
         [r.reports[-1][second] for r in front], [r.reports[-1][first] for r in front],
-        where="post", color="C2", marker="o", label="not dominated, trained furthest",
+        where="post", color=GREEN, marker="o", label="not dominated, trained furthest",
     )  # fmt: skip
     axes.legend()
     return figure
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots(figsize=(7, 4.2))
-    axes.set(title=title, xlabel=x, ylabel=y)
+    axes = new_axes(title, x, y, size=(7.0, 4.2))
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
     return figure, axes
 
 
