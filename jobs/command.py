@@ -80,7 +80,7 @@ def _plain(box: str) -> str:
 
 
 def _one_sentence(words: str, kind: Any) -> str:
-    """Condense what the flag parser printed into one sentence."""
+    """Condense what the flag parser printed into one sentence: it gives errors in no other form."""
     unknown = re.search(r"Unrecognized (?:options|arguments): ([^,\s]+)", words)
     if unknown:
         flag = unknown.group(1).split("=")[0]

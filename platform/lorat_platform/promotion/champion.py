@@ -2,7 +2,10 @@
 
 An alias points at one version and is moved in one step, so there is never a moment with two
 champions or none.  The lock makes promotions take turns, so that a candidate is never compared
-with a champion that has been replaced meanwhile.
+with a champion that has been replaced meanwhile.  MLflow sets an alias without comparing what it
+was: of two promotions that set it and read it again, the earlier may read its own before the later
+sets the other, and both would write themselves into the history.  A registered model, made as the
+lock, is what a server refuses to make twice.
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@ memory-mapped blocks of consecutive pairs.  Whoever first misses a block makes i
 lock that dies with its owner; the content follows from the pair's number alone, so losing a block
 only costs time.  Trials read from the front and most stop early: when the cache is full, low
 blocks displace high ones.
+
+Objects of Ray's store end with the process that made them, which here ends with its trial, and say
+to nobody that somebody is making them; files outlive trials and a lock keeps others waiting.
 """
 
 from __future__ import annotations
