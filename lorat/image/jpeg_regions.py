@@ -50,6 +50,8 @@ def cut_region(
         return None
     size_at, scan_at, interval = header
     blocks_wide, blocks_high = -(-width // _BLOCK), -(-height // _BLOCK)
+    # Restart markers set the decoder back, so what lies between two can stand anywhere; segments
+    # must end with the rows of blocks, or a region's rows would begin in the middle of one.
     if interval == 0 or blocks_wide % interval:
         return None
     per_row = blocks_wide // interval
@@ -59,6 +61,7 @@ def cut_region(
     if (end_column - first_column) * (end_row - first_row) == per_row * blocks_high:
         return None
     coded = np.frombuffer(jpeg, np.uint8)
+    # In coded data a byte 0xFF is followed by 0x00; RST0 to RST7 are the only markers there.
     escapes = np.flatnonzero(coded[scan_at:-1] == 0xFF) + scan_at
     markers = escapes[(coded[escapes + 1] & 0xF8) == 0xD0]
     if len(markers) != per_row * blocks_high - 1 or not jpeg.endswith(b"\xff\xd9"):
@@ -67,12 +70,14 @@ def cut_region(
     ends = [*markers.tolist(), len(jpeg) - 2]
     left, right = first_column * step, min(end_column * step, width)
     top, bottom = first_row * _BLOCK, min(end_row * _BLOCK, height)
+    # The frame header has the height first, two bytes each.
     new_size = (bottom - top).to_bytes(2, "big") + (right - left).to_bytes(2, "big")
     parts = [jpeg[:size_at], new_size, jpeg[size_at + 4 : scan_at]]
     count = 0
     for row in range(first_row, end_row):
         for segment in range(row * per_row + first_column, row * per_row + end_column):
             if count:
+                # Decoders expect the numbers of the markers in turn, from 0 again after 7.
                 parts.append(bytes((0xFF, 0xD0 + (count - 1) % 8)))
             parts.append(jpeg[starts[segment] : ends[segment]])
             count += 1

@@ -212,6 +212,8 @@ def _report(
 ) -> dict[str, float]:
     """Sum the interval over the workers and turn it into metrics; a collective call."""
     wall_s, parts_s = learner.clock.read()
+    # One tensor and one call for everything: each call makes all workers wait for the slowest.
+    # Doubles, since bytes of an interval pass what a float counts exactly.
     memory = memory_bytes(world.device)
     sums = torch.tensor(
         [
@@ -229,6 +231,8 @@ def _report(
     if world.size > 1:
         dist.all_reduce(values)
     numbers = values.tolist()
+    # Pairs, images and bytes are counts of all workers; times and losses are means over them.  Each
+    # divides by the mean number of positives of all, so the mean is that of the global batch.
     pairs, damaged, images, num_bytes, wall_s = numbers[:5]
     parts = {k: v / world.size for k, v in zip(PARTS, numbers[5:], strict=False)}
     held = numbers[5 + len(PARTS) : 5 + len(PARTS) + len(memory)]

@@ -28,6 +28,7 @@ class DatasetSchedule:
             raise UserError(
                 f"The data set weights are {list(weights)}; give finite numbers above 0."
             )
+        # As they are written, so that 0.1 is a tenth and the period small.
         exact = [Fraction(repr(float(w))).limit_denominator(10_000) for w in weights]
         if min(exact) <= 0:
             raise UserError(
@@ -41,11 +42,14 @@ class DatasetSchedule:
         """Pairs of each data set in one period."""
         self.period = period
         self._pattern = _chairman_assignment(self.counts)
+        # How many pairs of the same data set come before a slot: together with the period's number
+        # that numbers the pairs of each data set without gaps, whoever asks for which pair.
         seen = [0] * len(self.counts)
         self._ordinal = []
         for dataset in self._pattern:
             self._ordinal.append(seen[dataset])
             seen[dataset] += 1
+        # A chunk is shuffled within itself, which needs the period to be whole chunks.
         self._chunk = max(c for c in range(1, min(period, 64) + 1) if period % c == 0)
         rng = np.random.default_rng([seed, 1])
         self._shuffles = [rng.permutation(self._chunk).tolist() for _ in range(256)]
@@ -86,6 +90,7 @@ def _chairman_assignment(counts: Sequence[int]) -> list[int]:
     num, total = len(counts), sum(counts)
     if num == 1:
         return [0] * total
+    # All times total, to stay with whole numbers: deficits and slack are shares of one pair.
     slack = total / (2 * num - 2)
     taken = [0] * num
     order = []

@@ -220,11 +220,13 @@ def write_index(
         _write_batch(
             scratch / _FILES[1], {"sequence": pa.array(sequences), "category": pa.array(categories)}
         )
+        # Where the usable rows of each track begin among all usable rows: a track's are a slice.
         one_row = {
             "track_start": track_start,
             "valid_start": np.searchsorted(valid_rows, track_start).astype(np.int64),
             "valid_rows": valid_rows,
         }
+        # Columns of several lengths in one record batch: one row, each cell a list.
         lists = {
             k: pa.LargeListArray.from_arrays(pa.array([0, len(v)], pa.int64()), pa.array(v))
             for k, v in one_row.items()
@@ -252,6 +254,7 @@ def write_index(
         "index": {"folder": folder, "bytes": sizes},
     }
     old = previous_manifest(location).get("index", {}).get("folder")
+    # Readers find the folder by the manifest: until it is replaced they have the old index.
     location.write_bytes(MANIFEST, json.dumps(manifest, indent=1).encode())
     if old and old != folder:
         location.delete_folder(old)

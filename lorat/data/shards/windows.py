@@ -91,6 +91,8 @@ class WindowLaw:
 
 def crop_scale(width: float, height: float, area_factor: float, crop_size: int) -> float:
     """Return crop pixels per frame pixel of a crop without jitter around a box."""
+    # The published crop: each side grows by the same margin, which makes it area_factor times as
+    # large for a square box.
     margin = (area_factor - 1) * (width + height) / 2
     return crop_size / math.sqrt((width + margin) * (height + margin))
 
@@ -116,9 +118,12 @@ def _reaches(log_ratio_step: int, law: WindowLaw) -> tuple[np.ndarray, np.ndarra
         window.
     """
     rng = np.random.default_rng([11, log_ratio_step + 1000])
+    # Everything scales with the box, so that a box of area 1 stands for all of its ratio.
     side = math.sqrt(2 ** (log_ratio_step / _RATIO_STEPS))
     box_wh = np.array([side, 1 / side])
     scale = crop_scale(side, 1 / side, law.search_area_factor, law.search_size)
+    # As lorat.data.pairs.sampler jitters crops: sides by a log-normal factor, the centre by up to
+    # half of the jitter times the mean side; what shows too little of the box is drawn again.
     normal = rng.standard_normal((4 * _NUM_SAMPLES, 2))
     scale_xy = scale / np.exp(law.scale_jitter * normal)
     amplitude = 0.5 * law.translation_jitter * (box_wh * scale_xy).sum(axis=1, keepdims=True)
@@ -130,6 +135,7 @@ def _reaches(log_ratio_step: int, law: WindowLaw) -> tuple[np.ndarray, np.ndarra
     if accepted.sum() < _NUM_SAMPLES // 10:  # a sliver that sampling will hardly ever accept
         accepted[:] = True
     keep = np.flatnonzero(accepted)[:_NUM_SAMPLES]
+    # From the box centre to the crop's sides, back in units of the box.
     low = (half_crop + shift[keep]) / scale_xy[keep]
     high = (half_crop - shift[keep]) / scale_xy[keep]
     reach = np.concatenate([low, high], axis=1).T
@@ -151,6 +157,8 @@ def window_of(box_px: np.ndarray, size_wh: tuple[int, int], law: WindowLaw) -> W
     unit = math.sqrt(width * height)
     cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
     border = np.maximum([cx, cy, size_wh[0] - cx, size_wh[1] - cy], 0) / unit
+    # A crop that reaches over the frame's border needs nothing beyond it.  Of each sampled crop: by
+    # which factor the window of these proportions must grow to hold it.
     needed = (np.minimum(reach, border[:, None]) / proportion[:, None]).max(axis=0)
     # A tenth of the allowance is kept back for the error of the sample.
     rank = math.ceil(len(needed) * (1 - 0.9 * law.max_outside)) - 1
@@ -186,6 +194,7 @@ def cut_window(
     x1, y1, x2, y2 = window
     patch = image_HWC[y1:y2, x1:x2]
     stored_wh = (max(math.ceil((x2 - x1) * scale), 1), max(math.ceil((y2 - y1) * scale), 1))
+    # Whole segments wide, so that regions of the image can be decoded alone; never enlarged.
     if scale < 1:
         stored_wh = (min(_round_up(stored_wh[0]), x2 - x1), stored_wh[1])
     if stored_wh != (x2 - x1, y2 - y1):
