@@ -310,13 +310,13 @@ def _run(trainer: Any, place: Placement, check: Callable[[], None]) -> None:
     Ray Train works beside the main thread, which stays free for both.
     """
     controllers: list[Any] = []
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
     ray_internals.hand_out_controller(trainer, controllers.append)
 
     def fit() -> None:
         try:
             trainer.fit()
-        except Exception as error:
+        except BaseException as error:  # also one that would end only this thread
             failures.append(error)
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
