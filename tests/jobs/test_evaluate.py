@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from infra.processes import free_port
 from lorat.checkpoint.folder import save_merged
 from lorat.model.network import LoRAT
 from lorat_platform import cluster
-from lorat_platform.promotion import champion
+from lorat_platform.promotion import champion, decision
 from lorat_platform.recording.run import open_run
 from lorat_platform.recording.store import connect
 from lorat_platform.registry import versions
@@ -110,11 +109,9 @@ def test_killed_evaluation_goes_on(home: Path, uri: str, tmp_path: Path) -> None
 
 def promote(version: str, **options: Any) -> bool:
     """Do what `jobs/promote.py` does once it has a cluster and a run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "jobs"))
-        job = runpy.run_path(str(ROOT / "jobs" / "promote.py"), run_name="promote")
+    candidate = decision.Candidate(name="lorat", version=version, **options)
     with cluster.connected(), open_run("promotion", version) as run:
-        return job["promote"](job["Options"](**options), "lorat", version, run)
+        return decision.promote(candidate, run)
 
 
 @pytest.mark.usefixtures("shared_ray")
@@ -158,7 +155,7 @@ def test_better_candidate_is_promoted_and_worse_is_not(home: Path, uri: str) -> 
 
 
 @pytest.mark.usefixtures("shared_ray")
-def test_benchmarks_are_remembered_by_whole_addresses(
+def test_reference_sets_are_remembered_by_whole_addresses(
     home: Path, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = register(staying_tracker(), "unknown")
@@ -225,7 +222,8 @@ def test_export_writes_a_parity_report(home: Path, uri: str, tmp_path: Path) -> 
     assert run_in_process("export", *arguments) == 0
     assert "| onnx | model.onnx |" in (tmp_path / "out" / "parity.md").read_text()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "bundle", "model.onnx", "model.pt2", "official.safetensors", "parity.json", "parity.md",
+        "SHA256SUMS", "bundle", "model.onnx", "model.pt2", "official.safetensors", "parity.json",
+        "parity.md",
     }  # fmt: skip
 
 
