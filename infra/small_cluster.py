@@ -43,7 +43,7 @@ LOOPBACK = ("127.", "::ffff:127.", "::1")
 
 
 DATA = """
-from lorat.data.shards.conversion import MemoryTrack, write_dataset
+from lorat.data.shards.from_memory import MemoryTrack, write_dataset
 from lorat.data.synthetic.videos import render
 from lorat.config.variants import get_variant
 from lorat.data.shards.windows import WindowLaw

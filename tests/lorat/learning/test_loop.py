@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tests.lorat_platform.test_learner import CONFIG, random_pairs, source
 
 from lorat.data.pairs.batches import Batch
 from lorat.errors import UserError
@@ -20,6 +19,7 @@ from lorat.learning.clock import PARTS
 from lorat.learning.learner import Learner, World
 from lorat.learning.loop import Hooks, run
 from lorat.learning.replay import replay
+from tests.lorat.learning.test_learner import CONFIG, random_pairs, source
 
 
 def test_metrics_of_every_interval_tell_where_the_time_went() -> None:

@@ -208,7 +208,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_parts(
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         from lorat.data import datasets
         from lorat.files import storage
-        from lorat.data.shards.conversion import dataset_info
+        from lorat.data.shards.manifest import dataset_info
         from lorat.errors import UserError
         from lorat_platform.data import ingestion
         source = datasets.Got10k(source=Path({str(got10k.source)!r}))

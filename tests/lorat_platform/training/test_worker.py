@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from ray.train import Checkpoint
-from tests.lorat_platform.test_learner import CONFIG, source
 
 from lorat.errors import UserError
 from lorat.files.storage import locate
@@ -17,6 +16,7 @@ from lorat_platform.cluster.console import Console
 from lorat_platform.runs import checkpoints
 from lorat_platform.runs.claim import Lease
 from lorat_platform.training.worker import WorkerSetup, _Upload, make_learner
+from tests.lorat.learning.test_learner import CONFIG, source
 
 
 def setup(folder: Path, start_weights: str | None) -> WorkerSetup:
