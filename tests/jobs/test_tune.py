@@ -77,7 +77,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     val = make_shards(folder / "val", split="val")
     return [
         "--variant", "N-112", "--backbone", "none", "--data", train, "--val-data", val,
-        "--epochs", "4", "--pairs-per-epoch", "64", "--batch-size", "8", "--warmup-epochs", "0",
+        "--epochs", "2", "--pairs-per-epoch", "128", "--batch-size", "8", "--warmup-epochs", "0",
         "--rungs", "2", "--val-sequences", "1", "--crop-cache-gb", "0.1",
     ]  # fmt: skip
 

@@ -204,7 +204,7 @@ def test_two_data_sets_of_one_name_are_not_mixed(
 
 def test_every_module_that_tracks_counts_for_the_fingerprint() -> None:
     assert tracking_modules() >= {
-        "config.variants", "image.codec", "image.crops", "learning.augment", "model.adapter",
+        "config.variants", "image.codec", "image.crops", "model.adapter", "model.normalisation",
         "model.backbone", "model.embedding", "model.head", "model.network", "tracking.baselines",
         "tracking.one_pass", "tracking.postprocess", "tracking.tracker",
     }  # fmt: skip
