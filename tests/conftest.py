@@ -41,8 +41,15 @@ class FirstErrors:
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Print why a file cannot be read."""
+        self._show(report)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Print a failure's end; the whole of it stands in the summary."""
+        self._show(report)
+
+    def _show(self, report: pytest.CollectReport | pytest.TestReport) -> None:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         if report.failed and terminal is not None:
             terminal.write("\n")
