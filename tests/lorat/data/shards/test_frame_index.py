@@ -73,13 +73,16 @@ def test_ten_million_frames_open_in_2_seconds_and_200_megabytes(tmp_path: Path) 
         import re, sys, time
         from pathlib import Path
         from lorat.data.shards.frame_index import FrameIndex
+        def megabytes(of):
+            text = Path("/proc/self/status").read_text()
+            return int(re.search(of + r":\\s+(\\d+) kB", text)[1]) / 1024
+        before = megabytes("VmRSS")
         start = time.perf_counter()
         index = FrameIndex.open(sys.argv[1])
         rows = [int(index.valid_rows[i]) for i in range(0, 10_000_000, 100_003)]
         boxes = [index.box[r] for r in rows]
         seconds = time.perf_counter() - start
-        peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
-        print(len(index.valid_rows), seconds, int(peak.group(1)) / 1024)
+        print(len(index.valid_rows), seconds, megabytes("VmHWM") - before)
     """
     root = str(Path(__file__).parents[4])
     printed = subprocess.run(
@@ -88,7 +91,8 @@ def test_ten_million_frames_open_in_2_seconds_and_200_megabytes(tmp_path: Path) 
     ).stdout.split()  # fmt: skip
     assert int(printed[0]) == num
     assert float(printed[1]) < 2.0
-    assert float(printed[2]) < 200.0  # the whole process, Python and PyArrow included
+    # Beside Python and PyArrow, some 70 MB; how much of their files counts depends on the system.
+    assert float(printed[2]) < 130.0
 
 
 def test_another_schema_version_is_refused_clearly(tmp_path: Path) -> None:
