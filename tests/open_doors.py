@@ -79,8 +79,10 @@ def watch() -> Iterator[Watch]:
 
 
 @pytest.fixture(autouse=True)
-def no_open_door(watch: Watch) -> Iterator[None]:
+def no_open_door(watch: Watch, request: pytest.FixtureRequest) -> Iterator[None]:
     """Look at what was found during the test."""
     yield
     found = watch.take()
+    if request.node.get_closest_marker("reachable"):
+        return
     assert not found, f"other machines could reach {found}"

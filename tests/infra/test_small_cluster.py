@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.exhaustive
+@pytest.mark.reachable
 @pytest.mark.processes(minutes=6)
 @pytest.mark.timeout(900)
 def test_a_training_survives_the_loss_of_nodes_and_registers_its_model() -> None:

@@ -67,11 +67,6 @@ class Cluster:
     gpus: float
     nodes: int
 
-    @property
-    def host(self) -> str:
-        """Host of the GCS."""
-        return self.address.rpartition(":")[0].strip("[]")
-
     def __str__(self) -> str:
         where = "an embedded Ray" if self.embedded else f"Ray at {self.address}"
         gpus = f", {self.gpus:g} GPUs" if self.gpus else ""
@@ -131,12 +126,11 @@ def connect(
         env: More environment variables for the workers.
 
     An embedded Ray listens on the loopback address only and answers only who has its token, which
-    is random.  A Ray at a loopback address gets no socket from here that others reach.
+    is random.  Nor does a Ray that others do not reach get a socket from here that they do.
 
     Raises:
         UserError: if no cluster answers at the address, it has a secret in it, or this process or
-            what it started would listen for other machines though its Ray is on the loopback
-            address.
+            what it started would listen for other machines though its Ray is for this one.
     """
     os.environ |= {k: v for k, v in ENVIRONMENT.items() if k not in os.environ}
     address = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -157,7 +151,7 @@ def connect(
             "include_dashboard": False,
             "_node_ip_address": LOOPBACK,
         }
-    elif address == "auto" or sockets.is_loopback(address.rpartition(":")[0]):
+    elif address == "auto" or address.rpartition(":")[0] in (LOOPBACK, "localhost"):
         ray_internals.keep_to_loopback()
         ray_internals.use_token_of_this_user()
     options |= {
@@ -177,8 +171,7 @@ def connect(
         ) from error
     logging.getLogger("ray").setLevel(logging.WARNING)
     cluster = _describe(embedded=embedded)
-    private = embedded or sockets.is_loopback(cluster.host)
-    open_doors = sockets.reachable() if private else []
+    open_doors = sockets.reachable() if embedded or _is_for_one_machine() else []
     if open_doors:
         disconnect()
         raise UserError(
@@ -187,6 +180,13 @@ def connect(
             "a Ray for other machines with 'ray start --head' and name it with --address."
         )
     return cluster
+
+
+def _is_for_one_machine() -> bool:
+    """Tell whether Ray was started so that only its machine reaches it, as ``make run`` does."""
+    import ray
+
+    return all(node["NodeManagerAddress"] == LOOPBACK for node in ray.nodes() if node["Alive"])
 
 
 def _ask_for_a_token() -> None:
