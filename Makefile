@@ -19,8 +19,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # settings, pip gets them.  That some files of the packages cannot be compiled is no matter.
 $(READY): infra/requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) 'uv>=0.9'
-	$(BIN)/uv pip install --quiet --native-tls --python $(BIN)/python -r infra/requirements.lock \
+	{ $(PIP) 'uv>=0.9' && \
+	  $(BIN)/uv pip install --quiet --native-tls --python $(BIN)/python -r infra/requirements.lock; } \
 	  || $(PIP) --no-compile -r infra/requirements.lock
 	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	$(PIP) --no-deps --editable .

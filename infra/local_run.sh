@@ -94,7 +94,7 @@ case "$found" in
     exit 2 ;;
   open)
     [ "$RAY_AUTH_MODE" != token ] || echo "The Ray on port $port asks for no token: every user of" \
-      "this machine can run code in it. 'make stop' and this command again start one that does." ;;
+      "this machine can run code in it. Once it is ended, this command starts one that does." ;;
 esac
 
 if [ "$found" = nobody ]; then

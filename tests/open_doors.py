@@ -1,4 +1,4 @@
-"""A test fails while which something that the tests started listened for other machines.
+"""A test fails if something that the tests started listened for other machines while it ran.
 
 So every job, server and cluster of the suite is looked at, embedded or submitted, as long as it
 runs.

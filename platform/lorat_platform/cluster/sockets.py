@@ -9,12 +9,10 @@ import psutil
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches an address; ``localhost`` counts as one."""
-    with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address(host)
-        mapped = getattr(address, "ipv4_mapped", None)
-        return (mapped or address).is_loopback
-    return host == "localhost"
+    """Tell whether only this machine reaches an IP address."""
+    address = ipaddress.ip_address(host)
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
 
 
 def reachable() -> list[str]:
