@@ -11,6 +11,21 @@ class UserError(ValueError):
     """
 
 
+def cannot_read(path: object, error: OSError) -> UserError:
+    """Make the error for a file or folder that is there and cannot be read.
+
+    Args:
+        path: of the file or folder.
+        error: what the system said; where this user may not read it, that is said.
+    """
+    if isinstance(error, PermissionError):
+        return UserError(
+            f"{path} may not be read by this user ({reason(error)}); let its owner allow it "
+            "(chmod a+rX), or give another."
+        )
+    return UserError(f"{path} cannot be read ({reason(error)}); mend that or give another.")
+
+
 def reason(error: BaseException) -> str:
     """Return the cause of a storage error in a few words."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):

@@ -113,7 +113,7 @@ class Location:
         """
         check_plain_name(name, f"the address {self.uri}")
         if self.is_local:
-            gone = marked(f".deleted-{name}", Path(self.path))
+            gone = marked(".deleted-", Path(self.path))
             if os.path.lexists(self.file(name)):
                 os.rename(self.file(name), gone)
                 remove(gone)
@@ -216,7 +216,6 @@ def publish(file: Path, location: Location, name: str) -> None:
     such as that of a termination signal, would put what it has so far in view.
     """
     if location.is_local:
-        file.chmod(0o644)
         os.replace(file, location.file(name))
         return
     pafs.copy_files(
