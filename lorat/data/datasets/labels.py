@@ -13,36 +13,14 @@ import numpy as np
 from lorat.data.datasets.records import Findings
 from lorat.errors import UserError
 from lorat.image import boxes
+from lorat.image.frame_files import list_images as list_images
+from lorat.image.frame_files import natural_key, tell_frames
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})
 _SEPARATORS = re.compile(r"[,;\s]+")
 _LEFT = re.compile(r"(^|[_.])(x|left|min_?x)")
 """Names of the column that a box begins with: x, x1, xmin, left, bb_left, bbox_x, ..."""
 _MAX_MISSING = 0.1
 """Share of annotated frames without image above which a sequence is not believed."""
-
-
-def natural_key(name: str) -> list[tuple[int, str]]:
-    """Return a sorting key by which 2.jpg comes before 10.jpg."""
-    parts = re.split(r"(\d+)", name)
-    return [(int(p), "") if p.isdigit() else (-1, p) for p in parts]
-
-
-def list_images(folder: Path) -> list[str]:
-    """List the paths of the images in a folder, by their numbers; none if it is missing.
-
-    Hidden files are no images, such as the ``._1.jpg`` that macOS leaves beside every file.
-    """
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as items:
-        found = [
-            item.path
-            for item in items
-            if os.path.splitext(item.name)[1].lower() in IMAGE_SUFFIXES
-            and not item.name.startswith(".")
-        ]
-    return sorted(found, key=lambda p: natural_key(os.path.basename(p)))
 
 
 def list_folders(folder: Path) -> list[str]:
@@ -202,8 +180,14 @@ def align_in_order(
     """Match images of any names to annotation rows, the n-th to the n-th.
 
     Counts that differ by one are cut to the smaller; more cannot be matched, since nothing tells
-    which image a row belongs to.
+    which image a row belongs to.  Images of other names than the frames are left out.
     """
+    told = tell_frames(images)
+    if told is not None and told.others:
+        example = os.path.basename(told.others[0])
+        why = f"{len(told.others)} images of other names ({example}, ...) are no frames, left out"
+        findings.add(sequence, "repaired", why)
+        images = told.frames
     if not images or abs(len(images) - num_rows) > 1:
         _refuse(len(images), num_rows, sequence, findings)
         return None
