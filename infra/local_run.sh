@@ -80,8 +80,8 @@ PY
 # What is given here would stand in the list of processes and in Ray's logs.
 python -c 'import sys
 sys.path[:0] = [".", "platform", "jobs"]
-import command
-command.run(lambda: command.refuse_secrets_in(sys.argv[1:]))' "$@"
+import command, flags
+command.run(lambda: flags.refuse_secrets_in(sys.argv[1:]))' "$@"
 
 found="$(look)"
 case "$found" in

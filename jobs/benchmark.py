@@ -14,6 +14,7 @@ import logging
 import sys
 
 import command
+import flags
 
 from lorat.errors import UserError
 
@@ -26,15 +27,15 @@ def main() -> int:
     if first == "data":
         from lorat_platform.data.benchmark import DataBenchmark, benchmark_data
 
-        benchmark_data(command.parse(DataBenchmark, rest))
+        benchmark_data(flags.parse(DataBenchmark, rest))
     elif first == "train":
         from lorat_platform.training.benchmark import TrainBenchmark, benchmark_train
 
-        benchmark_train(command.parse(TrainBenchmark, rest))
+        benchmark_train(flags.parse(TrainBenchmark, rest))
     elif first == "search":
         from lorat_platform.search.benchmark import SearchBenchmark, benchmark_search
 
-        benchmark_search(command.parse(SearchBenchmark, rest))
+        benchmark_search(flags.parse(SearchBenchmark, rest))
     elif first in ("-h", "--help"):
         print(__doc__.strip())
     elif first == "--describe" or first.startswith("--describe="):

@@ -1,19 +1,13 @@
-"""The habits of every job: typed flags, one-sentence errors, exit codes, clean stops."""
+"""The habits of every job: one-sentence errors, exit codes, clean stops."""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import io
 import logging
 import os
-import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
 
-import tyro
 from output import cleaned_output
 
 from lorat.errors import UserError
@@ -23,8 +17,6 @@ from lorat_platform.failures import home_message, surroundings_message, user_mes
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 EXIT_USER_ERROR = 2
 EXIT_FAILURE = 1
 ADDRESSES = (
@@ -32,76 +24,6 @@ ADDRESSES = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "RAY_ADDRESS",
 )  # fmt: skip
 """Variables that name a place; what is secret about it belongs into others."""
-
-
-def parse(
-    kind: Callable[..., T] | type[T],
-    arguments: Sequence[str] | None = None,
-    *,
-    default: Any = tyro.MISSING_NONPROP,
-    description: str | None = None,
-) -> T:
-    """Read the command line into ``kind``: a frozen dataclass, or a function of dataclasses.
-
-    Raises:
-        UserError: for an unknown flag, a value of the wrong type, or an address with a secret, in
-            one sentence.
-    """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    refuse_secrets_in(given)
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            return tyro.cli(kind, args=given, default=default, description=description)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UserError(_one_sentence(_plain(printed.getvalue()), kind)) from None
-
-
-def refuse_secrets_in(arguments: Sequence[str]) -> None:
-    """Refuse addresses with passwords and keys on a command line.
-
-    Raises:
-        UserError: for the first one.
-    """
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        name, _, value = argument.partition("=")
-        if name.startswith("-"):
-            refuse_secrets(value, name)
-        else:
-            refuse_secrets(argument, before if before.startswith("-") else "The address")
-
-
-def _plain(box: str) -> str:
-    """Return the words of a printed box without its frame and colours, in one line."""
-    text = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", box)
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def _one_sentence(words: str, kind: Any) -> str:
-    """Condense what the flag parser printed into one sentence: it gives errors in no other form."""
-    unknown = re.search(r"Unrecognized (?:options|arguments): ([^,\s]+)", words)
-    if unknown:
-        flag = unknown.group(1).split("=")[0]
-        if not flag.startswith("-"):
-            return f"{flag} is no option; options start with --, and --help lists them all."
-        close = difflib.get_close_matches(flag, _flags(kind), n=2, cutoff=0.6)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        return f"There is no option {flag}; {hint}--help lists them all."
-    for border in ("For full helptext", "Argument helptext", "Got errors"):
-        words = words.split(border)[0].strip()
-    words = re.sub(r"^.*?(?:Value error|Invalid choice|Missing argument) ", "", words)
-    words = re.sub(r"^Error parsing [\w.]+: (?=.*;)", "", words)
-    return words if ";" in words else f"{words.rstrip(chr(46))}; --help explains every option."
-
-
-def _flags(kind: Any) -> list[str]:
-    """List the long flags of a command."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        tyro.cli(kind, args=["--help"])
-    return sorted(set(re.findall(r"(?<![\w-])--[A-Za-z][\w.-]*", printed.getvalue())))
 
 
 def run(main: Callable[[], int | None]) -> None:

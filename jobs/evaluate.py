@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import command
+import flags
 import tyro
 
 from lorat.errors import UserError
@@ -74,7 +75,7 @@ def dataset_uri(name: str) -> str:
 
 def main() -> int:
     """Run the job."""
-    options = command.parse(Options, description=__doc__)
+    options = flags.parse(Options, description=__doc__)
     subject = load_subject(options.model, variant=options.variant)
     uris = [dataset_uri(name) for name in options.data]
     check_distinct(uris)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import command
+import flags
 import torch
 
 from lorat.checkpoint.export import FORMATS, TOLERANCE, export
@@ -42,7 +43,7 @@ class Options:
 
 def main() -> int:
     """Run the job; 1 if a file differs from PyTorch by more than the tolerance."""
-    options = command.parse(Options, description=__doc__)
+    options = flags.parse(Options, description=__doc__)
     model = versions.load(options.model, variant=options.variant)
     if options.backbone is not None:
         options.backbone.parent.mkdir(parents=True, exist_ok=True)

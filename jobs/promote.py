@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import bootstrap
 
-import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import command
+import flags
 import tyro
 
 from lorat.errors import UserError
@@ -27,7 +26,7 @@ from lorat_platform import cluster
 from lorat_platform.evaluation.workers import EvaluationConfig
 from lorat_platform.promotion import decision
 from lorat_platform.recording.run import open_run
-from lorat_platform.recording.store import tracking_uri
+from lorat_platform.recording.store import needing_mlflow
 from lorat_platform.registry import versions
 
 log = logging.getLogger(__name__)
@@ -62,24 +61,9 @@ class Options:
             raise UserError("--rollback and --force were both given; give one of them.")
 
 
-@contextlib.contextmanager
-def needing_mlflow() -> Iterator[None]:
-    """Say in a sentence that MLflow does not answer: nothing here can be done without it."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except (MlflowException, TimeoutError) as error:
-        where = tracking_uri()
-        raise UserError(
-            f"MLflow at {where} did not do it ({str(error).splitlines()[0][:200]}); correct "
-            "MLFLOW_TRACKING_URI or start the server, and give the same command again."
-        ) from error
-
-
 def main() -> int:
     """Run the job."""
-    options = command.parse(Options, description=__doc__)
+    options = flags.parse(Options, description=__doc__)
     with needing_mlflow():
         if not options.rollback:
             return compare_and_promote(options)

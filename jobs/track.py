@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import bootstrap  # noqa: F401
 
+import itertools
 import logging
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import command
+import flags
 import tyro
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ from lorat.errors import UserError
 from lorat.metrics.result_files import write_boxes
 from lorat.tracking.clips import CODECS, ClipWriter, annotate
 from lorat.tracking.first_box import check_inside, parse_box
+from lorat.tracking.trajectory import Trajectory
 from lorat.tracking.video_source import VideoSource
 from lorat.tracking.window import need_screen, select_box, show
 from lorat_platform.evaluation.subject import load_subject
@@ -65,34 +67,21 @@ class Options:
             raise UserError("The object is not given once; give either --box L,T,W,H or --select.")
 
 
-def torch_device(name: str) -> str | None:
-    """Return torch's name of a device; none means whatever is there.
-
-    Raises:
-        UserError: for a GPU where there is none.
-    """
-    if name == "gpu":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError("device is gpu, but this machine has none; give cpu or auto.")
-        return "cuda"
-    return None if name == "auto" else name
-
-
 def main() -> int:
     """Run the job."""
-    options = command.parse(Options, description=__doc__)
+    options = flags.parse(Options, description=__doc__)
     given = parse_box(options.box) if options.box else None
-    for option in ("select", "show"):
-        if getattr(options, option):
-            need_screen(f"--{option}")
+    for option in [name for name in ("select", "show") if getattr(options, name)]:
+        need_screen(f"--{option}")
     source = VideoSource(options.source)
     frames = iter(source)
     first = next(frames)
     if given is not None:
         check_inside(given, first)
-    device = torch_device(options.device)
+    if device := {"auto": None, "cpu": "cpu", "gpu": "cuda"}[options.device]:
+        from lorat.tracking.tracker import resolve_device
+
+        resolve_device(device)
     subject = load_subject(options.model, variant=options.variant)
     tracker = subject.tracker(device)
     box = select_box(first) if given is None else given
@@ -100,9 +89,9 @@ def main() -> int:
     total = source.num_frames
     if options.max_frames is not None:
         total = min(total or options.max_frames, options.max_frames)
-    targets = tracker.start([first], [box])
-    boxes, scores, seconds = [box], [1.0], 0.0
-    interrupted = False
+        frames = itertools.islice(frames, options.max_frames - 1)
+    trajectory = Trajectory(tracker, first, box)
+    stopped = 0
     with (
         ClipWriter(options.output, fps=source.fps) as clip,
         tqdm(total=total, unit="frame", desc=subject.name) as bar,
@@ -110,29 +99,22 @@ def main() -> int:
         clip.write(annotate(first, box))
         bar.update()
         try:
-            for frame in frames:
-                if options.max_frames is not None and len(boxes) >= options.max_frames:
-                    break
-                began = time.perf_counter()
-                (found,), (score,) = tracker.step(targets, [frame])
-                seconds += time.perf_counter() - began
-                boxes.append(found)
-                scores.append(float(score))
-                drawn = annotate(frame, found, text=f"{score:.2f}")
+            for frame in trajectory.follow(frames):
+                drawn = annotate(frame, trajectory.boxes[-1], text=f"{trajectory.scores[-1]:.2f}")
                 clip.write(drawn)
                 bar.update()
                 if options.show and not show(drawn):
                     break
         except KeyboardInterrupt:  # what was tracked so far is written
-            interrupted = True
+            stopped = command.EXIT_INTERRUPTED
     about = {"source": options.source, "model": subject.name, "variant": subject.variant}
-    write_boxes(options.output, boxes, scores, about)
-    fps = (len(boxes) - 1) / seconds if seconds else 0.0
+    write_boxes(options.output, trajectory.boxes, trajectory.scores, about)
     log.info(
-        "%d frames at %.1f FPS (tracking alone): %s, %s, %s", len(boxes), fps, options.output,
+        "%d frames at %.1f FPS (tracking alone): %s, %s, %s",
+        len(trajectory.boxes), trajectory.fps, options.output,
         options.output.with_suffix(".csv").name, options.output.with_suffix(".json").name,
     )  # fmt: skip
-    return command.EXIT_INTERRUPTED if interrupted else 0
+    return stopped
 
 
 if __name__ == "__main__":

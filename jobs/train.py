@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import command
+import flags
 import tyro
 
 from lorat.config.fields import from_dict
@@ -64,7 +65,7 @@ def parse(arguments: list[str]) -> Options:
         if name == "--config":
             following = arguments[position + 1 : position + 2]
             default = read_config(Path(value or (following[0] if following else "")))
-    return command.parse(Options, arguments, default=Options(train=default))
+    return flags.parse(Options, arguments, default=Options(train=default))
 
 
 def main() -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import command
+import flags
 import tyro
 
 from lorat.config.training import TrainConfig
@@ -53,7 +54,7 @@ class Options:
 
 def main() -> int:
     """Run the job."""
-    options = command.parse(Options, description=__doc__)
+    options = flags.parse(Options, description=__doc__)
     if options.resume is not None:
         plan = read_plan(
             options.resume, options.search.storage, trust_folder=options.trust_search_folder

@@ -61,6 +61,13 @@ def test_imports_point_only_downwards(package: str) -> None:
     assert not wrong
 
 
+def test_entry_points_stay_short() -> None:
+    lengths = {
+        path.name: len(path.read_text().splitlines()) for path in (ROOT / "jobs").glob("*.py")
+    }
+    assert {name for name, length in lengths.items() if length > 125} == set()
+
+
 def test_jobs_import_what_must_come_first_first() -> None:
     for path in (ROOT / "jobs").glob("*.py"):
         if "__main__" in path.read_text():

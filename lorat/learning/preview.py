@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 
@@ -10,6 +12,7 @@ from lorat.config.variants import Variant
 from lorat.data.pairs.sampler import PairSampler, load_pairs
 from lorat.data.shards.frame_index import FrameIndex
 from lorat.data.shards.images import ImageReader
+from lorat.errors import UserError
 
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -49,6 +52,23 @@ def draw_pairs(index: FrameIndex, variant: Variant, *, num_pairs: int, seed: int
         rows.append(_join(pictures, caption, variant.search_size))
     heading = _join([], "   |   ".join(_TITLES), 0, rows[0].shape[1])
     return np.concatenate([heading, *rows])
+
+
+def write_picture(picture_HWC: np.ndarray, file: Path) -> None:
+    """Write an RGB uint8 picture to a .png or .jpg file; missing folders are made.
+
+    Raises:
+        UserError: for another ending, and where the file cannot be written.
+    """
+    if not cv2.haveImageWriter(str(file)):
+        raise UserError(f"Cannot write {file}: give a name that ends in .png or .jpg.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        written = cv2.imwrite(str(file), cv2.cvtColor(picture_HWC, cv2.COLOR_RGB2BGR))
+    except OSError:
+        written = False
+    if not written:
+        raise UserError(f"Cannot write {file}; give a file in a folder with room.")
 
 
 def _restore(image_CHW: np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ class Tracker:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        self.device = _resolve_device(device)
+        self.device = resolve_device(device)
         self.variant = model.variant
         self._autocast = dtype is None and self.device.type == "cuda"
         self.dtype = dtype or torch.float32
@@ -245,10 +245,15 @@ def check_box(box: Sequence[float], frame_wh: tuple[int, int]) -> Box:
     return (x1, y1, x2, y2)
 
 
-def _resolve_device(device: torch.device | str | None) -> torch.device:
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """Return a device of this machine; none means the GPU where there is one.
+
+    Raises:
+        UserError: if it is not there.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     resolved = torch.device(device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"The device {device} is not there; use cpu or a machine with CUDA.")
+        raise UserError(f"The device is {device}, but this machine has none; give cpu, or nothing.")
     return resolved

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from command import parse
+from flags import parse
 from ray.exceptions import OutOfDiskError, OutOfMemoryError, RayTaskError
 from ray.train.v2.api.exceptions import WorkerGroupError
 

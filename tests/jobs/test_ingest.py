@@ -12,10 +12,8 @@ import cv2
 import pytest
 
 from lorat.data.shards.frame_index import FrameIndex
-from lorat.data.shards.from_memory import write_dataset
-from tests.jobs.in_process import import_job, run_in_process
+from tests.jobs.in_process import run_in_process
 from tests.lorat import layouts
-from tests.lorat.small_sets import tracks
 from tests.real_data import REAL_DATA
 from tests.small_shards import make_shards
 from tests.waiting import wait_until
@@ -153,17 +151,3 @@ def test_help_names_every_dataset(capsys: pytest.CaptureFixture[str]) -> None:
         assert name in printed
     assert run_in_process("ingest", "coco", "--help") == 0
     assert "Folder of the dataset as published" in capsys.readouterr().out
-
-
-def test_verify_and_reindex_say_what_carries_no_checksums(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    index = write_dataset(str(tmp_path / "set"), tracks())
-    caplog.set_level("INFO")
-    say = import_job("ingest").say_what_is_unchecked
-    say(index)
-    assert caplog.text == ""
-    index.unchecked_shards = index.shard_files[:1]  # as if an earlier version had written it
-    say(index)
-    assert "1 of 1 shards carry no checksums (shard-00000.parquet, ...)" in caplog.text
-    assert "ingest the dataset again" in caplog.text

@@ -349,11 +349,18 @@ def _view(batch: pa.RecordBatch, name: str) -> np.ndarray:
 
 
 def summary(index: FrameIndex) -> str:
-    """Summarise a dataset in some lines."""
-    return (
+    """Summarise a dataset in some lines, the last one on shards that cannot be checked, if any."""
+    lines = [
         f"{index.name} {index.split} ({index.storage}): {index.num_tracks:,} tracks, "
         f"{index.num_frames:,} frames, {len(index.valid_rows):,} with a usable box, "
-        f"{len(index.shard_files)} shards\n"
-        f"fingerprint {index.fingerprint}\n"
-        f"dataset     {index.uri}"
-    )
+        f"{len(index.shard_files)} shards",
+        f"fingerprint {index.fingerprint}",
+        f"dataset     {index.uri}",
+    ]
+    if index.unchecked_shards:
+        lines.append(
+            f"{len(index.unchecked_shards)} of {len(index.shard_files)} shards carry no checksums "
+            f"({index.unchecked_shards[0]}, ...): damage of their boxes cannot be told; ingest the "
+            "dataset again for shards that carry them."
+        )
+    return "\n".join(lines)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorat.errors import UserError
 from lorat.files.addresses import refuse_secrets
 from lorat.files.home import home
 
@@ -67,6 +70,25 @@ def connect(uri: str | None = None) -> MlflowClient:
     if is_sqlite(uri):
         _make_database(Path(uri.removeprefix("sqlite:///")).absolute())
     return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI", uri))
+
+
+@contextlib.contextmanager
+def needing_mlflow() -> Iterator[None]:
+    """Say in a sentence that MLflow does not answer, where nothing can be done without it.
+
+    Raises:
+        UserError: in place of MLflow's own error.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, TimeoutError) as error:
+        where = tracking_uri()
+        raise UserError(
+            f"MLflow at {where} did not do it ({str(error).splitlines()[0][:200]}); correct "
+            "MLFLOW_TRACKING_URI or start the server, and give the same command again."
+        ) from error
 
 
 def _make_database(path: Path) -> None:

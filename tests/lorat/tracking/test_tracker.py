@@ -156,7 +156,7 @@ def test_a_frame_that_is_no_rgb_image_is_a_user_error(tracker: Tracker, frame: A
 
 def test_an_absent_device_is_a_user_error(model: LoRAT, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="not there"):
+    with pytest.raises(UserError, match="has none"):
         Tracker(model, device="cuda")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorat.data.shards.frame_index import FRAME_COLUMNS, FrameIndex, write_index
+from lorat.data.shards.frame_index import FRAME_COLUMNS, FrameIndex, summary, write_index
 from lorat.data.shards.from_memory import write_dataset
 from lorat.data.shards.manifest import MANIFEST, WORK_FOLDER
 from lorat.data.shards.verification import rebuild_index
@@ -230,3 +230,11 @@ def test_what_killed_processes_were_uploading_is_removed(
         path.write_bytes(b"PAR1")
     storage.scratch_folder(storage.locate(tmp_path))
     assert list(upload.iterdir()) == [own]
+
+
+def test_the_summary_says_which_shards_carry_no_checksums(tmp_path: Path) -> None:
+    index = write_dataset(str(tmp_path / "set"), tracks())
+    assert "checksums" not in summary(index)
+    index.unchecked_shards = index.shard_files[:1]  # as if an earlier version had written it
+    assert "1 of 1 shards carry no checksums (shard-00000.parquet, ...)" in summary(index)
+    assert "ingest the dataset again" in summary(index)
