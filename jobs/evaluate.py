@@ -76,6 +76,8 @@ def dataset_uri(name: str) -> str:
 def main() -> int:
     """Run the job."""
     options = flags.parse(Options, description=__doc__)
+    if options.output is not None:
+        check_place(options.output)
     subject = load_subject(options.model, variant=options.variant)
     uris = [dataset_uri(name) for name in options.data]
     check_distinct(uris)
