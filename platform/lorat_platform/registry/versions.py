@@ -200,13 +200,12 @@ def resolve(uri: str | os.PathLike[str]) -> Path:
     text = os.fspath(uri)
     if text.startswith(("models:/", "runs:/")):
         return _download(text)
-    location = locate(text)
-    if not location.is_local:
+    if "://" in text and not (location := locate(text)).is_local:
         return _download_checkpoint(location)
-    path = Path(location.path)
+    path = Path(location.path if "://" in text else os.path.abspath(os.path.expanduser(text)))
     if not path.exists():
         raise UserError(
-            f"There is no model {text}; give models:/{MODEL_NAME}@{CHAMPION}, "
+            f"There is no model {errors.named(text)}; give models:/{MODEL_NAME}@{CHAMPION}, "
             "models:/NAME/VERSION, runs:/RUN_ID/model, a checkpoint folder or a released file."
         )
     if (path / "MLmodel").exists():

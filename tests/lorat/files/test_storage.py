@@ -54,3 +54,9 @@ def test_a_small_file_comes_and_is_replaced_as_a_whole(location: storage.Locatio
         assert location.read_bytes("dataset.json") == text
     assert location.names() == ["dataset.json"]
     assert list((storage.cache_folder() / "upload").iterdir()) == []
+
+
+def test_a_local_name_that_pyarrow_cannot_open_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"/M\\xfcnchen has bytes that are no text"):
+        locate(os.fsdecode(b"/M\xfcnchen"))
+    assert locate("/12:30 %20#?\n").path == "/12:30 %20#?\n"
