@@ -270,9 +270,13 @@ def test_missing_model_is_one_sentence(uri: str, message: str, registered: dict[
 def test_registered_files_are_for_whom_the_umask_says(registered: dict[str, str]) -> None:
     umask = os.umask(0)
     os.umask(umask)
-    files = [path for path in files_of(registered["version"]).rglob("*") if path.is_file()]
-    assert "model.safetensors" in {path.name for path in files}
-    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+    fetched = versions.resolve(f"models:/lorat/{registered['version']}")
+    for folder in (files_of(registered["version"]), fetched):
+        paths = [folder, *folder.rglob("*")]
+        assert "model.safetensors" in {path.name for path in paths}
+        for path in paths:
+            whole = 0o777 if path.is_dir() else 0o666
+            assert path.stat().st_mode & 0o777 == whole & ~umask, path
 
 
 def test_a_moved_home_folder_is_said(
