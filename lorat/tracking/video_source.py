@@ -15,13 +15,15 @@ import numpy as np
 
 from lorat.errors import UserError, cannot_read, named, reason
 from lorat.image.codec import DamagedImage, decode_complete
-from lorat.image.frame_files import IMAGE_SUFFIXES, list_images, tell_frames
+from lorat.image.frame_files import IMAGE_SUFFIXES, list_images, missing_numbers, tell_frames
 from lorat.image.video_file import USUAL_FPS, VideoFile
 
 log = logging.getLogger(__name__)
 
 _MAX_NOTES = 10
 """Places of damage in a video that are each said."""
+_MAX_DELAYED = 2
+"""Frames that decoders often give at the end, without stamps."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,12 @@ class VideoSource:
                 self.source, len(others), named(os.path.basename(told.frames[0])),
                 ", ".join(others[:3]) + (", ..." if others[3:] else ""),
             )  # fmt: skip
+        num_missing, first = missing_numbers(told.frames)
+        if num_missing:
+            log.warning(
+                "%s: the numbers of %d frames are missing (the first one is %d); the frames are "
+                "taken as following one another.", self.source, num_missing, first,
+            )  # fmt: skip
         return told.frames
 
     def _open_camera(self, number: int) -> None:
@@ -151,7 +159,7 @@ class VideoSource:
             self._note(f"{self.source} is damaged or cut: {what}.")
         if more := video.damage[_MAX_NOTES:]:
             self._note(f"{self.source} is damaged in {len(more)} more places.")
-        if video.num_odd_stamps:
+        if video.num_odd_stamps > max(_MAX_DELAYED, num_given // 10):
             log.warning(
                 "%s: %d frames have no time stamp in order; they are taken as following one "
                 "another at %g a second.", self.source, video.num_odd_stamps, video.fps,
