@@ -85,14 +85,14 @@ class ResumableHyperBandForBOHB(_Synchronous, HyperBandForBOHB):
 
 
 SLOTS: dict[str, int] = {}
-"""Trials at once in every search that this process drives."""
+"""Trials at once in every search that this process drives, by the search's identity."""
 
 
 class _Slots:
     """Mixin: what limits the trials at once is this process's cluster, not that of the snapshot."""
 
     search = ""
-    """Name of the search."""
+    """Identity of the search."""
     _given = 0
 
     @property

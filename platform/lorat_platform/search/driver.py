@@ -106,7 +106,7 @@ def run_search(
     check_reach(location, plan.options)
     # Hyperband pauses trials, which a limit would count as running.
     limit = 0 if plan.options.scheduler == "hyperband" else slots
-    SLOTS[plan.name] = limit
+    SLOTS[plan.identity] = limit
     searcher, scheduler = algorithms(plan, max_concurrent=limit)
     by_itself = plan.options.searcher == "random" or points is not None
     if points is not None:
@@ -115,7 +115,7 @@ def run_search(
         )
     elif not by_itself and limit:
         searcher = SlotLimiter(searcher, max_concurrent=limit)
-    searcher.search = plan.name
+    searcher.search = plan.identity
 
     def make_tuner() -> tune.Tuner:
         return tune.Tuner(
@@ -133,7 +133,7 @@ def run_search(
                 name=plan.name,
                 storage_path=storage.locate(plan.storage).path,
                 storage_filesystem=_filesystem(plan),
-                callbacks=[SearchCallback(plan.name)],
+                callbacks=[SearchCallback(plan.identity)],
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
                 failure_config=tune.FailureConfig(max_failures=0),
                 verbose=0,
@@ -144,8 +144,7 @@ def run_search(
         if location.exists(REQUEST_FILE):
             raise _begun(plan)
         note_origin(plan.name, location)
-        request = {"options": dataclasses.asdict(plan.options), "config": to_dict(plan.space.base)}
-        location.write_bytes(REQUEST_FILE, json.dumps(request, indent=2).encode())
+        location.write_bytes(REQUEST_FILE, json.dumps(plan.request(), indent=2).encode())
         return _drive(plan, make_tuner, lease, tags={"git_revision": git_revision or "unknown"})
 
 
@@ -167,7 +166,7 @@ def resume_search(
     with _lease(name, location).claim() as lease:
         slots = count_slots(plan.options)
         check_reach(location, plan.options)
-        SLOTS[name] = 0 if plan.options.scheduler == "hyperband" else slots
+        SLOTS[plan.identity] = 0 if plan.options.scheduler == "hyperband" else slots
         if not tune.Tuner.can_restore(location.path, storage_filesystem=_filesystem(plan)):
             raise UserError(
                 f"The search {name} had not begun; start it again under another --name."
@@ -206,7 +205,7 @@ def _trainable(plan: SearchPlan) -> Callable[[dict[str, Any]], None]:
         val_sequences=options.val_sequences,
         workers=options.workers_per_trial,
         worker_resources=resources,
-        crop_cache=plan.name,
+        crop_cache=plan.identity,
         crop_cache_bytes=int(options.crop_cache_gb * 2**30),
     )
     several = options.workers_per_trial > 1
@@ -257,6 +256,7 @@ def _drive(
     )
     session = SearchSession(
         plan.name,
+        identity=plan.identity,
         folder=plan.folder,
         board=board,
         parent=parent,
@@ -314,7 +314,7 @@ def _quieten_tune() -> None:
 def _cache_here(plan: SearchPlan) -> contextlib.AbstractContextManager[None]:
     """Keep the search's crop cache on this machine as long as this process lives."""
     max_bytes = int(plan.options.crop_cache_gb * 2**30)
-    return driven_here(plan.name, max_bytes) if max_bytes else contextlib.nullcontext()
+    return driven_here(plan.identity, max_bytes) if max_bytes else contextlib.nullcontext()
 
 
 def _remove_caches(plan: SearchPlan) -> None:
@@ -325,7 +325,7 @@ def _remove_caches(plan: SearchPlan) -> None:
     pending = [
         task.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
-        ).remote(plan.name)
+        ).remote(plan.identity)
         for node in ray.nodes()
         if node["Alive"]
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lorat.config.bounds import Bounds, Count, Few, Seed, check_bounds
-from lorat.config.fields import flag, from_dict
+from lorat.config.fields import flag, from_dict, to_dict
 from lorat.config.json_files import read_json_at
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
@@ -118,6 +118,9 @@ class SearchPlan:
     """A request that was checked: nothing of it can fail for a reason known beforehand."""
 
     name: str
+    identity: str
+    """16 hexadecimal digits that no other search has, whatever their names and home folders: what
+    is shared on a node is called by them."""
     options: SearchOptions
     space: SearchSpace
     rungs: Rungs
@@ -131,6 +134,14 @@ class SearchPlan:
     def storage(self) -> str:
         """Where Ray Tune keeps searches, this one in a folder of its name."""
         return storage_address(self.options.storage)
+
+    def request(self) -> dict[str, Any]:
+        """Return what a search's folder keeps, for :func:`read_plan`."""
+        return {
+            "identity": self.identity,
+            "options": dataclasses.asdict(self.options),
+            "config": to_dict(self.space.base),
+        }
 
     def text(self) -> str:
         """Say what will be done."""
@@ -168,7 +179,11 @@ def make_plan(config: TrainConfig, options: SearchOptions) -> SearchPlan:
     # Two that start in the same second are two searches.
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     plan = SearchPlan(
-        name=options.name or f"search-{stamp}", options=options, space=space, rungs=rungs
+        name=options.name or f"search-{stamp}",
+        identity=secrets.token_hex(8),
+        options=options,
+        space=space,
+        rungs=rungs,
     )
     algorithms(plan, max_concurrent=1)
     return plan
@@ -221,10 +236,16 @@ def read_plan(
         location,
         REQUEST_FILE,
         "begin the search anew under another --name",
-        shape={"options": dict, "config": dict},
+        shape={"identity": str, "options": dict, "config": dict},
     )
+    if not re.fullmatch("[0-9a-f]{16}", request["identity"]):
+        raise UserError(
+            f"{location.child(REQUEST_FILE).uri} is damaged: the identity is no 16 hexadecimal "
+            "digits; begin the search anew under another --name."
+        )
     options = from_dict(SearchOptions, request["options"] | {"name": name, "storage": storage_path})
-    return make_plan(from_dict(TrainConfig, request["config"]), options)
+    plan = make_plan(from_dict(TrainConfig, request["config"]), options)
+    return dataclasses.replace(plan, identity=request["identity"])
 
 
 def algorithms(plan: SearchPlan, *, max_concurrent: int) -> tuple[Any, Any]:

@@ -1,7 +1,8 @@
 """A search while it runs: every event of a trial goes to the table, the console and MLflow.
 
 :class:`SearchCallback` is what Ray Tune stores with the search and calls; it finds the session of
-this process by name, since a session holds threads and files that cannot be stored.
+this process by the search's identity, since a session holds threads and files, which cannot be
+stored.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class SearchSession:
 
     Args:
         name: of the search.
+        identity: of the search, which no other one has.
         folder: the search's local folder.
         board: table to fill; a resumed search replaces its rows by the snapshot's.
         parent: MLflow run of the search.
@@ -59,6 +61,7 @@ class SearchSession:
         self,
         name: str,
         *,
+        identity: str,
         folder: Path,
         board: Leaderboard,
         parent: Run,
@@ -69,6 +72,7 @@ class SearchSession:
         resumes: bool = False,
     ) -> None:
         self.name = name
+        self.identity = identity
         self.folder = folder
         self.board = board
         self.parent = parent
@@ -89,7 +93,7 @@ class SearchSession:
             "lorat_search_trials", description="Trials of a search", tag_keys=("search", "status")
         )
         self._shown: dict[Status, int] = {}
-        _SESSIONS[name] = self
+        _SESSIONS[identity] = self
 
     @property
     def interrupted(self) -> bool:
@@ -128,7 +132,7 @@ class SearchSession:
         for trial_id in list(self._runs) if close else ():
             self._close(trial_id, "KILLED")
         self._closer.shutdown(wait=True)
-        _SESSIONS.pop(self.name, None)
+        _SESSIONS.pop(self.identity, None)
         return [future.result() for future in self._closing]
 
     def _row(self, trial: Any) -> TrialRow:
@@ -258,12 +262,12 @@ class SearchSession:
 class SearchCallback(Callback):
     """Brings Ray Tune's events to the session of this process."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
 
     @property
     def _session(self) -> SearchSession:
-        return _SESSIONS[self.name]
+        return _SESSIONS[self.identity]
 
     def setup(self, *args: Any, **info: Any) -> None:
         """Begin to show; called once Ray Tune took up a snapshot, or failed to and swallowed it."""
