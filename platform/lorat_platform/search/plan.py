@@ -30,6 +30,8 @@ from lorat_platform.search.trust import check_trusted
 
 REQUEST_FILE = "search.json"
 """Where a search's folder keeps the request."""
+RESUMED_WITH = ("trials", "storage")
+"""Options that may differ when a search is gone on with."""
 SMALL_SCHEDULE = {"epochs": 32, "pairs_per_epoch": 512, "batch_size": 16}
 """Full schedule of a trial of a small variant where none is given: 1024 steps, 16 of warm-up.
 
@@ -246,6 +248,38 @@ def read_plan(
     options = from_dict(SearchOptions, request["options"] | {"name": name, "storage": storage_path})
     plan = make_plan(from_dict(TrainConfig, request["config"]), options)
     return dataclasses.replace(plan, identity=request["identity"])
+
+
+def check_unchanged(plan: SearchPlan, config: TrainConfig, options: SearchOptions) -> None:
+    """Refuse what cannot be changed when a search is gone on with: everything but ``--trials``.
+
+    Args:
+        plan: of the search.
+        config: of its trials, as asked for now.
+        options: of the search, as asked for now.
+
+    Raises:
+        UserError: with every option that differs, and what the search has.
+    """
+    had = _flat({"": to_dict(plan.space.base) | dataclasses.asdict(plan.options)})
+    asked = _flat({"": to_dict(with_whole_paths(config)) | dataclasses.asdict(options)})
+    asked["name"] = asked["name"] or plan.name
+    changed = [name for name in had if asked.get(name) != had[name] and name not in RESUMED_WITH]
+    if changed:
+        what = ", ".join(f"{flag(name)} {had[name]}" for name in changed)
+        raise UserError(
+            f"{' and '.join(map(flag, changed))} cannot be changed when a search is gone on with; "
+            f"leave out what is not as it was ({what}), or search again under another --name."
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by their paths."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        path = f"{prefix}.{name}".strip(".")
+        flat |= _flat(value, path) if isinstance(value, dict) else {path: value}
+    return flat
 
 
 def algorithms(plan: SearchPlan, *, max_concurrent: int) -> tuple[Any, Any]:

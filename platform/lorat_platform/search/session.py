@@ -19,7 +19,13 @@ from ray.tune import Callback
 from ray.util.metrics import Gauge
 
 from lorat.errors import UserError
-from lorat_platform.failures import failure_reason, last_line
+from lorat_platform.failures import (
+    TrialFailed,
+    failure_reason,
+    is_of_surroundings,
+    is_preempted,
+    last_line,
+)
 from lorat_platform.recording.run import CLOSE_S, Run, open_run
 from lorat_platform.recording.run import Status as RunStatus
 from lorat_platform.recording.trouble import Ending
@@ -37,6 +43,8 @@ from lorat_platform.search.rungs import BUDGET
 log = logging.getLogger(__name__)
 
 _SESSIONS: dict[str, SearchSession] = {}
+RETRIES = 2
+"""How often a trial is tried again whose surroundings failed."""
 CLOSERS = 32
 """Runs that are closed at once; each mostly waits."""
 
@@ -54,7 +62,7 @@ class SearchSession:
         num_trials: trials to propose in all.
         remember_parent: stores the parent's MLflow id, once it is known, with the search.
         lease: right over the search, without which nothing more is written.
-        resumes: whether this process goes on with a snapshot.
+        on_resume: called where this process goes on with a snapshot, once that is back.
     """
 
     def __init__(
@@ -69,7 +77,7 @@ class SearchSession:
         num_trials: int,
         remember_parent: Callable[[str], None],
         lease: Lease,
-        resumes: bool = False,
+        on_resume: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         self.identity = identity
@@ -86,7 +94,7 @@ class SearchSession:
         self._closer = ThreadPoolExecutor(CLOSERS, "close-runs")
         self._deadline = math.inf
         self._closing: list[Future[Ending]] = []
-        self._resumes = resumes
+        self._on_resume = on_resume
         self._restored = False
         self._failed_resume = _FailedResume()
         self._gauge = Gauge(
@@ -104,9 +112,9 @@ class SearchSession:
         """Begin to show, once the trials of a snapshot are back.
 
         Raises:
-            UserError: if they are not, where Ray Tune would search anew.
+            UserError: if they are not, where Ray Tune would search anew, or are more than wanted.
         """
-        if self._resumes:
+        if self._on_resume is not None:
             failed = self._failed_resume.reason
             if failed is not None or not self._restored:
                 raise UserError(
@@ -114,6 +122,12 @@ class SearchSession:
                     f"({failed or 'it lacks the table of trials'}) and is left as it is; put its "
                     "folder back from a copy, or search again under another --name."
                 )
+            if len(self.board.rows) > self.num_trials:
+                raise UserError(
+                    f"--trials is {self.num_trials} but the search {self.name} has begun "
+                    f"{len(self.board.rows)}; give that many or more."
+                )
+            self._on_resume()
             self.close_forgotten()
         self.console.start()
 
@@ -162,7 +176,11 @@ class SearchSession:
         row.status = "running"
         row.starts += 1
         row.started_at = row.started_at or time.time()
-        self._open(row)
+        row.counted_at = time.time()
+        run = self._open(row)
+        if row.troubles:
+            run.set_tags({"lorat.trial_status": "running"})
+            run.set_description("Tried again after: " + "; ".join(row.troubles))
 
     def report(self, trial: Any, result: dict[str, Any]) -> None:
         """A trial reached a rung."""
@@ -187,13 +205,43 @@ class SearchSession:
         self._open(row).set_tags({"lorat.trial_status": row.status})
         self._close(trial.trial_id, "FINISHED")
 
+    def tries_again(self, trial: Any, error: BaseException) -> bool:
+        """Judge why a trial failed; return whether it is tried again, from its last state.
+
+        It is if a machine, a process or a file failed, and not the trial: :data:`RETRIES` times,
+        or any number of times where a node said beforehand that it would be gone.
+        """
+        row = self._row(trial)
+        row.reason, row.is_own_fault = failure_reason(error), not is_of_surroundings(error)
+        told = TrialFailed.inside(error)
+        self.board.lose(row, told.step if told is not None else None)
+        preempted = is_preempted(error)
+        if row.is_own_fault or (row.retries >= RETRIES and not preempted):
+            return False
+        trouble, row.reason = row.reason, None
+        row.troubles.append(trouble)
+        row.status = "waiting"
+        row.retries += not preempted
+        count = "its node was taken away" if preempted else f"try {row.retries} of {RETRIES}"
+        self.console.line(row, f"{trouble}; that is not the trial's fault: tried again ({count})")
+        return True
+
+    def reopens(self, trial_id: str) -> bool:
+        """Tell whether a trial of a snapshot failed by its surroundings, and take it up again."""
+        row = self.board.rows.get(trial_id)
+        if row is None or not row.can_be_tried_again:
+            return False
+        row.troubles.append(row.reason or "unknown")
+        row.status, row.reason, row.ended_at = "waiting", None, None
+        return True
+
     def fail(self, trial: Any) -> None:
-        """A trial raised or its process died."""
+        """A trial failed for good."""
         row = self._row(trial)
         row.status = "failed"
         row.ended_at = time.time()
-        row.reason = failure_reason(trial)
-        self.console.line(row, f"failed: {row.reason}")
+        tried = f" (tried {row.retries + 1} times)" if row.retries else ""
+        self.console.line(row, f"failed: {row.reason}{tried}")
         run = self._open(row)
         run.set_tags({"lorat.trial_status": "failed", "lorat.failure": row.reason})
         run.set_description(f"Failed: {row.reason}")
@@ -251,7 +299,10 @@ class SearchSession:
         """Take the rows of a snapshot."""
         self.board.rows = Leaderboard.from_dict(state["board"]).rows
         for row in self.board.rows.values():
+            row.retries = 0
             if row.status == "running":
+                row.counted_at = None  # nobody knows when it ended
+                self.board.lose(row, None)
                 row.status = "waiting"
             if not row.starts:
                 row.proposed_at = None

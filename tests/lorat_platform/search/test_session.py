@@ -47,7 +47,7 @@ def _session(folder: Path, *, num_trials: int = 100, resumes: bool = False) -> S
         num_trials=num_trials,
         remember_parent=lambda _: None,
         lease=nothing,
-        resumes=resumes,
+        on_resume=(lambda: None) if resumes else None,
     )
 
 
