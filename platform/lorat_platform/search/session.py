@@ -1,7 +1,8 @@
 """A search while it runs: every event of a trial goes to the table, the console and MLflow.
 
 :class:`SearchCallback` is what Ray Tune stores with the search and calls; it finds the session of
-this process by name, since a session holds threads and files that cannot be stored.
+this process by the search's identity, since a session holds threads and files, which cannot be
+stored.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from ray.tune import Callback
 from ray.util.metrics import Gauge
 
 from lorat.errors import UserError
-from lorat_platform.failures import failure_reason, last_line
+from lorat_platform.failures import (
+    TrialFailed,
+    failure_reason,
+    is_of_surroundings,
+    is_preempted,
+    last_line,
+)
 from lorat_platform.recording.run import CLOSE_S, Run, open_run
 from lorat_platform.recording.run import Status as RunStatus
 from lorat_platform.recording.trouble import Ending
@@ -36,6 +43,8 @@ from lorat_platform.search.rungs import BUDGET
 log = logging.getLogger(__name__)
 
 _SESSIONS: dict[str, SearchSession] = {}
+RETRIES = 2
+"""How often a trial is tried again whose surroundings failed."""
 CLOSERS = 32
 """Runs that are closed at once; each mostly waits."""
 
@@ -45,6 +54,7 @@ class SearchSession:
 
     Args:
         name: of the search.
+        identity: of the search, which no other one has.
         folder: the search's local folder.
         board: table to fill; a resumed search replaces its rows by the snapshot's.
         parent: MLflow run of the search.
@@ -52,13 +62,14 @@ class SearchSession:
         num_trials: trials to propose in all.
         remember_parent: stores the parent's MLflow id, once it is known, with the search.
         lease: right over the search, without which nothing more is written.
-        resumes: whether this process goes on with a snapshot.
+        on_resume: called where this process goes on with a snapshot, once that is back.
     """
 
     def __init__(
         self,
         name: str,
         *,
+        identity: str,
         folder: Path,
         board: Leaderboard,
         parent: Run,
@@ -66,9 +77,10 @@ class SearchSession:
         num_trials: int,
         remember_parent: Callable[[str], None],
         lease: Lease,
-        resumes: bool = False,
+        on_resume: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
+        self.identity = identity
         self.folder = folder
         self.board = board
         self.parent = parent
@@ -82,14 +94,14 @@ class SearchSession:
         self._closer = ThreadPoolExecutor(CLOSERS, "close-runs")
         self._deadline = math.inf
         self._closing: list[Future[Ending]] = []
-        self._resumes = resumes
+        self._on_resume = on_resume
         self._restored = False
         self._failed_resume = _FailedResume()
         self._gauge = Gauge(
             "lorat_search_trials", description="Trials of a search", tag_keys=("search", "status")
         )
         self._shown: dict[Status, int] = {}
-        _SESSIONS[name] = self
+        _SESSIONS[identity] = self
 
     @property
     def interrupted(self) -> bool:
@@ -100,9 +112,9 @@ class SearchSession:
         """Begin to show, once the trials of a snapshot are back.
 
         Raises:
-            UserError: if they are not, where Ray Tune would search anew.
+            UserError: if they are not, where Ray Tune would search anew, or are more than wanted.
         """
-        if self._resumes:
+        if self._on_resume is not None:
             failed = self._failed_resume.reason
             if failed is not None or not self._restored:
                 raise UserError(
@@ -110,6 +122,12 @@ class SearchSession:
                     f"({failed or 'it lacks the table of trials'}) and is left as it is; put its "
                     "folder back from a copy, or search again under another --name."
                 )
+            if len(self.board.rows) > self.num_trials:
+                raise UserError(
+                    f"--trials is {self.num_trials} but the search {self.name} has begun "
+                    f"{len(self.board.rows)}; give that many or more."
+                )
+            self._on_resume()
             self.close_forgotten()
         self.console.start()
 
@@ -128,7 +146,7 @@ class SearchSession:
         for trial_id in list(self._runs) if close else ():
             self._close(trial_id, "KILLED")
         self._closer.shutdown(wait=True)
-        _SESSIONS.pop(self.name, None)
+        _SESSIONS.pop(self.identity, None)
         return [future.result() for future in self._closing]
 
     def _row(self, trial: Any) -> TrialRow:
@@ -158,7 +176,11 @@ class SearchSession:
         row.status = "running"
         row.starts += 1
         row.started_at = row.started_at or time.time()
-        self._open(row)
+        row.counted_at = time.time()
+        run = self._open(row)
+        if row.troubles:
+            run.set_tags({"lorat.trial_status": "running"})
+            run.set_description("Tried again after: " + "; ".join(row.troubles))
 
     def report(self, trial: Any, result: dict[str, Any]) -> None:
         """A trial reached a rung."""
@@ -183,13 +205,43 @@ class SearchSession:
         self._open(row).set_tags({"lorat.trial_status": row.status})
         self._close(trial.trial_id, "FINISHED")
 
+    def tries_again(self, trial: Any, error: BaseException) -> bool:
+        """Judge why a trial failed; return whether it is tried again, from its last state.
+
+        It is if a machine, a process or a file failed, and not the trial: :data:`RETRIES` times,
+        or any number of times where a node said beforehand that it would be gone.
+        """
+        row = self._row(trial)
+        row.reason, row.is_own_fault = failure_reason(error), not is_of_surroundings(error)
+        told = TrialFailed.inside(error)
+        self.board.lose(row, told.step if told is not None else None)
+        preempted = is_preempted(error)
+        if row.is_own_fault or (row.retries >= RETRIES and not preempted):
+            return False
+        trouble, row.reason = row.reason, None
+        row.troubles.append(trouble)
+        row.status = "waiting"
+        row.retries += not preempted
+        count = "its node was taken away" if preempted else f"try {row.retries} of {RETRIES}"
+        self.console.line(row, f"{trouble}; that is not the trial's fault: tried again ({count})")
+        return True
+
+    def reopens(self, trial_id: str) -> bool:
+        """Tell whether a trial of a snapshot failed by its surroundings, and take it up again."""
+        row = self.board.rows.get(trial_id)
+        if row is None or not row.can_be_tried_again:
+            return False
+        row.troubles.append(row.reason or "unknown")
+        row.status, row.reason, row.ended_at = "waiting", None, None
+        return True
+
     def fail(self, trial: Any) -> None:
-        """A trial raised or its process died."""
+        """A trial failed for good."""
         row = self._row(trial)
         row.status = "failed"
         row.ended_at = time.time()
-        row.reason = failure_reason(trial)
-        self.console.line(row, f"failed: {row.reason}")
+        tried = f" (tried {row.retries + 1} times)" if row.retries else ""
+        self.console.line(row, f"failed: {row.reason}{tried}")
         run = self._open(row)
         run.set_tags({"lorat.trial_status": "failed", "lorat.failure": row.reason})
         run.set_description(f"Failed: {row.reason}")
@@ -247,7 +299,10 @@ class SearchSession:
         """Take the rows of a snapshot."""
         self.board.rows = Leaderboard.from_dict(state["board"]).rows
         for row in self.board.rows.values():
+            row.retries = 0
             if row.status == "running":
+                row.counted_at = None  # nobody knows when it ended
+                self.board.lose(row, None)
                 row.status = "waiting"
             if not row.starts:
                 row.proposed_at = None
@@ -258,12 +313,12 @@ class SearchSession:
 class SearchCallback(Callback):
     """Brings Ray Tune's events to the session of this process."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
 
     @property
     def _session(self) -> SearchSession:
-        return _SESSIONS[self.name]
+        return _SESSIONS[self.identity]
 
     def setup(self, *args: Any, **info: Any) -> None:
         """Begin to show; called once Ray Tune took up a snapshot, or failed to and swallowed it."""

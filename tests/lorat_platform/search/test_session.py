@@ -39,6 +39,7 @@ def _session(folder: Path, *, num_trials: int = 100, resumes: bool = False) -> S
     nothing: Any = BlackHole()
     return SearchSession(
         "many",
+        identity="many-id",
         folder=folder,
         board=Leaderboard(objectives=("ao",), rungs=Rungs(max_steps=4, reduction=2, num_rungs=1)),
         parent=nothing,
@@ -46,7 +47,7 @@ def _session(folder: Path, *, num_trials: int = 100, resumes: bool = False) -> S
         num_trials=num_trials,
         remember_parent=lambda _: None,
         lease=nothing,
-        resumes=resumes,
+        on_resume=(lambda: None) if resumes else None,
     )
 
 
@@ -133,7 +134,7 @@ def test_a_search_that_another_driver_took_over_stops_before_it_writes(tmp_path:
     lease = Lease(folder, "The search many", "wait").claim()
     session = _session(tmp_path)
     session.lease = lease
-    callback = SearchCallback("many")
+    callback = SearchCallback("many-id")
     callback.on_step_begin(1, [])
     folder.delete(f"driver-{lease.token}.json")  # as who takes over does
     callback.on_step_begin(2, [])  # asks the storage only after a suspension

@@ -19,6 +19,7 @@ from lorat.errors import UserError
 from lorat.files.storage import locate
 from lorat.image.codec import DamagedImage
 from lorat.learning.tail_average import TailAverage
+from lorat_platform.failures import TrialFailed
 from lorat_platform.runs.checkpoints import BETWEEN_RUNGS
 from lorat_platform.search.rungs import Rungs
 from lorat_platform.search.space import build_space
@@ -173,7 +174,7 @@ def test_a_trial_that_dies_anywhere_ends_like_an_uninterrupted_one(
             return whole_run(*args, **kwargs)
 
         monkeypatch.setattr(single, "run", dying_run)
-        with pytest.raises(Stopped):
+        with pytest.raises(TrialFailed, match="Stopped"):
             single.run_trial(VALUES, setup)
     steps: list[int] = []
 
