@@ -21,6 +21,7 @@ import lorat_platform
 from lorat.errors import UserError, named
 from lorat.files.addresses import refuse_secrets
 from lorat_platform.cluster import ray_internals, sockets
+from lorat_platform.cluster.addresses import REMEDY, check_address
 from lorat_platform.cluster.interrupts import kept_handlers
 
 log = logging.getLogger(__name__)
@@ -143,6 +144,7 @@ def connect(
 
     if ray.is_initialized():
         return _describe(embedded=False)
+    ray_internals.join_no_ray_unasked()
     embedded = address == "local"
     options: dict[str, Any] = {}
     if embedded:
@@ -157,6 +159,8 @@ def connect(
     elif address == "auto" or address.rpartition(":")[0] in (LOOPBACK, "localhost"):
         ray_internals.keep_to_loopback()
         ray_internals.use_token_of_this_user()
+    if not embedded:
+        check_address(address)
     options |= {
         "address": address,
         "runtime_env": runtime_env(embedded=embedded, extra=env),
@@ -169,8 +173,7 @@ def connect(
         if embedded:
             raise
         raise UserError(
-            f"No Ray cluster answers at {address} ({_first_line(error)}); start one with 'ray "
-            "start --head', correct --address or RAY_ADDRESS, or unset it for an embedded Ray."
+            f"No Ray cluster answers at {address} ({_first_line(error)}); {REMEDY}."
         ) from error
     except OSError as error:
         if "AF_UNIX path length" not in str(error):
