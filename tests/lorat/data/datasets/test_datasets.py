@@ -311,14 +311,6 @@ def test_nfs_repacked_layout_is_recognised(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["bee"].box[0], [10, 12, 40, 36])
 
 
-def test_published_rows_may_have_more_columns(tmp_path: Path) -> None:
-    layouts.make_tnl2k(tmp_path)
-    truth = tmp_path / "Sord_video_Q01_done" / "groundtruth.txt"
-    layouts.write_rows(truth, [[*row, 1, 0.5] for row in layouts.boxes(12)])
-    found, _ = load_all(datasets.Tnl2k(source=tmp_path))
-    np.testing.assert_array_equal(found["Sord_video_Q01_done"].box[0], [10, 12, 40, 36])
-
-
 LAYOUTS = sorted(set(datasets.DATASETS) - {"folder", "video"})
 
 

@@ -79,7 +79,7 @@ def test_rows_of_more_than_a_box_are_refused_unless_their_columns_are_named(
     truth = tmp_path / "frames" / "groundtruth.txt"
     truth.write_text(f"{row}\n" * 8)
     source = datasets.Folder(source=tmp_path / "frames")
-    with pytest.raises(UserError, match=rf"has {row.count(',') + 1} values.*the 4 of a box"):
+    with pytest.raises(UserError, match=rf"has {row.count(',') + 1} values.*the 4 numbers of a box"):
         load_all(source)
     truth.write_text("frame,x,y,w,h\n" + "3,10,12,30,24\n" * 8)
     found, _ = load_all(source)
@@ -92,7 +92,7 @@ def test_named_columns_before_the_box_are_refused(tmp_path: Path, names: str) ->
     truth = tmp_path / "frames" / "groundtruth.txt"
     truth.write_text(names + "\n" + "3,1,10,12,30,24\n" * 8)
     source = datasets.Folder(source=tmp_path / "frames")
-    with pytest.raises(UserError, match=r"columns of .*\bid, .*beginning with x or left"):
+    with pytest.raises(UserError, match=r"first line of .*\bid, .*beginning with x or left"):
         load_all(source)
     truth.write_text("frame,bb_left,bb_top,bb_width,bb_height,id\n" + "3,10,12,30,24,1\n" * 8)
     found, _ = load_all(source)
