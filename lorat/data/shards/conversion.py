@@ -210,7 +210,7 @@ def _pictures(
             state = os.stat(path)
             yield t, _read_picture(path, state.st_mtime_ns, state.st_size)
         except DamagedImage as error:
-            yield t, f"the image is damaged: {error}"
+            yield t, f"the image cannot be used: {error}"
         except OSError as error:
             yield t, f"the image cannot be read: {error.strerror}"
 
