@@ -224,7 +224,7 @@ def test_tnl2k_rows_of_other_frames_drop_the_sequence(tmp_path: Path) -> None:
     assert index.visible.tolist() == [True] * 3 + [False] + [True] * 7
     dropped = {f.sequence: f.why for f in findings if f.action == "dropped"}
     assert "30 rows" in dropped["catNight_video_B04_done"]
-    assert "damaged" in dropped["Sord_video_Q01_done"]
+    assert "cannot be used" in dropped["Sord_video_Q01_done"]
 
 
 def test_a_damaged_image_of_an_evaluation_set_is_replaced_by_the_one_before(
