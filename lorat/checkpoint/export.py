@@ -24,7 +24,7 @@ from lorat.checkpoint.official import export_official, import_official
 from lorat.config.json_files import write_json
 from lorat.errors import UserError
 from lorat.files.checksums import seal
-from lorat.files.outputs import check_file, check_folder
+from lorat.files.outputs import as_text, check_file, check_folder
 from lorat.model.network import LoRAT
 
 FORMATS = ("bundle", "onnx", "program", "official")
@@ -129,7 +129,8 @@ def export(model: LoRAT, folder: Path, formats: tuple[str, ...] = FORMATS) -> li
         "program": _program,
         "official": functools.partial(_official, model),
     }
-    reports = [writers[name](merged, folder) for name in formats]
+    with as_text(folder) as place:
+        reports = [writers[name](merged, place) for name in formats]
     content = {"variant": merged.variant.name, "tolerance": TOLERANCE}
     rows = [
         # JSON knows no NaN, which an error is where the exported network gives none.

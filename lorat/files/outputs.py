@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from lorat.errors import UserError, named, reason
+from lorat.errors import UserError, named, reason, without_surrogates
 
 
 def check_file(file: Path) -> None:
@@ -51,6 +53,22 @@ def check_folder(folder: Path, *, below: str = "") -> None:
             pass
     except OSError as error:
         raise _cannot_write(folder / below, error) from error
+
+
+@contextlib.contextmanager
+def as_text(folder: Path) -> Iterator[Path]:
+    """Yield a path of a folder that is there for libraries that take no name but UTF-8.
+
+    It holds for this process, within the block.
+    """
+    if str(folder) == without_surrogates(str(folder)):
+        yield folder
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

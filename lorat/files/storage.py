@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from lorat.errors import UserError
+from lorat.errors import UserError, named, without_surrogates
 from lorat.files.addresses import refuse_secrets
 from lorat.files.home import home
 from lorat.files.scratch import make_file, marked, remove, sweep
@@ -163,7 +163,8 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     """Resolve a URI.
 
     Raises:
-        UserError: if it has a secret in it, the scheme is unknown, or the store refuses it.
+        UserError: if it has a secret in it, the scheme is unknown, the store refuses it, or a
+            local path is no text.
     """
     text = os.fspath(uri)
     refuse_secrets(text, "The address")
@@ -171,6 +172,11 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     if scheme in ("", "file"):
         path = urllib.parse.unquote(text.removeprefix("file://")) if scheme else text
         path = os.path.abspath(os.path.expanduser(path))
+        if path != without_surrogates(path):
+            raise UserError(
+                f"The name {named(path)} has bytes that are no text, which PyArrow cannot open; "
+                "rename it, or give a link to it."
+            )
         return Location(path, _LOCAL, path)
     try:
         filesystem, path = pafs.FileSystem.from_uri(text)

@@ -12,6 +12,7 @@ by text, so zeros before a number do not matter.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections import Counter
@@ -79,6 +80,24 @@ def tell_frames(images: Sequence[str]) -> FrameFiles | None:
         return None
     taken = set(frames)
     return FrameFiles(frames=tuple(frames), others=tuple(p for p in images if p not in taken))
+
+
+def missing_numbers(frames: Sequence[str]) -> tuple[int, int]:
+    """Return how many numbers between those of the frames no file has, and the first of these.
+
+    Frames that are numbered at a distance, such as every tenth, are taken as they are.  Names with
+    several numbers, such as a date, tell nothing.
+    """
+    numbers = [_numbers(path) for path in frames]
+    if len(numbers) < 3 or any(len(number) != 1 for number in numbers):
+        return 0, 0
+    steps = [later - number for (number,), (later,) in itertools.pairwise(numbers)]
+    ((usual, count),) = Counter(steps).most_common(1)
+    if usual <= 0 or 2 * count <= len(steps):
+        return 0, 0
+    gaps = [(step // usual - 1, at) for step, (at,) in zip(steps, numbers, strict=False)]
+    first = next((at + usual for num, at in gaps if num > 0), 0)
+    return sum(max(num, 0) for num, _ in gaps), first
 
 
 def _most(images: Sequence[str], names: Sequence[str | None]) -> list[str] | None:

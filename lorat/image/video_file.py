@@ -83,9 +83,7 @@ class VideoFile:
             # The scheme keeps FFmpeg from taking what stands before a colon for one.
             self._container: Any = av.open(f"file:{os.path.abspath(path)}")
         except (av.error.FFmpegError, OSError, ValueError) as error:
-            raise self._no_video(
-                str(error.strerror if isinstance(error, OSError) else error)
-            ) from (error)
+            raise self._no_video(getattr(error, "strerror", None) or str(error)) from error
         self._stream = cast(Any, self._container.streams.best("video"))
         if self._stream is None or self._stream.codec_context is None:
             raise self._no_video("it has no picture that can be decoded")
@@ -93,6 +91,7 @@ class VideoFile:
         rate = float(self._stream.average_rate or 0)
         self.fps = rate if 1 <= rate <= _MAX_FPS else USUAL_FPS
         """Frames per second as the file says; those of a variable rate have their times alone."""
+        self._is_avi = self._container.format.name == "avi"
         announced = int(self._stream.frames)
         self.num_frames = announced if announced > 0 else None
         """Number of frames; none where the file does not say."""
@@ -142,13 +141,21 @@ class VideoFile:
                     continue
                 for frame in frames:
                     before_s = end_s
-                    end_s = self._clock.tell(None if frame.time is None else float(frame.time))
+                    end_s = self._clock.tell(self._stamp_s(frame))
                     longest_s = max(longest_s, end_s - before_s)
                     num_given += 1
                     yield _upright(frame), end_s
             announced = self._announced(container, num_given, end_s + 3 * longest_s)
             if announced:
                 self.damage.append(f"it announces {announced}, but only {num_given} can be decoded")
+
+    def _stamp_s(self, frame: Any) -> float | None:
+        """Return when a frame is shown as the file says in seconds, none where it does not.
+
+        AVI knows the order of decoding alone, which FFmpeg passes on as a wrong one of showing.
+        """
+        order = frame.dts if self._is_avi or frame.pts is None else frame.pts
+        return None if order is None else float(order * frame.time_base)
 
     def _announced(self, container: Any, num_given: int, end_s: float) -> str:
         """Return how much a file announces that ends too early, else nothing."""

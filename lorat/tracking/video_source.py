@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -15,13 +16,26 @@ import numpy as np
 
 from lorat.errors import UserError, cannot_read, named, reason
 from lorat.image.codec import DamagedImage, decode_complete
-from lorat.image.frame_files import IMAGE_SUFFIXES, list_images, tell_frames
+from lorat.image.frame_files import IMAGE_SUFFIXES, list_images, missing_numbers, tell_frames
 from lorat.image.video_file import USUAL_FPS, VideoFile
 
 log = logging.getLogger(__name__)
 
 _MAX_NOTES = 10
 """Places of damage in a video that are each said."""
+_MAX_DELAYED = 2
+"""Frames that decoders often give at the end, without stamps."""
+
+
+@contextlib.contextmanager
+def _quiet_opencv() -> Iterator[None]:
+    """Let OpenCV not print what it thinks of a camera or an image; one error of ours is enough."""
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        cv2.utils.logging.setLogLevel(level)
 
 
 @dataclass(frozen=True)
@@ -100,16 +114,17 @@ class VideoSource:
                 self.source, len(others), named(os.path.basename(told.frames[0])),
                 ", ".join(others[:3]) + (", ..." if others[3:] else ""),
             )  # fmt: skip
+        num_missing, first = missing_numbers(told.frames)
+        if num_missing:
+            log.warning(
+                "%s: the numbers of %d frames are missing (the first one is %d); the frames are "
+                "taken as following one another.", self.source, num_missing, first,
+            )  # fmt: skip
         return told.frames
 
     def _open_camera(self, number: int) -> None:
-        # OpenCV prints what it thinks of a camera that is not there; one error is enough.
-        level = cv2.utils.logging.getLogLevel()
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        try:
+        with _quiet_opencv():
             camera = cv2.VideoCapture(number)
-        finally:
-            cv2.utils.logging.setLogLevel(level)
         if not camera.isOpened():
             raise UserError("The camera cannot be opened; is it connected?")
         self._camera = camera
@@ -132,7 +147,9 @@ class VideoSource:
         for number, path in enumerate(self._images):
             damaged = False
             try:
-                image = decode_complete(Path(path).read_bytes())
+                data = Path(path).read_bytes()
+                with _quiet_opencv():
+                    image = decode_complete(data)
             except (DamagedImage, OSError) as error:
                 damaged, why = True, f"{named(path)} cannot be read ({reason(error)})"
                 if number == 0:
@@ -151,7 +168,7 @@ class VideoSource:
             self._note(f"{self.source} is damaged or cut: {what}.")
         if more := video.damage[_MAX_NOTES:]:
             self._note(f"{self.source} is damaged in {len(more)} more places.")
-        if video.num_odd_stamps:
+        if video.num_odd_stamps > max(_MAX_DELAYED, num_given // 10):
             log.warning(
                 "%s: %d frames have no time stamp in order; they are taken as following one "
                 "another at %g a second.", self.source, video.num_odd_stamps, video.fps,

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import secrets
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import tenacity
 
 import lorat
 import lorat_platform
-from lorat.errors import UserError
+from lorat.errors import UserError, named
 from lorat.files.addresses import refuse_secrets
 from lorat_platform.cluster import ray_internals, sockets
 from lorat_platform.cluster.interrupts import kept_handlers
@@ -51,6 +52,8 @@ have those from where they were started; an embedded Ray inherits them.
 
 
 LOOPBACK = "127.0.0.1"
+SOCKET_FOLDER = 40
+"""Bytes of a folder's name that are left of the 107 of a socket's; Ray adds that of a session."""
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
@@ -168,6 +171,15 @@ def connect(
         raise UserError(
             f"No Ray cluster answers at {address} ({_first_line(error)}); start one with 'ray "
             "start --head', correct --address or RAY_ADDRESS, or unset it for an embedded Ray."
+        ) from error
+    except OSError as error:
+        if "AF_UNIX path length" not in str(error):
+            raise
+        folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+        raise UserError(
+            f"The folder for temporary files {named(folder)} has {len(os.fsencode(folder))} bytes "
+            f"in its name, too many for the sockets of Ray, which takes some {SOCKET_FOLDER}; set "
+            "RAY_TMPDIR to a shorter one, such as /tmp."
         ) from error
     logging.getLogger("ray").setLevel(logging.WARNING)
     cluster = _describe(embedded=embedded)

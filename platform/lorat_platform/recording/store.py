@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
+import shlex
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorat.errors import UserError
+from lorat.errors import UserError, named, without_surrogates
 from lorat.files.addresses import refuse_secrets
 from lorat.files.home import home
 
@@ -22,6 +25,8 @@ REQUEST_RETRIES = "1"
 REQUEST_TIMEOUT_S = "60"
 """Longest wait for one answer; a server that needs 10 s per call still works."""
 
+_SQLITE = b"SQLite format 3\0"
+"""What such a file begins with; an empty one is a new database."""
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Makes the UI open an experiment as one of trained models, not of language-model traces."""
 
@@ -32,14 +37,37 @@ def tracking_uri() -> str:
     Raises:
         UserError: if it has a secret in it.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home().absolute()}/mlflow.db"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(home().absolute() / "mlflow.db")
     refuse_secrets(uri, "MLFLOW_TRACKING_URI")
     return uri
 
 
 def is_sqlite(uri: str) -> bool:
     """Tell whether the store is a file that only one machine should write."""
-    return uri.startswith("sqlite:")
+    return re.match(r"sqlite(\+\w+)?:", uri) is not None
+
+
+def sqlite_uri(file: Path) -> str:
+    """Return the address of a SQLite file.
+
+    Raises:
+        UserError: for a path that is no text; SQLAlchemy has none for it.
+    """
+    path = str(file)
+    if path != without_surrogates(path):
+        raise UserError(
+            f"{named(file)} has bytes in its name that are no text, which MLflow cannot open; set "
+            "LORAT_HOME to another folder, or MLFLOW_TRACKING_URI."
+        )
+    escaped = re.sub(r"[%?]", lambda m: f"%{ord(m[0]):02X}", path)
+    # For the plain scheme, MLflow makes the folder that an escaped path seems to name.
+    return f"{'sqlite' if escaped == path else 'sqlite+pysqlite'}:///{escaped}"
+
+
+def sqlite_file(uri: str) -> Path:
+    """Return the file that the address of a SQLite store means, as SQLAlchemy reads it."""
+    path = uri.partition(":///")[2].partition("?")[0]
+    return Path(urllib.parse.unquote(path)).absolute()
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:
@@ -49,7 +77,7 @@ def artifact_location(uri: str, experiment: str) -> str | None:
     """
     if not is_sqlite(uri):
         return None
-    folder = Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts"
+    folder = sqlite_file(uri).parent / "mlartifacts"
     # A name such as ".." would be another folder.
     return (folder / (re.sub(r"[^\w.-]+", "-", experiment).lstrip(".") or "-")).as_uri()
 
@@ -68,7 +96,8 @@ def connect(uri: str | None = None) -> MlflowClient:
 
     uri = uri or tracking_uri()
     if is_sqlite(uri):
-        _make_database(Path(uri.removeprefix("sqlite:///")).absolute())
+        _make_database(sqlite_file(uri))
+        _check_database(sqlite_file(uri))
     return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI", uri))
 
 
@@ -85,10 +114,51 @@ def needing_mlflow() -> Iterator[None]:
         yield
     except (MlflowException, TimeoutError) as error:
         where = tracking_uri()
-        raise UserError(
+        raise unusable_store(error, where) or UserError(
             f"MLflow at {where} did not do it ({str(error).splitlines()[0][:200]}); correct "
             "MLFLOW_TRACKING_URI or start the server, and give the same command again."
         ) from error
+
+
+def unusable_store(error: BaseException, uri: str) -> UserError | None:
+    """Make the error for a store that no other address or server would mend, else none.
+
+    Args:
+        error: what MLflow said.
+        uri: of the store.
+    """
+    text = str(error)
+    schema = re.search(r"database schema \(found version (\w+), but expected (\w+)\)", text)
+    if schema:
+        return UserError(
+            f"The MLflow database at {uri} was made by another version of MLflow (its schema is "
+            f"{schema[1]}, that of this one {schema[2]}); back it up and give: "
+            f"mlflow db upgrade {shlex.quote(uri)}"
+        )
+    if "filesystem tracking backend" in text or "filesystem model registry backend" in text:
+        return UserError(
+            f"The MLflow store {uri} is a folder of files, which MLflow does not take any more; "
+            "bring it into a database with mlflow migrate-filestore, and set MLFLOW_TRACKING_URI "
+            "to sqlite:///FILE or a server."
+        )
+    if "readonly database" in text:
+        return UserError(
+            f"The MLflow database at {uri} may not be written by this user; let its owner allow "
+            "it, or set MLFLOW_TRACKING_URI to another."
+        )
+    return None
+
+
+def _check_database(file: Path) -> None:
+    """Open a database first: MLflow tries what it cannot open for two minutes.
+
+    Raises:
+        OSError: if it may not be read or is something else.
+    """
+    with open(file, "rb") as stream:
+        begin = stream.read(len(_SQLITE))
+    if begin not in (_SQLITE, b""):
+        raise OSError(errno.EINVAL, "is no SQLite database", str(file))
 
 
 def _make_database(path: Path) -> None:
@@ -104,7 +174,7 @@ def _make_database(path: Path) -> None:
             return
         scratch = path.with_name(f"{path.name}.making")
         scratch.unlink(missing_ok=True)
-        client = MlflowClient(f"sqlite:///{scratch}", registry_uri=f"sqlite:///{scratch}")
+        client = MlflowClient(sqlite_uri(scratch), registry_uri=sqlite_uri(scratch))
         client.search_experiments(max_results=1)
         client.search_registered_models(max_results=1)
         os.replace(scratch, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import shlex
 import shutil
 import time
 from dataclasses import dataclass
@@ -160,7 +161,7 @@ def ui_command() -> str:
     uri = tracking_uri()
     if not is_sqlite(uri):
         return uri
-    return f"mlflow server --backend-store-uri {uri} --port 5000   then http://127.0.0.1:5000"
+    return f"mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000   then http://127.0.0.1:5000"
 
 
 def reference_set(val_data: str | None, datasets: Datasets) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorat.image.frame_files import list_images, tell_frames
+from lorat.image.frame_files import list_images, missing_numbers, tell_frames
 
 
 def names(paths: object) -> list[str]:
@@ -71,3 +71,20 @@ def test_frames_are_the_images_of_one_name(frames: str, others: str, tmp_path: P
 )
 def test_names_that_tell_nothing_are_not_guessed(images: str) -> None:
     assert tell_frames(images.split()) is None
+
+
+@pytest.mark.parametrize(
+    ("frames", "missing"),
+    [
+        ("1.jpg 2.jpg 3.jpg 7.jpg 8.jpg", (3, 4)),
+        ("1.jpg 2.jpg 3.jpg 99999999999.jpg", (99999999995, 4)),
+        ("000.jpg 010.jpg 020.jpg 040.jpg", (1, 30)),
+        ("7.jpg 8.jpg 9.jpg", (0, 0)),
+        ("3.jpg 11.jpg 40.jpg 90.jpg", (0, 0)),
+        ("2024-05-01_1.jpg 2024-05-01_2.jpg 2024-05-01_9.jpg", (0, 0)),
+        ("a.jpg b.jpg c.jpg", (0, 0)),
+        ("1.jpg 9.jpg", (0, 0)),
+    ],
+)
+def test_gaps_in_the_numbers_are_known(frames: str, missing: tuple[int, int]) -> None:
+    assert missing_numbers(frames.split()) == missing

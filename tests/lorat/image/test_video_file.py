@@ -69,6 +69,22 @@ def test_a_variable_rate_is_read_and_kept(suffix: str, tmp_path: Path) -> None:
         assert kept.duration / 1e6 == pytest.approx(3.04, abs=0.002), "the last one as the median"
 
 
+@pytest.mark.parametrize("name", ["a.avi", "a.mkv", "a.ts", "a.h264"])
+def test_frames_that_refer_to_later_ones_are_shown_in_order(name: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with av.open(str(tmp_path / name), "w") as out:
+        stream = out.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for shade in range(20, 220, 10):
+            image = np.full((48, 64, 3), shade, np.uint8)
+            image[::8] += rng.integers(0, 9, (6, 64, 3), dtype=np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        out.mux(stream.encode())
+    frames = list(VideoFile(tmp_path / name))
+    assert [time_s for _, time_s in frames] == pytest.approx([t / 25 for t in range(20)], abs=0.002)
+    assert np.all(np.diff([image[4, 4, 0].astype(int) for image, _ in frames]) > 0)
+
+
 def test_a_turned_video_is_shown_upright(tmp_path: Path) -> None:
     """A phone held upright writes how its pictures are to be turned."""
     image = np.zeros((32, 64, 3), np.uint8)

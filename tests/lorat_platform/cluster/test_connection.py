@@ -62,6 +62,24 @@ def test_an_address_where_nobody_answers_is_said_in_a_sentence(
         cluster.connect("10.0.0.9:6379")
 
 
+def test_a_folder_that_is_too_long_for_sockets_is_said_in_a_sentence(tmp_path: Path) -> None:
+    folder = tmp_path / ("n" * 80)
+    folder.mkdir()
+    code = """if True:
+        from lorat.errors import UserError
+        from lorat_platform import cluster
+        try:
+            cluster.connect()
+        except UserError as error:
+            print(error)
+    """
+    for name in ("TMPDIR", "RAY_TMPDIR"):
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_TMPDIR"}
+        said = run(code, tmp_path, environment | {name: str(folder), "RAY_ADDRESS": "local"})
+        assert said.startswith(f"The folder for temporary files {folder} has ")
+        assert said.endswith("set RAY_TMPDIR to a shorter one, such as /tmp.")
+
+
 @pytest.mark.parametrize("job", ["train", "benchmark", "ingest", "evaluate"])
 def test_a_job_finds_the_packages_beside_it_from_any_folder(job: str, tmp_path: Path) -> None:
     # -S leaves out the installed project, PYTHONPATH brings the dependencies back

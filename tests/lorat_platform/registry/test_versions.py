@@ -267,6 +267,37 @@ def test_missing_model_is_one_sentence(uri: str, message: str, registered: dict[
         versions.resolve(uri)
 
 
+def test_registered_files_are_for_whom_the_umask_says(registered: dict[str, str]) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    fetched = versions.resolve(f"models:/lorat/{registered['version']}")
+    for folder in (files_of(registered["version"]), fetched):
+        paths = [folder, *folder.rglob("*")]
+        assert "model.safetensors" in {path.name for path in paths}
+        for path in paths:
+            whole = 0o777 if path.is_dir() else 0o666
+            assert path.stat().st_mode & 0o777 == whole & ~umask, path
+
+
+def test_a_moved_home_folder_is_said(
+    home: Path, registered: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = home.with_name("moved home%20")
+    home.rename(moved)
+    try:
+        monkeypatch.setenv("LORAT_HOME", str(moved))
+        uri = f"models:/lorat/{registered['version']}"
+        with pytest.raises(UserError, match=f"lists {uri}, but its files are not at file://{home}"):
+            versions.resolve(uri)
+        with pytest.raises(UserError, match="There is no models:/lorat/77 in MLflow"):
+            versions.resolve("models:/lorat/77")
+        home.symlink_to(moved)
+        assert (versions.resolve(uri) / "model.safetensors").is_file()
+        home.unlink()
+    finally:
+        moved.rename(home)
+
+
 def test_failed_registration_leaves_no_version(
     registered: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
