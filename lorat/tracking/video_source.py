@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -24,6 +25,17 @@ _MAX_NOTES = 10
 """Places of damage in a video that are each said."""
 _MAX_DELAYED = 2
 """Frames that decoders often give at the end, without stamps."""
+
+
+@contextlib.contextmanager
+def _quiet_opencv() -> Iterator[None]:
+    """Let OpenCV not print what it thinks of a camera or an image; one error of ours is enough."""
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        cv2.utils.logging.setLogLevel(level)
 
 
 @dataclass(frozen=True)
@@ -111,13 +123,8 @@ class VideoSource:
         return told.frames
 
     def _open_camera(self, number: int) -> None:
-        # OpenCV prints what it thinks of a camera that is not there; one error is enough.
-        level = cv2.utils.logging.getLogLevel()
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        try:
+        with _quiet_opencv():
             camera = cv2.VideoCapture(number)
-        finally:
-            cv2.utils.logging.setLogLevel(level)
         if not camera.isOpened():
             raise UserError("The camera cannot be opened; is it connected?")
         self._camera = camera
@@ -140,7 +147,9 @@ class VideoSource:
         for number, path in enumerate(self._images):
             damaged = False
             try:
-                image = decode_complete(Path(path).read_bytes())
+                data = Path(path).read_bytes()
+                with _quiet_opencv():
+                    image = decode_complete(data)
             except (DamagedImage, OSError) as error:
                 damaged, why = True, f"{named(path)} cannot be read ({reason(error)})"
                 if number == 0:

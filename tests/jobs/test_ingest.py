@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 
 from lorat.data.shards.frame_index import FrameIndex
 from tests.jobs.in_process import run_in_process
 from tests.lorat import layouts
 from tests.real_data import REAL_DATA
-from tests.small_shards import make_shards
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.processes(minutes=1)
@@ -66,9 +66,10 @@ def test_real_sequences_are_ingested_verified_reindexed_and_shown(
     assert run_in_process("ingest", "reindex", uri) == 0
     assert FrameIndex.open(uri).fingerprint == index.fingerprint
 
-    picture = tmp_path / "grid.png"
+    picture = tmp_path / os.fsdecode(b"new/12:30 M\xfc.png")
     assert run_in_process("ingest", "preview", uri, "--output", picture, "--num-pairs", 3) == 0
-    assert cv2.imread(str(picture)).shape[0] > 3 * 224
+    drawn = cv2.imdecode(np.fromfile(picture, np.uint8), cv2.IMREAD_COLOR)
+    assert drawn.shape[0] > 3 * 224
 
     shard = next(uri.glob("shard-*.parquet"))
     data = bytearray(shard.read_bytes())
@@ -132,16 +133,16 @@ def test_a_users_error_is_one_sentence(
 
 
 def test_a_picture_that_cannot_be_written_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    uri = make_shards(tmp_path / "set")
     (tmp_path / "file").write_text("")
-    assert run_in_process("ingest", "preview", uri, "--output", tmp_path / "file" / "a.png") == 2
-    monkeypatch.setattr(cv2, "imwrite", lambda *_: False)
-    assert run_in_process("ingest", "preview", uri, "--output", tmp_path / "a.png") == 2
+    (tmp_path / "a.png").mkdir()
+    for output in ("file/a.png", "a.png", "a.gif"):
+        assert run_in_process("ingest", "preview", "set", "--output", tmp_path / output) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 2
-    assert all("give a file in a folder with room" in line for line in errors)
+    words = ("file is none; give another place", "a.png is a folder", "ends in .png or .jpg")
+    assert len(errors) == len(words)
+    assert all(word in line for word, line in zip(words, errors, strict=True))
 
 
 def test_help_names_every_dataset(capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,7 @@ def test_a_damaged_frame_is_passed_over_and_told_by_the_exit_code(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Names are as strange as the file system takes them."""
     monkeypatch.chdir(tmp_path)
@@ -126,6 +127,7 @@ def test_a_damaged_frame_is_passed_over_and_told_by_the_exit_code(
     assert run_in_process("track", odd, *arguments) == 1
     assert "12:30 M\\xfcnchen%20#/12.png cannot be read" in caplog.text
     assert "cover.png" in caplog.text
+    assert "grfmt_png" not in capfd.readouterr().err, "OpenCV's own words"
     content = json.loads(Path(output).with_suffix(".json").read_text())
     assert content["scores"] == [1.0] * 11 + [0.0]
     assert content["boxes_xywh"][11] == content["boxes_xywh"][10]

@@ -192,6 +192,9 @@ def _write_shard(
         for entry in entries:
             try:
                 recordings = source.load(entry, findings)
+            except UserError as error:
+                findings.add(entry.name, "dropped", str(error))
+                continue
             except (OSError, ValueError, LookupError) as error:
                 findings.add(entry.name, "dropped", f"cannot be read: {error}")
                 continue

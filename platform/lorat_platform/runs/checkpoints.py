@@ -87,7 +87,7 @@ def _copy(local: Path, run: Location, name: str, files: dict[str, int]) -> None:
         part = Path(run.file(f".part-{name}"))
         shutil.rmtree(part, ignore_errors=True)
         try:
-            part.mkdir()
+            part.mkdir(parents=True)
             mode = part.stat().st_mode
             shutil.copytree(local, part, dirs_exist_ok=True)
             part.chmod(mode)  # that of a temporary folder is for its owner alone
