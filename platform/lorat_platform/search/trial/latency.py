@@ -1,10 +1,11 @@
 """Milliseconds that a network takes per frame, comparable among the trials of a search.
 
 A time alone says as much of what else runs on the node as of the network.  So the network takes
-turns with a reference network, which bears the same load in the same moment, and what is reported
-is the median of the ratios, times what the reference took where nothing disturbed it: one figure
-for the whole search.  Equal architectures share one measurement, whatever their weights, and the
-ranks of adapters that are folded in.
+turns with a reference network, which bears the same load in the same moment; turns in which this
+process lost its processor are left out; and what is reported is the median of the ratios, times
+what the reference took where nothing disturbed it: one figure for the whole search.  Equal
+architectures share one measurement, whatever their weights, and the ranks of adapters that are
+folded in.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import math
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -48,7 +50,11 @@ TURNS = 30, 400
 PRECISION = 0.01
 """Relative standard error of the median ratio at which it is taken."""
 LONGEST_S = 10.0
-"""Time after which the fewest turns are enough."""
+"""Time after which the fewest turns are enough, where latency is an objective."""
+QUICK_S = 1.0
+"""The same where it is only shown."""
+ENOUGH_CALM = 10
+"""Undisturbed turns from which on those that were disturbed are left out."""
 PATIENCE_S = 120.0
 """Longest wait for other measurements on this node."""
 
@@ -77,7 +83,8 @@ def latency_ms(tracker: Tracker, index: FrameIndex, setup: TrialSetup) -> float:
             folder.make()
             network = LoRAT(get_variant(REFERENCE[setup.space.base.model_variant.recipe]))
             reference = Tracker(network, device=tracker.device)
-            ratio, seconds = compare(*steps((tracker, reference), index))
+            longest_s = LONGEST_S if "latency" in setup.objectives else QUICK_S
+            ratio, seconds = compare(*steps((tracker, reference), index), longest_s=longest_s)
             unit = _shared(folder, "reference.json", 1e3 * seconds)
             _shared(folder, name, ratio * unit)
     return _shared(folder, name)
@@ -141,30 +148,45 @@ def _step_of(tracker: SequenceTracker, frames: list[np.ndarray], box: Any) -> St
     return step
 
 
-def compare(network: Step, reference: Step) -> tuple[float, float]:
+def compare(network: Step, reference: Step, *, longest_s: float = LONGEST_S) -> tuple[float, float]:
     """Let a network and a reference track frames in turns until their ratio is known.
 
+    Args:
+        network: what is measured.
+        reference: what it is measured by.
+        longest_s: time after which the fewest turns are enough.
+
     Returns:
-        Seconds per frame of the network over those of the reference, the median of all turns; and
+        Seconds per frame of the network over those of the reference, the median of the turns; and
         those of the reference in its fastest turn.
     """
     for step in (network, reference):
         for _ in range(WARM_UP):
             step()
     ratios: list[float] = []
+    calm: list[float] = []
     fastest = math.inf
     began = time.perf_counter()
     while len(ratios) < TURNS[1]:
         both = [0.0, 0.0]
+        before = _times_interrupted()
         # Who begins changes, so that a load that grows or falls favours nobody.
         for which in (0, 1) if len(ratios) % 2 else (1, 0):
             both[which] = (network, reference)[which]()
         ratios.append(both[0] / both[1])
+        if _times_interrupted() == before:
+            calm.append(ratios[-1])
         fastest = min(fastest, both[1])
-        late = time.perf_counter() - began > LONGEST_S
-        if len(ratios) >= TURNS[0] and (late or _error(ratios) < PRECISION):
+        if len(calm) >= TURNS[0] and _error(calm) < PRECISION:
             break
-    return float(np.median(ratios)), fastest
+        if len(ratios) >= TURNS[0] and time.perf_counter() - began > longest_s:
+            break
+    return float(np.median(calm if len(calm) >= ENOUGH_CALM else ratios)), fastest
+
+
+def _times_interrupted() -> int:
+    """Return how often the kernel took a processor from a thread of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def _error(ratios: list[float]) -> float:

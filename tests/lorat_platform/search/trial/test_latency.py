@@ -87,7 +87,9 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("LORAT_CROP_CACHE", str(tmp_path / "crops"))
     monkeypatch.setattr(latency, "TURNS", (2, 2))
     base = TrainConfig(variant="N-112", backbone="none")
-    return SimpleNamespace(folder=str(tmp_path / "search"), space=SimpleNamespace(base=base))
+    return SimpleNamespace(
+        folder=str(tmp_path / "search"), space=SimpleNamespace(base=base), objectives=("latency",)
+    )
 
 
 def tracker(depth: int = 1, seed: int = 0, **changes: Any) -> Tracker:
@@ -102,7 +104,8 @@ def test_equal_architectures_share_one_measurement(
     measured: list[float] = []
     compare: Callable[..., tuple[float, float]] = latency.compare
 
-    def noting(*steps: latency.Step) -> tuple[float, float]:
+    def noting(*steps: latency.Step, longest_s: float) -> tuple[float, float]:
+        assert longest_s == latency.LONGEST_S
         measured.append(compare(*steps)[0])
         return measured[-1], 0.004
 
