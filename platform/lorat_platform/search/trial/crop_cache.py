@@ -34,7 +34,7 @@ from typing import IO, Any, Self
 import numpy as np
 
 from lorat.data.pairs.batches import Batch
-from lorat.files.scratch import Process, make_file, remove
+from lorat.files.scratch import Process, make_file, marked, remove
 from lorat_platform.data.layout import local_range
 
 log = logging.getLogger(__name__)
@@ -265,7 +265,7 @@ class CropCache:
         if self.folder is None:
             return False
         path = self._path(self.folder, block)
-        temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+        temporary = marked(f".part-{path.name}", self.folder)
         try:
             if not self._make_room(self.folder, block, rows.nbytes):
                 return False
