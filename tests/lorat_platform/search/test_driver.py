@@ -251,7 +251,7 @@ def test_a_trial_whose_process_dies_is_tried_again_and_a_resumed_search_tries_it
     assert other.status == "completed"
     assert other.starts == 1
     said = capsys.readouterr().out
-    assert "not the trial's fault: tried again (try 1 of 1)" in said
+    assert "trial 0: tried again (try 1 of 1), for a failure that is not its own" in said
     assert "(tried 2 times)" in said
     account = search_description(outcome.plan, outcome.board)
     assert "trial 0 (the trial's process died" in account

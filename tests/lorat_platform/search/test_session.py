@@ -162,7 +162,7 @@ def test_surroundings_get_a_trial_two_more_tries_and_its_own_faults_none(
     assert [row.lost_steps for row in rows] == [3 * 4, 2, 5 * 4]
     assert (rows[1].reason, rows[1].is_own_fault) == ("The loss is not finite.", True)
     said = capsys.readouterr().out
-    assert said.count("that is not the trial's fault: tried again (try ") == 2
+    assert said.count("of 2), for a failure that is not its own: the trial's process died") == 2
     assert said.count("tried again (its node was taken away)") == 5
     for row in rows[:2]:
         row.status = "failed"

@@ -17,6 +17,7 @@ to nobody that somebody is making them; files outlive trials and a lock keeps ot
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -404,8 +405,14 @@ class _Ahead:
 
 
 def _enter(folder: Path) -> IO[str]:
-    """Make a cache's folder if it is missing, and keep it as long as the file returned is open."""
+    """Make a cache's folder if it is missing, and keep it as long as the file returned is open.
+
+    Raises:
+        OSError: if that cannot be, or somebody else has made the folder around it meanwhile.
+    """
     while True:
+        if not os.environ.get("LORAT_CROP_CACHE") and not _is_own(folder.parent):
+            raise PermissionError(errno.EACCES, "not this user's alone", str(folder.parent))
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # just removed
             users = open(folder / "users", "a")  # noqa: SIM115 (held as long as the cache)

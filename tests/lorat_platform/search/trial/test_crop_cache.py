@@ -320,6 +320,21 @@ def test_a_place_that_somebody_else_made_is_not_used(
     assert list(others.iterdir()) == []
 
 
+def test_a_place_that_somebody_else_makes_anew_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LORAT_CROP_CACHE", raising=False)
+    root, others = tmp_path / "root", tmp_path / "others"
+    others.mkdir()
+    with CropCache(root / "crops-search", "k", load, max_bytes=10**9) as cache:
+        cache.read(0, BLOCK)
+        assert root.stat().st_mode & 0o777 == 0o700
+        shutil.rmtree(root)
+        root.symlink_to(others)
+        assert_same(cache.read(0, 2 * BLOCK), 0, 2 * BLOCK)
+    assert list(others.iterdir()) == []
+
+
 def test_a_folder_that_vanishes_again_and_again_only_costs_decoding(tmp_path: Path) -> None:
     folder = tmp_path / "crops"
     ended = threading.Event()
