@@ -156,7 +156,7 @@ def sweep(parent: Path) -> list[Path]:
     What others' processes, of another machine or user, have made stays: the former for a day.
     """
     removed = []
-    with contextlib.suppress(OSError):  # gone, or not this user's to look into
+    with contextlib.suppress(FileNotFoundError):
         for path in list(parent.iterdir()):
             owner = Process.of(path.name)
             if owner is not None and _is_left(path, owner):
@@ -168,7 +168,7 @@ def sweep(parent: Path) -> list[Path]:
 def _is_left(path: Path, owner: Process) -> bool:
     try:
         state = path.lstat()
-    except OSError:  # its owner has just removed it, or hides it
+    except FileNotFoundError:  # its owner has just removed it
         return False
     if state.st_uid != os.getuid():
         return False

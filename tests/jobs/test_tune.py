@@ -179,8 +179,8 @@ def test_a_stopped_search_goes_on(resumed: Resumed) -> None:
     [
         (
             ["--epochs", "3", "--lora.dropout", "0.1", "--rungs", "2"],
-            "--epochs and --lora.dropout cannot be changed when a search is gone on with; leave "
-            "out what is not as it was (--epochs 2, --lora.dropout 0.0), or",
+            "--lora.dropout and --epochs cannot be changed when a search is gone on with; leave "
+            "out what is not as it was (--lora.dropout 0.0, --epochs 2), or",
         ),
         (["--space", "head.depth=1"], "--space cannot be changed"),
         (["--name", "other"], "--name cannot be changed"),

@@ -223,7 +223,8 @@ class SearchSession:
         row.status = "waiting"
         row.retries += not preempted
         count = "its node was taken away" if preempted else f"try {row.retries} of {RETRIES}"
-        self.console.line(row, f"{trouble}; that is not the trial's fault: tried again ({count})")
+        said = f"tried again ({count}), for a failure that is not its own: {trouble}"
+        self.console.line(row, said)
         return True
 
     def reopens(self, trial_id: str) -> bool:

@@ -139,3 +139,13 @@ def test_the_storage_of_the_environment_is_the_default(
 ) -> None:
     monkeypatch.setenv("LORAT_STORAGE", str(folder.parent))
     assert read_plan("mine").storage == str(locate(folder.parent).path)
+
+
+def test_two_searches_of_one_name_do_not_share_a_folder_of_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAT_HOME", str(tmp_path / "home"))
+    note_origin("mine", locate(tmp_path / "one" / "mine"))
+    note_origin("mine", locate(tmp_path / "one" / "mine"))
+    with pytest.raises(UserError, match=r"results of the search mine in .*one.*another --name"):
+        note_origin("mine", locate(tmp_path / "two" / "mine"))

@@ -97,7 +97,7 @@ def search_description(plan: SearchPlan, board: Leaderboard) -> str:
         lines.append(f"Best is trial {best.number}: {found} after {best.steps} steps ({values}).")
     saving = f"{cost.saved:.0%} saved by stopping early"
     if cost.saved < 0:
-        saving = f"{-cost.saved:.0%} more, for what was trained again"
+        saving = f"at most {-cost.saved:.0%} more, for what was trained again"
     lines.append(
         f"{len(board.rows)} trials: {board.count('completed')} completed, "
         f"{board.count('stopped')} stopped early, {board.count('failed')} failed. "
@@ -111,14 +111,13 @@ def search_description(plan: SearchPlan, board: Leaderboard) -> str:
     tried = [row for row in board.rows.values() if row.troubles]
     if tried:
         lines.append(
-            f"{len(tried)} trials were tried again after failures that were not theirs, of "
-            f"machines, processes or files: {'; '.join(_trouble(row) for row in tried)}."
+            "Tried again after failures that were not theirs, of machines, processes or files: "
+            f"{'; '.join(_trouble(row) for row in tried)}."
         )
-    if any(row.can_be_tried_again for row in board.rows.values()):
-        failed = [str(row.number) for row in board.rows.values() if row.can_be_tried_again]
+    again = [str(row.number) for row in board.rows.values() if row.can_be_tried_again]
+    if again:
         lines.append(
-            f"Of failures that were not theirs, trials {', '.join(failed)} failed for good; "
-            f"`--resume {plan.name}` tries them again."
+            f"Failed so in every try: {', '.join(again)}; `--resume {plan.name}` tries them again."
         )
     if len(plan.options.objectives) > 1:
         front = ", ".join(str(row.number) for row in board.pareto())
@@ -128,4 +127,4 @@ def search_description(plan: SearchPlan, board: Leaderboard) -> str:
 
 def _trouble(row: TrialRow) -> str:
     times = f", {len(row.troubles)} times" if len(row.troubles) > 1 else ""
-    return f"trial {row.number}{times} ({row.troubles[-1]})"
+    return f"trial {row.number}{times} ({row.troubles[-1].partition('. ')[0]})"

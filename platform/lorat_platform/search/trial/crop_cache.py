@@ -17,6 +17,7 @@ to nobody that somebody is making them; files outlive trials and a lock keeps ot
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -34,7 +35,7 @@ from typing import IO, Any, Self
 import numpy as np
 
 from lorat.data.pairs.batches import Batch
-from lorat.files.scratch import Process, make_file, remove
+from lorat.files.scratch import Process, make_file, marked, remove
 from lorat_platform.data.layout import local_range
 
 log = logging.getLogger(__name__)
@@ -265,7 +266,7 @@ class CropCache:
         if self.folder is None:
             return False
         path = self._path(self.folder, block)
-        temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+        temporary = marked(f".part-{path.name}", self.folder)
         try:
             if not self._make_room(self.folder, block, rows.nbytes):
                 return False
@@ -404,8 +405,14 @@ class _Ahead:
 
 
 def _enter(folder: Path) -> IO[str]:
-    """Make a cache's folder if it is missing, and keep it as long as the file returned is open."""
+    """Make a cache's folder if it is missing, and keep it as long as the file returned is open.
+
+    Raises:
+        OSError: if that cannot be, or somebody else has made the folder around it meanwhile.
+    """
     while True:
+        if not os.environ.get("LORAT_CROP_CACHE") and not _is_own(folder.parent):
+            raise PermissionError(errno.EACCES, "not this user's alone", str(folder.parent))
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # just removed
             users = open(folder / "users", "a")  # noqa: SIM115 (held as long as the cache)
