@@ -143,7 +143,7 @@ def connect(
     import ray
 
     if ray.is_initialized():
-        return _describe(embedded=False)
+        return describe(embedded=False)
     ray_internals.join_no_ray_unasked()
     embedded = address == "local"
     options: dict[str, Any] = {}
@@ -185,7 +185,7 @@ def connect(
             "RAY_TMPDIR to a shorter one, such as /tmp."
         ) from error
     logging.getLogger("ray").setLevel(logging.WARNING)
-    cluster = _describe(embedded=embedded)
+    cluster = describe(embedded=embedded)
     open_doors = sockets.reachable() if embedded or _is_for_one_machine() else []
     if open_doors:
         disconnect()
@@ -246,7 +246,8 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _describe(*, embedded: bool) -> Cluster:
+def describe(*, embedded: bool) -> Cluster:
+    """Say what the connected cluster has now."""
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
