@@ -118,8 +118,14 @@ def ingest(source: RawDataset, config: IngestConfig) -> Ingested:
         arguments = [
             (source, groups[n], location.uri, n, info, law, source.for_training) for n in missing
         ]
-        for _ in map_tasks(write_shard, arguments, what=f"ingest {name} {source.split_name}"):
-            lease.check()
+        whole = len(groups) - len(missing)
+        try:
+            for _ in map_tasks(write_shard, arguments, what=f"ingest {name} {source.split_name}"):
+                whole += 1
+                lease.check()
+        except KeyboardInterrupt:
+            log.info("%d of %d shards are whole and kept.", whole, len(groups))
+            raise
         lease.confirm()
         with storage.writing_to(location):
             return _finish(location, info, len(groups), findings, plan, given)

@@ -101,6 +101,10 @@ def train(
                     run.abandon()  # it is another driver's to close
                     raise
                 stopped = isinstance(error, KeyboardInterrupt)
+                if stopped:
+                    name = checkpoints.newest(folder)
+                    kept = folder.child(name).uri if name else "no checkpoint yet"
+                    log.info("stopped; kept: %s", kept)
                 run.close("KILLED" if stopped else "FAILED", timeout_s=10.0)
                 raise
             run.close("FINISHED")
