@@ -101,6 +101,16 @@ def make_public_folder(prefix: str, parent: Path) -> Path:
     return folder
 
 
+def follow_umask(folder: Path) -> None:
+    """Give a folder and what is in it the modes of new ones; copies keep those of the original."""
+    probe = make_public_folder(".mode-", folder)
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(mode if path.is_dir() else mode & 0o666)
+
+
 def make_file(prefix: str, parent: Path) -> Path:
     """Make an empty file with this process's mark in a folder; its mode follows the umask."""
     file = marked(prefix, parent)

@@ -18,7 +18,7 @@ from lorat.checkpoint.official import export_official
 from lorat.config.json_files import write_json
 from lorat.data.shards.from_memory import write_dataset
 from lorat.data.shards.manifest import MANIFEST
-from lorat.files.scratch import temporary_folder
+from lorat.files.scratch import follow_umask, temporary_folder
 from lorat.files.storage import locate
 from lorat.files.tensors import write_tensors
 from lorat.metrics import result_files
@@ -49,6 +49,14 @@ def run_with_a_checkpoint(folder: Path) -> None:
         checkpoints.upload(local, locate(folder), "step-00000020")
 
 
+def copies_of_private_files(folder: Path) -> None:
+    (folder / "code").mkdir(parents=True)
+    (folder / "code" / "model.py").touch()
+    for path in (folder, folder / "code", folder / "code" / "model.py"):
+        path.chmod(0o700)
+    follow_umask(folder)
+
+
 WRITERS: dict[str, Callable[[Path], object]] = {
     "tensors": lambda p: write_tensors({"a": torch.ones(2)}, p / "a.safetensors"),
     "json": lambda p: write_json({}, p / "a.json"),
@@ -59,6 +67,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "backbone": lambda p: save_backbone(tiny_model(), p / "a.safetensors"),
     "shards": lambda p: write_dataset(str(p), tracks(1)),
     "uploaded checkpoint": run_with_a_checkpoint,
+    "copies": copies_of_private_files,
     "clip": lambda p: clip(p / "a.mp4"),
     "results": lambda p: result_files.write_trackingnet(p / "a.zip", {"a": np.ones((1, 4))}),
 }

@@ -87,11 +87,9 @@ def _copy(local: Path, run: Location, name: str, files: dict[str, int]) -> None:
         part = Path(run.file(f".part-{name}"))
         shutil.rmtree(part, ignore_errors=True)
         try:
-            part.mkdir(parents=True)
-            mode = part.stat().st_mode
-            shutil.copytree(local, part, dirs_exist_ok=True)
-            part.chmod(mode)  # that of a temporary folder is for its owner alone
+            shutil.copytree(local, part)
             (part / MANIFEST).write_bytes(manifest)
+            scratch.follow_umask(part)  # a temporary folder is for its owner alone
             target = Path(run.file(name))
             run.delete_folder(name)  # an earlier, broken one
             part.rename(target)

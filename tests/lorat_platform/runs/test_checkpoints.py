@@ -65,7 +65,8 @@ def test_a_full_disk_is_said_and_leaves_the_last_checkpoint_intact(
     run.make()
     checkpoints.upload(local, run, "step-00000020")
 
-    def full(source: object, target: Path, **options: object) -> None:
+    def full(source: object, target: Path) -> None:
+        Path(target).mkdir()
         (Path(target) / "head.safetensors").write_bytes(b"h" * 10)
         raise OSError(errno.ENOSPC, "No space left on device")
 
