@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -127,9 +128,8 @@ print(json.dumps([list(table.columns), table.to_numpy().tolist()]))
 """
 
 
-def test_clean_process_without_the_repository_tracks_a_video(
-    registered: dict[str, str], home: Path, tmp_path: Path
-) -> None:
+def check_clean_process(uri: str, home: Path, tmp_path: Path) -> None:
+    """Track with ``mlflow.pyfunc`` alone, and find the same with the model as the jobs load it."""
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 255, (4, 60, 80, 3)).astype(np.uint8)
     box = np.array([20.0, 15.0, 50.0, 45.0])
@@ -139,9 +139,8 @@ def test_clean_process_without_the_repository_tracks_a_video(
         "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     }
-    connect().set_registered_model_alias("lorat", "champion", registered["version"])
     result = subprocess.run(
-        [sys.executable, "-c", CLEAN, str(ROOT), "models:/lorat@champion", tmp_path / "video.npz"],
+        [sys.executable, "-c", CLEAN, str(ROOT), uri, tmp_path / "video.npz"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -152,11 +151,31 @@ def test_clean_process_without_the_repository_tracks_a_video(
     columns, rows = json.loads(result.stdout.splitlines()[-1])
     assert columns == ["x1", "y1", "x2", "y2", "score"]
     assert rows[0] == [*box, 1.0]
-    tracker = Tracker(versions.load("models:/lorat@champion"))
+    tracker = Tracker(versions.load(uri))
     tracker.init(frames[0], box)
     for frame, row in zip(frames[1:], rows[1:], strict=True):
         found, score = tracker.update(frame)
         assert np.allclose(row, [*found, score], atol=1e-3)
+
+
+def test_clean_process_without_the_repository_tracks_a_video(
+    registered: dict[str, str], home: Path, tmp_path: Path
+) -> None:
+    connect().set_registered_model_alias("lorat", "champion", registered["version"])
+    check_clean_process("models:/lorat@champion", home, tmp_path)
+
+
+def test_a_model_registered_before_modules_moved_into_rooms_still_tracks(
+    home: Path, tmp_path: Path
+) -> None:
+    """Its artefact holds the code of then, such as ``lorat/model.py``; the weights are random."""
+    with tarfile.open(Path(__file__).with_name("model_of_flat_modules.tar.xz")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    client = connect()
+    client.create_registered_model("old")
+    source = (tmp_path / "model").as_uri()
+    version = client.create_model_version("old", source=source).version
+    check_clean_process(f"models:/old/{version}", home, tmp_path)
 
 
 def test_input_example_runs_through_the_signature(registered: dict[str, str]) -> None:
