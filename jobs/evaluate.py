@@ -42,7 +42,7 @@ class Options:
 
     model: str
     """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, a checkpoint folder, a
-    released file, or the baselines static and mil."""
+    released file, or the baselines static, mil and, where OpenCV has it, csrt."""
     data: tuple[str, ...] = ("synthetic",)
     """Shards with full frames, one URI or more; synthetic means the synthetic validation set."""
     variant: str | None = None
@@ -76,6 +76,8 @@ def dataset_uri(name: str) -> str:
 def main() -> int:
     """Run the job."""
     options = flags.parse(Options, description=__doc__)
+    if options.output is not None:
+        check_place(options.output)
     subject = load_subject(options.model, variant=options.variant)
     uris = [dataset_uri(name) for name in options.data]
     check_distinct(uris)
@@ -116,4 +118,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, goes_on=True)
