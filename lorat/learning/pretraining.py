@@ -47,6 +47,8 @@ class PretrainConfig:
 
     variant: str = "T-168"
     """Variant whose backbone is made; its width and depth must be those of T-112."""
+    start: str | None = None
+    """Backbone file to start from, with its head if it has one; none means that of T-112."""
     minutes: Annotated[float, Bounds(0, 100_000, above=True)] = 170.0
     """Length of the training, more than 0, at most 100,000 minutes; starting is not counted."""
     coarse_share: Share = 0.4
@@ -187,7 +189,7 @@ def _config(plan: PretrainConfig, variant: str) -> TrainConfig:
         TrainConfig(
             variant=variant,
             adaptation="full",
-            backbone=str(SHIPPED[COARSE]),
+            backbone=plan.start or str(SHIPPED[COARSE]),
             lr=plan.lr,
             batch_size=plan.batch_size,
             weight_decay=0.05,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lorat import checkpoint
+from lorat.checkpoint.folder import save_backbone
 from lorat.config.json_files import write_json
 from lorat.data.synthetic.beside import draw_beside
 from lorat.data.synthetic.material import PILES
@@ -95,6 +96,19 @@ def test_a_pretraining_changes_its_grid_and_goes_on_where_it_was_cut_off(tmp_pat
     assert again.step > learner.step and again.first_step >= learner.step
     assert elapsed_again >= 1.2
     assert again.lr < 1e-3 and again.share == 0.0
+
+
+def test_a_pretraining_goes_on_from_a_backbone_that_was_written(tmp_path: Path) -> None:
+    first = pretraining.PretrainingLearner(
+        pretraining._config(PretrainConfig(), "T-168"), PretrainConfig()
+    )
+    file = tmp_path / "backbone.safetensors"
+    save_backbone(first.model, file, with_head=True)
+    plan = PretrainConfig(start=str(file), coarse_share=0.0)
+    again, _, elapsed = pretraining._begin(plan, tmp_path / "run")
+    assert elapsed == again.step == 0
+    for name, value in first.model.plain_state().items():
+        assert torch.equal(again.model.plain_state()[name], value), name
 
 
 def test_another_grid_keeps_every_weight_but_the_positions() -> None:
