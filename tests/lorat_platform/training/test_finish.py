@@ -57,3 +57,13 @@ def test_a_model_that_was_registered_before_a_kill_is_not_registered_again(
     assert register() == "1"
     assert len(client.search_model_versions("name='lorat'")) == 1
     assert str(client.get_model_version_by_alias("lorat", "candidate").version) == "1"
+
+
+def test_the_last_lines_say_how_to_try_the_tracker_and_how_to_go_on() -> None:
+    small = resolve(TrainConfig(variant="N-112"))
+    try_it, go_on = finish.next_steps(small, "3")
+    assert "python jobs/track.py VIDEO --select --model models:/lorat/3 " in try_it
+    assert "python jobs/train.py --variant S-224 --data URI " in go_on
+    assert finish.next_steps(small, None) == [go_on]
+    large = resolve(TrainConfig(variant="B-224", data="/data/train"))
+    assert finish.next_steps(large, "3") == [try_it]
