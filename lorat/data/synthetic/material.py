@@ -74,7 +74,7 @@ PACKAGES = (
     Package("gnome-backgrounds", "43.1-1",
             "pool/main/g/gnome-backgrounds/gnome-backgrounds_43.1-1_all.deb",
             "a670dea21572652127d6e55f9cdb3a226d0037854fdbfd037003c7d00ee0dc4e",
-            "CC-BY-SA-3.0"),
+            "per file: GPL-2+, CC-BY-SA-3.0, CC-BY-SA-2.0, CC-BY-2.0"),
     Package("mate-backgrounds", "1.26.0-1",
             "pool/main/m/mate-backgrounds/mate-backgrounds_1.26.0-1_all.deb",
             "7bf4c2209f34b4f61ba6d24c8b58c28b361e82e4b943aae6d42c030169af9e04",
