@@ -105,11 +105,11 @@ def run_train(options: Train) -> None:
     from lorat.checkpoint.folder import load, save_backbone
     from lorat.learning.pretraining import pretrain
 
-    mean = pretrain(options.plan, material.piles_folder(), options.folder)
+    last = pretrain(options.plan, material.piles_folder(), options.folder)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    model = load(mean)
+    model = load(last)
     save_backbone(model, options.output, dtype=torch.float16, with_head=True)
-    log.info("tracker  %s\nbackbone %s", mean, options.output)
+    log.info("tracker  %s\nbackbone %s", last, options.output)
 
 
 def main() -> None:

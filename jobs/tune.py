@@ -26,6 +26,7 @@ from lorat_platform.search.plan import (
     SearchOptions,
     check_data,
     check_unchanged,
+    default_config,
     make_plan,
     read_plan,
 )
@@ -41,7 +42,7 @@ FLAT = tyro.conf.arg(name="")
 class Options:
     """Search for a good configuration and write it to a file that jobs/train.py takes."""
 
-    config: Annotated[TrainConfig, FLAT] = field(default_factory=TrainConfig)
+    config: Annotated[TrainConfig, FLAT] = field(default_factory=default_config)
     search: Annotated[SearchOptions, FLAT] = field(default_factory=SearchOptions)
     resume: str | None = None
     """Go on with the search of this name, up to --trials, also with trials that failed through no

@@ -115,8 +115,8 @@ class AugmentConfig:
 class TrainConfig:
     """Everything that decides what is learnt; where it runs is not here."""
 
-    variant: str = "T-112"
-    """Model size and crop size, such as T-112 (laptop), B-224 or L-378."""
+    variant: str = "T-168"
+    """Model size and crop size, such as T-168 (laptop), B-224 or L-378."""
     adaptation: Adaptation = "lora"
     """Train LoRA adapters, the full backbone, or the head alone."""
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -129,7 +129,8 @@ def pretrain(plan: PretrainConfig, piles: Path, folder: Path) -> Path:
         folder: receives the checkpoints.
 
     Returns:
-        The folder with the mean of the weights, a checkpoint of the full model.
+        The folder with the last weights, a checkpoint of the full model; after a fall of the
+        learning rate to zero they track better than their mean, which is there to look at before.
 
     Raises:
         UserError: if there is no material.
@@ -144,7 +145,7 @@ def pretrain(plan: PretrainConfig, piles: Path, folder: Path) -> Path:
             learner, average = _regrid(plan, learner, average, name)
         end = 60 * plan.minutes * (plan.coarse_share if coarse else 1.0)
         elapsed = _train(learner, average, plan, piles, folder, elapsed, end)
-    return folder / MEAN
+    return folder / STATE
 
 
 def _train(

@@ -31,7 +31,11 @@ from lorat.model.embedding import resize_position
 
 logger = logging.getLogger(__name__)
 
-SHIPPED = {"T-112": Path(__file__).parents[1] / "assets" / "t112_backbone.safetensors"}
+_ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED = {
+    "T-112": _ASSETS / "t112_backbone.safetensors",
+    "T-168": _ASSETS / "t168_backbone.safetensors",
+}
 """Backbones that come with the package, by variant; used by ``auto`` where the file exists."""
 
 TOKEN_TYPE_KEY = "token_type_embed"

@@ -25,6 +25,7 @@ from lorat_platform.search.plan import (
     SearchOptions,
     SearchPlan,
     check_data,
+    default_config,
     make_plan,
     read_plan,
 )
@@ -47,7 +48,7 @@ WANTED_OVERHEAD_S = 3.0
 class SearchBenchmark:
     """Compare a search with full training of all its trials."""
 
-    config: Annotated[TrainConfig, FLAT] = field(default_factory=TrainConfig)
+    config: Annotated[TrainConfig, FLAT] = field(default_factory=default_config)
     search: Annotated[SearchOptions, FLAT] = field(default_factory=lambda: SearchOptions(trials=16))
     output: Path | None = None
     """Folder for the table and the figures; none means the search's own."""

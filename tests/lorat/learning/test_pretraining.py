@@ -89,9 +89,11 @@ def test_a_pretraining_changes_its_grid_and_goes_on_where_it_was_cut_off(tmp_pat
         for mean, weight in zip(average.mean, learner.parameters, strict=True)
     )
 
-    mean = checkpoint.load(pretrain(plan, piles, tmp_path / "run"))
-    assert mean.variant.name == "T-168"
-    assert mean.backbone.pos_embed.shape == (1, 144, 128)
+    last = checkpoint.load(pretrain(plan, piles, tmp_path / "run"))
+    mean = checkpoint.load(tmp_path / "run" / pretraining.MEAN)
+    assert last.variant.name == mean.variant.name == "T-168"
+    assert last.backbone.pos_embed.shape == (1, 144, 128)
+    assert not torch.equal(last.backbone.pos_embed, mean.backbone.pos_embed)
     again, _, elapsed_again = pretraining._begin(plan, tmp_path / "run")
     assert again.step > learner.step and again.first_step >= learner.step
     assert elapsed_again >= 1.2

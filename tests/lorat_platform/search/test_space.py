@@ -7,6 +7,7 @@ import pytest
 from lorat.config.fields import field_paths, replace_path
 from lorat.config.training import LoraConfig, TrainConfig, resolve
 from lorat.errors import UserError
+from lorat_platform.search.plan import default_config
 from lorat_platform.search.space import _field_type, _members, build_space, parse_entry
 
 
@@ -149,7 +150,7 @@ def test_everything_fixed_leaves_nothing_to_search() -> None:
 
 
 def test_the_tune_space_holds_the_same_ranges() -> None:
-    space = build_space(TrainConfig(), ["head.depth=int(1,3)", "lora.dropout=uniform(0,0.2)"])
+    space = build_space(default_config(), ["head.depth=int(1,3)", "lora.dropout=uniform(0,0.2)"])
     domains = space.to_tune()
     assert domains["lora.rank"].categories == [4, 8, 16, 32, 64, 128]
     assert (domains["head.depth"].lower, domains["head.depth"].upper) == (1, 4)

@@ -23,10 +23,14 @@ def test_the_small_recipe_learns_to_track(tmp_path: Path) -> None:
     val = make_shards(tmp_path / "val", split="val")
     config = resolve(
         TrainConfig(
-            data=train, val_data=val, epochs=1, pairs_per_epoch=32 * NUM_STEPS, warmup_epochs=0.1
+            variant="T-112",
+            data=train,
+            val_data=val,
+            epochs=1,
+            pairs_per_epoch=32 * NUM_STEPS,
+            warmup_epochs=0.1,
         )
     )
-    assert config.variant == "T-112", "the default, with the shipped backbone"
     datasets = open_datasets(config)
     decoder = Decoder(*open_pairs(config, datasets.train))
     learner = run(config, LocalSource(decoder.load, batch_size=32, end_step=NUM_STEPS))

@@ -9,7 +9,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from lorat.config.training import TrainConfig
+from lorat_platform.search.plan import default_config
 from lorat_platform.search.results.board import Leaderboard
 from lorat_platform.search.results.console import SearchConsole
 from lorat_platform.search.results.plots import importance, write_plots
@@ -17,7 +17,7 @@ from lorat_platform.search.rungs import Rungs
 from lorat_platform.search.space import build_space
 
 RUNGS = Rungs(max_steps=160, reduction=4, num_rungs=3)
-SPACE = build_space(TrainConfig())
+SPACE = build_space(default_config())
 
 
 def _board(objectives: tuple[str, ...] = ("ao",)) -> Leaderboard:
