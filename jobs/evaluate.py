@@ -42,7 +42,7 @@ class Options:
 
     model: str
     """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, a checkpoint folder, a
-    released file, or the baselines static and mil."""
+    released file, or the baselines static, mil and, where OpenCV has it, csrt."""
     data: tuple[str, ...] = ("synthetic",)
     """Shards with full frames, one URI or more; synthetic means the synthetic validation set."""
     variant: str | None = None
@@ -118,4 +118,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, goes_on=True)

@@ -45,7 +45,8 @@ class Options:
     select: bool = False
     """Draw the box in a window instead."""
     model: str = "models:/lorat@champion"
-    """Registered model, checkpoint folder or released file; or static, mil."""
+    """Registered model, checkpoint folder or released file; or static, mil, or csrt (where
+    OpenCV has it)."""
     variant: str | None = None
     """Variant of a released file, which does not name it."""
     output: Path = Path("tracked.mp4")

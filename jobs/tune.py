@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bootstrap
 
+import dataclasses
 import logging
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -21,7 +22,13 @@ from lorat.config.training import TrainConfig
 from lorat_platform import cluster
 from lorat_platform.recording.store import tracking_uri
 from lorat_platform.search.driver import resume_search, run_search
-from lorat_platform.search.plan import SearchOptions, check_data, make_plan, read_plan
+from lorat_platform.search.plan import (
+    SearchOptions,
+    check_data,
+    check_unchanged,
+    make_plan,
+    read_plan,
+)
 from lorat_platform.search.results.final import train_winner
 from lorat_platform.search.results.outcome import SearchOutcome, search_description
 
@@ -37,8 +44,9 @@ class Options:
     config: Annotated[TrainConfig, FLAT] = field(default_factory=TrainConfig)
     search: Annotated[SearchOptions, FLAT] = field(default_factory=SearchOptions)
     resume: str | None = None
-    """Go on with the search of this name; of the other options only --storage,
-    --trust-search-folder, --final and --address count. It runs code that Ray Tune has put into the
+    """Go on with the search of this name, up to --trials, also with trials that failed through no
+    fault of theirs; --storage, --trust-search-folder, --final, --dry-run and --address count, too,
+    all else is as it was. It runs code that Ray Tune has put into the
     search's folder: a local one must be yours alone to write, up to the storage; an object store
     must be the one that LORAT_STORAGE names, or where you began the search from this machine."""
     trust_search_folder: bool = False
@@ -59,6 +67,11 @@ def main() -> int:
         plan = read_plan(
             options.resume, options.search.storage, trust_folder=options.trust_search_folder
         )
+        # What is not given is as it was.
+        was = Options(config=plan.space.base, search=plan.options)
+        options = flags.parse(Options, default=was, description=__doc__)
+        check_unchanged(plan, options.config, options.search)
+        plan = dataclasses.replace(plan, options=options.search)
     else:
         plan = make_plan(options.config, options.search)
     log.info("%s", plan.text())
@@ -70,7 +83,10 @@ def main() -> int:
         log.info("Searching with %s.", ray_cluster)
         if options.resume is not None:
             outcome = resume_search(
-                options.resume, options.search.storage, trust_folder=options.trust_search_folder
+                plan.name,
+                options.search.storage,
+                trials=options.search.trials,
+                trust_folder=options.trust_search_folder,
             )
         else:
             outcome = run_search(plan, git_revision=revision)

@@ -23,7 +23,7 @@ from lorat.files.home import home
 from lorat.files.scratch import make_file, marked, remove, sweep
 
 _LOCAL = pafs.LocalFileSystem()
-_NOT_IN_A_NAME = re.compile(r"[/\\\x00-\x1f\x7f]")
+_NOT_IN_A_NAME = re.compile("[/\\\\\\x00-\\x1f\\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)

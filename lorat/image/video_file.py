@@ -107,6 +107,10 @@ class VideoFile:
         """Frames given so far without a time stamp of their own in order."""
         return self._clock.num_odd
 
+    def close(self) -> None:
+        """Let go of the file; no frame can be read any more."""
+        self._container.close()
+
     def __iter__(self) -> Iterator[tuple[np.ndarray, float]]:
         """Yield each frame, uint8 RGB (H, W, 3), and its time in seconds since the first.
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-import pickle
 import re
-import stat
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lorat.errors import UserError
@@ -110,7 +108,7 @@ def cause(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[-1][:300]}" if lines else repr(error)
 
 
-def _actor_error(error: Exception) -> Any:
+def _actor_error(error: BaseException) -> Any:
     """Return Ray's own error about an actor that Ray Train wraps when a health check fails."""
     from ray.exceptions import RayActorError
 
@@ -122,8 +120,8 @@ def _is_dead(error: Exception) -> bool:
     return _actor_error(error) is not None
 
 
-def _is_preempted(error: Exception) -> bool:
-    """Tell whether a worker died because its node was taken away, which is no failure."""
+def is_preempted(error: BaseException) -> bool:
+    """Tell whether a process died because its node was taken away, which is no failure."""
     actor_error = _actor_error(error)
     return actor_error is not None and actor_error.preempted
 
@@ -135,17 +133,80 @@ LOW_MEMORY = re.compile("low on memory|OUT_OF_MEMORY")
 MEMORY_SHORT = "its machine ran low on memory and Ray ended the trial's process"
 
 
-def failure_reason(trial: Any) -> str:
+class TrialFailed(UserError):
+    """What ended a trial, as its process tells the driver.
+
+    Args:
+        reason: one line.
+        of_surroundings: as :func:`is_of_surroundings` says where everything about it is known.
+        step: that the trial had reached; none if nobody knows.
+    """
+
+    def __init__(self, reason: str, of_surroundings: bool, step: int | None) -> None:
+        super().__init__(reason, of_surroundings, step)  # which is what a pickle keeps
+        self.of_surroundings = of_surroundings
+        self.step = step
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @staticmethod
+    def inside(error: BaseException) -> TrialFailed | None:
+        """Return the one that an error is or wraps, or none."""
+        for one in _inside(error, *WRAPPED):
+            if isinstance(one, TrialFailed) and getattr(one, "cause", None) is None:
+                return one
+        return None
+
+
+@contextlib.contextmanager
+def trial_failures(step: Callable[[], int | None]) -> Iterator[None]:
+    """Turn what a trial raises into :class:`TrialFailed`, with the step that it had reached."""
+    try:
+        yield
+    except Exception as error:
+        raise TrialFailed(failure_reason(error), is_of_surroundings(error), step()) from error
+
+
+def is_of_surroundings(error: BaseException) -> bool:
+    """Tell whether a machine, a process or a file failed, and not what a trial was asked to do.
+
+    A file that is missing or cannot be read or written, a connection, a process that was killed, a
+    node that is gone, and everything else that Ray says of itself are surroundings.  Memory that
+    ran out, also where Ray ended the process for it, a loss that is not finite, a configuration
+    that cannot be, and everything unknown are the trial's own: they would fail again.
+    """
+    from ray.exceptions import RayError, RayTaskError
+
+    parts = list(_inside(error, *WRAPPED))
+    if any(_is_of_memory(part) for part in parts):
+        return False
+    for part in parts:
+        if isinstance(part, TrialFailed) and getattr(part, "cause", None) is None:
+            return part.of_surroundings
+        if isinstance(part, UserError):
+            behind = _inside(part, "__cause__", "__context__")
+            if getattr(part, "cause", None) is None:
+                return any(isinstance(one, OSError) for one in behind)
+        elif isinstance(part, OSError):
+            return True
+        elif isinstance(part, RayTaskError):
+            continue  # wraps what counts
+        elif isinstance(part, RayError) or _actor_error(part) is not None:
+            return user_message(part) is None
+    return False
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    named = "OutOfMemory" in type(error).__name__ or isinstance(error, MemoryError)
+    full = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return named or full or LOW_MEMORY.search(str(error)) is not None
+
+
+def failure_reason(error: BaseException) -> str:
     """Say in one line why a trial failed."""
     import torch
 
-    error: BaseException | None = None
-    path = trial.pickled_error_file
-    if path and Path(path).exists():
-        error = _own_error(Path(path))
-    if error is None:
-        text = Path(trial.error_file).read_text() if trial.error_file else ""
-        return MEMORY_SHORT if LOW_MEMORY.search(text) else last_line(text) or "unknown"
     # Ray's error is of the cause's class, too, but says where it was raised.
     raised = getattr(error, "cause", None) or error
     message = user_message(raised)
@@ -160,18 +221,6 @@ def failure_reason(trial: Any) -> str:
     if type(raised).__name__ in ("ActorDiedError", "ActorUnavailableError", "RayActorError"):
         return f"the trial's process died: {last_line(str(raised))}"
     return f"{type(raised).__name__}: {last_line(str(raised))}"
-
-
-def _own_error(path: Path) -> BaseException | None:
-    """Read the error that Ray Tune has just written; none if the file is not this user's alone.
-
-    It lies in a folder of Ray's session, which every user of the machine can write to.
-    """
-    with open(path, "rb") as file:
-        about = os.fstat(file.fileno())
-        if about.st_uid != os.geteuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            return None
-        return pickle.loads(file.read())
 
 
 def last_line(text: str) -> str:

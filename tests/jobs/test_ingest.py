@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -100,8 +102,14 @@ def test_an_interrupt_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path)
     )  # fmt: skip
     wait_until("shard", lambda: list(uri.glob("_ingest/receipt-*.arrow")), process=job)
     job.send_signal(signal.SIGINT)
-    _, errors = job.communicate(timeout=300)
+    output, errors = job.communicate(timeout=300)
     assert job.returncode == 130, errors
+    assert "shards are whole and kept." in output
+    assert not re.search(r"^\[?\d{4}-\d\d-\d\d .*\.cc:|^\*\*\*|@ +0x", errors, re.MULTILINE)
+    (again,) = [line for line in errors.splitlines() if "This goes on from here: " in line]
+    given = shlex.split(again.partition("here: ")[2])
+    assert given[0] == "python"
+    assert given[2:] == [str(word) for word in job.args[2:]]
     assert "Traceback" not in errors
     made = {p.name: p.stat().st_mtime_ns for p in uri.glob("_ingest/receipt-*.arrow")}
     assert 0 < len(made) < 54

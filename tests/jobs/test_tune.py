@@ -132,7 +132,8 @@ def resumed(
     half = trial / "checkpoint_000099"  # as a kill leaves what Ray Tune was deleting
     half.mkdir()
     (half / "optimizer.safetensors").write_bytes(b"o")
-    with Job(home, "--resume", "stopped", "--final") as job:
+    unchanged = ("--epochs", "2", "--name", "stopped", "--trials", "6")
+    with Job(home, "--resume", "stopped", *unchanged, "--final") as job:
         assert job.end() == 0, job.output
     return Resumed(home=home, before=before, output=job.output)
 
@@ -152,15 +153,15 @@ def test_a_stopped_search_goes_on(resumed: Resumed) -> None:
     assert len(before) < 5
     ended = {k: v for k, v in before.items() if v["status"] in ("completed", "stopped")}
     assert len(ended) >= 2
-    assert len(rows) == 5
+    assert len(rows) == 6, "it went on to more trials than it was begun with"
     assert all(row["status"] in ("completed", "stopped") for row in rows.values())
     for trial_id, row in ended.items():
         assert rows[trial_id] == row, "a finished trial stays as it was"
     numbers = sorted(row["trial"] for row in rows.values())
-    assert numbers == list(range(5))
+    assert numbers == list(range(6))
     folder = resumed.home / "runs" / "stopped"
     assert not list(folder.glob("trial-*/checkpoint_000099"))
-    assert len({path.parent for path in folder.glob("trial-*/checkpoint_*")}) == 5
+    assert len({path.parent for path in folder.glob("trial-*/checkpoint_*")}) == 6
     assert not list(folder.glob("driver-*"))
 
     best = resumed.home / "runs" / "stopped" / "results" / "best_config.json"
@@ -171,6 +172,31 @@ def test_a_stopped_search_goes_on(resumed: Resumed) -> None:
     for trial_id in rows:
         assert trials[trial_id].info.status == "FINISHED"
     assert all(r.info.status in ("FINISHED", "KILLED") for r in trials.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--epochs", "3", "--lora.dropout", "0.1", "--rungs", "2"],
+            "--lora.dropout and --epochs cannot be changed when a search is gone on with; leave "
+            "out what is not as it was (--lora.dropout 0.0, --epochs 2), or",
+        ),
+        (["--space", "head.depth=1"], "--space cannot be changed"),
+        (["--name", "other"], "--name cannot be changed"),
+    ],
+)
+def test_what_cannot_be_changed_on_a_resume_is_refused_by_name(
+    resumed: Resumed,
+    flags: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("LORAT_HOME", str(resumed.home))
+    assert run_in_process("tune", "--resume", "stopped", *flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 @pytest.mark.exhaustive

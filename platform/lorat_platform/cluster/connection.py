@@ -21,6 +21,7 @@ import lorat_platform
 from lorat.errors import UserError, named
 from lorat.files.addresses import refuse_secrets
 from lorat_platform.cluster import ray_internals, sockets
+from lorat_platform.cluster.addresses import REMEDY, check_address
 from lorat_platform.cluster.interrupts import kept_handlers
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,8 @@ def connect(
     import ray
 
     if ray.is_initialized():
-        return _describe(embedded=False)
+        return describe(embedded=False)
+    ray_internals.join_no_ray_unasked()
     embedded = address == "local"
     options: dict[str, Any] = {}
     if embedded:
@@ -157,6 +159,8 @@ def connect(
     elif address == "auto" or address.rpartition(":")[0] in (LOOPBACK, "localhost"):
         ray_internals.keep_to_loopback()
         ray_internals.use_token_of_this_user()
+    if not embedded:
+        check_address(address)
     options |= {
         "address": address,
         "runtime_env": runtime_env(embedded=embedded, extra=env),
@@ -169,8 +173,7 @@ def connect(
         if embedded:
             raise
         raise UserError(
-            f"No Ray cluster answers at {address} ({_first_line(error)}); start one with 'ray "
-            "start --head', correct --address or RAY_ADDRESS, or unset it for an embedded Ray."
+            f"No Ray cluster answers at {address} ({_first_line(error)}); {REMEDY}."
         ) from error
     except OSError as error:
         if "AF_UNIX path length" not in str(error):
@@ -182,7 +185,7 @@ def connect(
             "RAY_TMPDIR to a shorter one, such as /tmp."
         ) from error
     logging.getLogger("ray").setLevel(logging.WARNING)
-    cluster = _describe(embedded=embedded)
+    cluster = describe(embedded=embedded)
     open_doors = sockets.reachable() if embedded or _is_for_one_machine() else []
     if open_doors:
         disconnect()
@@ -243,7 +246,8 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _describe(*, embedded: bool) -> Cluster:
+def describe(*, embedded: bool) -> Cluster:
+    """Say what the connected cluster has now."""
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]

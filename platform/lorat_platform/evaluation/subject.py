@@ -23,7 +23,7 @@ class Subject:
     """A tracker that can be sent to workers and built there."""
 
     name: str
-    """How people call it: the URI, with a version instead of an alias, or ``static`` or ``mil``."""
+    """How people call it: the URI, with a version instead of an alias, or the baseline's."""
     fingerprint: str
     """Hash of the weights and of the code that tracks; results are kept under it."""
     variant: str | None
@@ -43,13 +43,14 @@ def load_subject(uri: str, *, variant: str | None = None) -> Subject:
     """Load a model that :func:`lorat_platform.registry.versions.resolve` takes, or a baseline.
 
     Args:
-        uri: a model, or ``static`` or ``mil``.
+        uri: a model, or one of :data:`lorat.tracking.baselines.BASELINES`.
         variant: needed for a released file.
 
     Raises:
-        UserError: if there is no such model.
+        UserError: if there is no such model, or OpenCV was built without the baseline.
     """
     if uri in BASELINES:
+        baseline(uri)  # refused here, not on every worker
         return Subject(name=uri, fingerprint=_digest([uri]), variant=None, model=None)
     from lorat_platform.registry import versions
 

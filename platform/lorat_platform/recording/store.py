@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import re
 import shlex
+import socket
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +28,10 @@ REQUEST_RETRIES = "1"
 REQUEST_TIMEOUT_S = "60"
 """Longest wait for one answer; a server that needs 10 s per call still works."""
 
+CONNECT_S = 5.0
+"""Longest wait for a server to take a connection."""
+ANSWER_S = 12.0
+"""Longest wait for its first answer, where nothing can be done without it."""
 _SQLITE = b"SQLite format 3\0"
 """What such a file begins with; an empty one is a new database."""
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -110,14 +117,62 @@ def needing_mlflow() -> Iterator[None]:
     """
     from mlflow.exceptions import MlflowException
 
+    where = tracking_uri()
+    check_answers(where)
     try:
         yield
     except (MlflowException, TimeoutError) as error:
-        where = tracking_uri()
         raise unusable_store(error, where) or UserError(
             f"MLflow at {where} did not do it ({str(error).splitlines()[0][:200]}); correct "
             "MLFLOW_TRACKING_URI or start the server, and give the same command again."
         ) from error
+
+
+@functools.cache
+def check_answers(uri: str) -> None:
+    """Look whether MLflow answers, and answers this user, within some 15 s; once in a process.
+
+    Args:
+        uri: of the store; one that is no server is left to MLflow.
+
+    Raises:
+        UserError: that says what is wrong there.
+    """
+    parts = urllib.parse.urlsplit(uri)
+    if parts.scheme not in ("http", "https"):
+        return
+    host = parts.hostname or ""
+    if parts.scheme not in urllib.request.getproxies() or urllib.request.proxy_bypass(host):
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            socket.create_connection((host, port), timeout=CONNECT_S).close()
+        except OSError as error:
+            why = error.strerror or f"nothing came from there for {CONNECT_S:.0f} s"
+            raise _no_mlflow(uri, why) from error
+    from mlflow.exceptions import MlflowException
+
+    names = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT")
+    client = connect(uri)
+    before = {name: os.environ[name] for name in names}  # what connect has set, or the user
+    os.environ |= dict(zip(names, ("0", f"{ANSWER_S:.0f}"), strict=True))
+    try:
+        client.search_experiments(max_results=1)
+    except MlflowException as error:
+        if unusable := unusable_store(error, uri):
+            raise unusable from error
+        reason = str(error).splitlines()[0][:200].rstrip(".:")
+        if "timed out" in str(error).lower():
+            reason = f"it takes the connection and says nothing for {ANSWER_S:.0f} s"
+        raise _no_mlflow(uri, reason) from error
+    finally:
+        os.environ |= before
+
+
+def _no_mlflow(uri: str, reason: str) -> UserError:
+    return UserError(
+        f"No MLflow answers at {uri} ({reason}); correct MLFLOW_TRACKING_URI or start the server, "
+        "and give the same command again."
+    )
 
 
 def unusable_store(error: BaseException, uri: str) -> UserError | None:
@@ -140,6 +195,12 @@ def unusable_store(error: BaseException, uri: str) -> UserError | None:
             f"The MLflow store {uri} is a folder of files, which MLflow does not take any more; "
             "bring it into a database with mlflow migrate-filestore, and set MLFLOW_TRACKING_URI "
             "to sqlite:///FILE or a server."
+        )
+    code = re.search(r"error code '?(401|403)\b|(Unauthorized|Permission denied)", text)
+    if code:
+        return UserError(
+            f"MLflow at {uri} does not let this user in ({code[1] or code[2]}); set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
         )
     if "readonly database" in text:
         return UserError(

@@ -22,7 +22,7 @@ from lorat.files import checksums
 from lorat.files.home import home
 from lorat.files.scratch import temporary_folder
 from lorat.files.storage import Location, locate
-from lorat_platform.recording.store import connect, tracking_uri, unusable_store
+from lorat_platform.recording.store import check_answers, connect, tracking_uri, unusable_store
 from lorat_platform.runs import checkpoints
 
 if TYPE_CHECKING:
@@ -345,6 +345,7 @@ def _user_errors(uri: str, *, missing: str = "") -> Iterator[None]:
     from mlflow.exceptions import MlflowException
 
     where = tracking_uri()
+    check_answers(where)
     try:
         yield
     except MlflowException as error:

@@ -64,8 +64,8 @@ class ResumableMedian(MedianStoppingRule):
         other ones would be stopped.
         """
         super().on_trial_add(tune_controller, trial)
-        if history := _history(trial):
-            self._results[trial].extend(history)
+        if not self._results[trial]:  # or it is tried again in the same process
+            self._results[trial].extend(_history(trial))
 
 
 class _Synchronous:
@@ -85,14 +85,14 @@ class ResumableHyperBandForBOHB(_Synchronous, HyperBandForBOHB):
 
 
 SLOTS: dict[str, int] = {}
-"""Trials at once in every search that this process drives."""
+"""Trials at once in every search that this process drives, by the search's identity."""
 
 
 class _Slots:
     """Mixin: what limits the trials at once is this process's cluster, not that of the snapshot."""
 
     search = ""
-    """Name of the search."""
+    """Identity of the search."""
     _given = 0
 
     @property
@@ -111,6 +111,25 @@ class SlotLimiter(_Slots, ConcurrencyLimiter):
 
 class RandomSearch(_Slots, BasicVariantGenerator):
     """Random search, or a list of points."""
+
+
+def take_back(algorithm: Any, trial_id: str) -> None:
+    """Let a trial whose end a searcher was told count among those that run."""
+    if isinstance(algorithm, RandomSearch):
+        algorithm._live_trials.add(trial_id)
+    elif isinstance(algorithm.searcher, SlotLimiter):
+        algorithm.searcher.live_trials.add(trial_id)
+        algorithm.searcher.num_unfinished_live_trials += 1
+
+
+def extend(algorithm: Any, num_trials: int) -> None:
+    """Set how many trials a restored search algorithm of Ray Tune proposes in all."""
+    if isinstance(algorithm, RandomSearch):
+        (iterator,) = algorithm._iterators
+        iterator.num_samples_left += num_trials - iterator.num_samples
+        iterator.num_samples = num_trials
+    algorithm._total_samples = num_trials
+    algorithm._finished = False
 
 
 class PausableOptuna(JsonOptuna):

@@ -123,8 +123,8 @@ def compare(searched: Leaderboard, full: Leaderboard) -> dict[str, Any]:
     ]
     higher = OBJECTIVES[name] == "max"
     overheads, firsts = overhead_seconds(searched)
-    spent = sum(row.steps for row in searched.rows.values())
-    spent_full = sum(row.steps for row in full.rows.values())
+    spent = sum(row.spent for row in searched.rows.values())
+    spent_full = sum(row.spent for row in full.rows.values())
     hits = [row.last("crop_cache_hit_rate") for row in searched.rows.values() if row.reports]
     return {
         "objective": name,

@@ -29,6 +29,7 @@ from lorat_platform.recording.trouble import say_what_is_left
 from lorat_platform.runs.checkpoints import BETWEEN_RUNGS
 from lorat_platform.runs.claim import Lease
 from lorat_platform.search.algorithms import SLOTS, RandomSearch, SlotLimiter
+from lorat_platform.search.attempts import judged
 from lorat_platform.search.plan import (
     REQUEST_FILE,
     SearchPlan,
@@ -83,10 +84,10 @@ def run_search(
 ) -> SearchOutcome:
     """Run a search on the connected cluster.
 
-    A trial that raises, whose loss is not finite, or whose process dies is failed for good, with
-    its reason, and the others go on: Ray Tune counts all of these alike, so that trying again
-    after the death of a process would train every diverging trial again, too.  Only trials of a
-    node that says beforehand that it will be gone (preemption) go on from their last rung.
+    A trial that fails by itself, as one whose loss is not finite, is failed for good, with its
+    reason, and the others go on.  One whose surroundings fail, a machine, a process or a file, goes
+    on from its last state, at most :data:`~lorat_platform.search.session.RETRIES` times; what
+    belongs to which is in :func:`lorat_platform.failures.is_of_surroundings`.
 
     Args:
         plan: the checked request.
@@ -106,7 +107,7 @@ def run_search(
     check_reach(location, plan.options)
     # Hyperband pauses trials, which a limit would count as running.
     limit = 0 if plan.options.scheduler == "hyperband" else slots
-    SLOTS[plan.name] = limit
+    SLOTS[plan.identity] = limit
     searcher, scheduler = algorithms(plan, max_concurrent=limit)
     by_itself = plan.options.searcher == "random" or points is not None
     if points is not None:
@@ -115,7 +116,7 @@ def run_search(
         )
     elif not by_itself and limit:
         searcher = SlotLimiter(searcher, max_concurrent=limit)
-    searcher.search = plan.name
+    searcher.search = plan.identity
 
     def make_tuner() -> tune.Tuner:
         return tune.Tuner(
@@ -133,7 +134,7 @@ def run_search(
                 name=plan.name,
                 storage_path=storage.locate(plan.storage).path,
                 storage_filesystem=_filesystem(plan),
-                callbacks=[SearchCallback(plan.name)],
+                callbacks=[SearchCallback(plan.identity)],
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
                 failure_config=tune.FailureConfig(max_failures=0),
                 verbose=0,
@@ -144,30 +145,42 @@ def run_search(
         if location.exists(REQUEST_FILE):
             raise _begun(plan)
         note_origin(plan.name, location)
-        request = {"options": dataclasses.asdict(plan.options), "config": to_dict(plan.space.base)}
-        location.write_bytes(REQUEST_FILE, json.dumps(request, indent=2).encode())
+        _write_request(plan)
         return _drive(plan, make_tuner, lease, tags={"git_revision": git_revision or "unknown"})
 
 
 @_writable_only_here()
 def resume_search(
-    name: str, storage_path: str | None = None, *, trust_folder: bool = False
+    name: str,
+    storage_path: str | None = None,
+    *,
+    trials: int | None = None,
+    trust_folder: bool = False,
 ) -> SearchOutcome:
     """Go on with a search whose driver or machine died, on the connected cluster.
 
-    Finished trials stay as they are, half-finished ones go on from their last rung, failed ones
-    stay failed.  Runs code from the search's folder, see :mod:`lorat_platform.search.trust`.
+    Finished trials stay as they are, half-finished ones go on from their last rung, as do those
+    that failed by their surroundings; others that failed stay failed.  Runs code from the search's
+    folder, see :mod:`lorat_platform.search.trust`.
+
+    Args:
+        name: of the search.
+        storage_path: where it is; none as in :class:`SearchOptions`.
+        trials: configurations to try in all, with those that were; none means as many as before.
+        trust_folder: believe its folder whoever may have written it.
 
     Raises:
-        UserError: if there is no such search, it never began, its folder is not trusted, another
-            process drives it, or its snapshot is damaged.
+        UserError: if there is no such search, it has more trials, it never began, its folder is
+            not trusted, another process drives it, or its snapshot is damaged.
     """
     plan = read_plan(name, storage_path, trust_folder=trust_folder)
+    if trials is not None:
+        plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, trials=trials))
     location = storage.locate(plan.storage).child(name)
     with _lease(name, location).claim() as lease:
         slots = count_slots(plan.options)
         check_reach(location, plan.options)
-        SLOTS[name] = 0 if plan.options.scheduler == "hyperband" else slots
+        SLOTS[plan.identity] = 0 if plan.options.scheduler == "hyperband" else slots
         if not tune.Tuner.can_restore(location.path, storage_filesystem=_filesystem(plan)):
             raise UserError(
                 f"The search {name} had not begun; start it again under another --name."
@@ -182,6 +195,11 @@ def resume_search(
             )
 
         return _drive(plan, make_tuner, lease, resumes=True)
+
+
+def _write_request(plan: SearchPlan) -> None:
+    location = storage.locate(plan.storage).child(plan.name)
+    location.write_bytes(REQUEST_FILE, json.dumps(plan.request(), indent=2).encode())
 
 
 def _lease(name: str, location: storage.Location) -> Lease:
@@ -206,7 +224,7 @@ def _trainable(plan: SearchPlan) -> Callable[[dict[str, Any]], None]:
         val_sequences=options.val_sequences,
         workers=options.workers_per_trial,
         worker_resources=resources,
-        crop_cache=plan.name,
+        crop_cache=plan.identity,
         crop_cache_bytes=int(options.crop_cache_gb * 2**30),
     )
     several = options.workers_per_trial > 1
@@ -257,6 +275,7 @@ def _drive(
     )
     session = SearchSession(
         plan.name,
+        identity=plan.identity,
         folder=plan.folder,
         board=board,
         parent=parent,
@@ -264,12 +283,13 @@ def _drive(
         num_trials=plan.options.trials,
         remember_parent=lambda run_id: location.write_bytes(PARENT_FILE, run_id.encode()),
         lease=lease,
-        resumes=resumes,
+        on_resume=(lambda: _write_request(plan)) if resumes else None,
+        need=worker_resources(plan.options),
     )
     _quieten_tune()
     finished = False
     try:
-        with kept_handlers(), _cache_here(plan), warnings.catch_warnings():
+        with kept_handlers(), _cache_here(plan), judged(session), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             results = make_tuner().fit()
         finished = True
@@ -283,7 +303,11 @@ def _drive(
     lease.check()
     _remove_caches(plan)
     if not interrupted:
-        location.delete_folder(BETWEEN_RUNGS)
+        again = {row.trial_id for row in board.rows.values() if row.can_be_tried_again}
+        for trial_id in set(location.child(BETWEEN_RUNGS).folders()) - again:
+            location.child(BETWEEN_RUNGS).delete_folder(trial_id)
+        if not again:
+            location.delete_folder(BETWEEN_RUNGS)
         _sweep_trials(location, results)
     return write_outcome(plan, board, parent, endings, interrupted=interrupted)
 
@@ -314,7 +338,7 @@ def _quieten_tune() -> None:
 def _cache_here(plan: SearchPlan) -> contextlib.AbstractContextManager[None]:
     """Keep the search's crop cache on this machine as long as this process lives."""
     max_bytes = int(plan.options.crop_cache_gb * 2**30)
-    return driven_here(plan.name, max_bytes) if max_bytes else contextlib.nullcontext()
+    return driven_here(plan.identity, max_bytes) if max_bytes else contextlib.nullcontext()
 
 
 def _remove_caches(plan: SearchPlan) -> None:
@@ -325,7 +349,7 @@ def _remove_caches(plan: SearchPlan) -> None:
     pending = [
         task.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
-        ).remote(plan.name)
+        ).remote(plan.identity)
         for node in ray.nodes()
         if node["Alive"]
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lorat.config.bounds import Bounds, Count, Few, Seed, check_bounds
-from lorat.config.fields import flag, from_dict
+from lorat.config.fields import flag, from_dict, to_dict
 from lorat.config.json_files import read_json_at
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
@@ -30,6 +30,8 @@ from lorat_platform.search.trust import check_trusted
 
 REQUEST_FILE = "search.json"
 """Where a search's folder keeps the request."""
+RESUMED_WITH = ("trials", "storage")
+"""Options that may differ when a search is gone on with."""
 SMALL_SCHEDULE = {"epochs": 32, "pairs_per_epoch": 512, "batch_size": 16}
 """Full schedule of a trial of a small variant where none is given: 1024 steps, 16 of warm-up.
 
@@ -118,6 +120,9 @@ class SearchPlan:
     """A request that was checked: nothing of it can fail for a reason known beforehand."""
 
     name: str
+    identity: str
+    """16 hexadecimal digits that no other search has, whatever their names and home folders: what
+    is shared on a node is called by them."""
     options: SearchOptions
     space: SearchSpace
     rungs: Rungs
@@ -131,6 +136,14 @@ class SearchPlan:
     def storage(self) -> str:
         """Where Ray Tune keeps searches, this one in a folder of its name."""
         return storage_address(self.options.storage)
+
+    def request(self) -> dict[str, Any]:
+        """Return what a search's folder keeps, for :func:`read_plan`."""
+        return {
+            "identity": self.identity,
+            "options": dataclasses.asdict(self.options),
+            "config": to_dict(self.space.base),
+        }
 
     def text(self) -> str:
         """Say what will be done."""
@@ -168,7 +181,11 @@ def make_plan(config: TrainConfig, options: SearchOptions) -> SearchPlan:
     # Two that start in the same second are two searches.
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     plan = SearchPlan(
-        name=options.name or f"search-{stamp}", options=options, space=space, rungs=rungs
+        name=options.name or f"search-{stamp}",
+        identity=secrets.token_hex(8),
+        options=options,
+        space=space,
+        rungs=rungs,
     )
     algorithms(plan, max_concurrent=1)
     return plan
@@ -221,10 +238,48 @@ def read_plan(
         location,
         REQUEST_FILE,
         "begin the search anew under another --name",
-        shape={"options": dict, "config": dict},
+        shape={"identity": str, "options": dict, "config": dict},
     )
+    if not re.fullmatch("[0-9a-f]{16}", request["identity"]):
+        raise UserError(
+            f"{location.child(REQUEST_FILE).uri} is damaged: the identity is no 16 hexadecimal "
+            "digits; begin the search anew under another --name."
+        )
     options = from_dict(SearchOptions, request["options"] | {"name": name, "storage": storage_path})
-    return make_plan(from_dict(TrainConfig, request["config"]), options)
+    plan = make_plan(from_dict(TrainConfig, request["config"]), options)
+    return dataclasses.replace(plan, identity=request["identity"])
+
+
+def check_unchanged(plan: SearchPlan, config: TrainConfig, options: SearchOptions) -> None:
+    """Refuse what cannot be changed when a search is gone on with: everything but ``--trials``.
+
+    Args:
+        plan: of the search.
+        config: of its trials, as asked for now.
+        options: of the search, as asked for now.
+
+    Raises:
+        UserError: with every option that differs, and what the search has.
+    """
+    had = _flat({"": to_dict(plan.space.base) | dataclasses.asdict(plan.options)})
+    asked = _flat({"": to_dict(with_whole_paths(config)) | dataclasses.asdict(options)})
+    asked["name"] = asked["name"] or plan.name
+    changed = [name for name in had if asked.get(name) != had[name] and name not in RESUMED_WITH]
+    if changed:
+        what = ", ".join(f"{flag(name)} {had[name]}" for name in changed)
+        raise UserError(
+            f"{' and '.join(map(flag, changed))} cannot be changed when a search is gone on with; "
+            f"leave out what is not as it was ({what}), or search again under another --name."
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by their paths."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        path = f"{prefix}.{name}".strip(".")
+        flat |= _flat(value, path) if isinstance(value, dict) else {path: value}
+    return flat
 
 
 def algorithms(plan: SearchPlan, *, max_concurrent: int) -> tuple[Any, Any]:

@@ -29,6 +29,29 @@ class JsonOptuna(OptunaSearch):
         }
         Path(checkpoint_path).write_text(json.dumps(state))
 
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Take in what a trial gave, also one that had failed and was tried again."""
+        import optuna
+
+        if trial_id not in self._completed_trials:
+            super().on_trial_complete(trial_id, result, error)
+            return
+        (failed,) = [
+            trial
+            for trial in self._ot_study.get_trials(deepcopy=False)
+            if trial.number == self._ot_trials[trial_id].number
+        ]
+        metrics = self.metric if isinstance(self.metric, list) else [self.metric]
+        if result and not error and all(metric in result for metric in metrics):
+            again = optuna.trial.create_trial(
+                params=failed.params,
+                distributions=failed.distributions,
+                values=[result[metric] for metric in metrics],
+            )
+            self._ot_study.add_trial(again)
+
     def restore(self, checkpoint_path: str) -> None:
         """Read the state back.
 

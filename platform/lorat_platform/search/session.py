@@ -1,7 +1,8 @@
 """A search while it runs: every event of a trial goes to the table, the console and MLflow.
 
 :class:`SearchCallback` is what Ray Tune stores with the search and calls; it finds the session of
-this process by name, since a session holds threads and files that cannot be stored.
+this process by the search's identity, since a session holds threads and files, which cannot be
+stored.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from ray.tune import Callback
 from ray.util.metrics import Gauge
 
 from lorat.errors import UserError
-from lorat_platform.failures import failure_reason, last_line
+from lorat_platform.cluster.places import Reminder, num_places, what_is_there
+from lorat_platform.failures import (
+    TrialFailed,
+    failure_reason,
+    is_of_surroundings,
+    is_preempted,
+    last_line,
+)
 from lorat_platform.recording.run import CLOSE_S, Run, open_run
 from lorat_platform.recording.run import Status as RunStatus
 from lorat_platform.recording.trouble import Ending
@@ -36,6 +44,8 @@ from lorat_platform.search.rungs import BUDGET
 log = logging.getLogger(__name__)
 
 _SESSIONS: dict[str, SearchSession] = {}
+RETRIES = 2
+"""How often a trial is tried again whose surroundings failed."""
 CLOSERS = 32
 """Runs that are closed at once; each mostly waits."""
 
@@ -45,6 +55,7 @@ class SearchSession:
 
     Args:
         name: of the search.
+        identity: of the search, which no other one has.
         folder: the search's local folder.
         board: table to fill; a resumed search replaces its rows by the snapshot's.
         parent: MLflow run of the search.
@@ -52,13 +63,15 @@ class SearchSession:
         num_trials: trials to propose in all.
         remember_parent: stores the parent's MLflow id, once it is known, with the search.
         lease: right over the search, without which nothing more is written.
-        resumes: whether this process goes on with a snapshot.
+        on_resume: called where this process goes on with a snapshot, once that is back.
+        need: what a worker of a trial asks for, such as ``{"CPU": 1}``.
     """
 
     def __init__(
         self,
         name: str,
         *,
+        identity: str,
         folder: Path,
         board: Leaderboard,
         parent: Run,
@@ -66,9 +79,11 @@ class SearchSession:
         num_trials: int,
         remember_parent: Callable[[str], None],
         lease: Lease,
-        resumes: bool = False,
+        on_resume: Callable[[], None] | None = None,
+        need: Mapping[str, float] | None = None,
     ) -> None:
         self.name = name
+        self.identity = identity
         self.folder = folder
         self.board = board
         self.parent = parent
@@ -82,14 +97,16 @@ class SearchSession:
         self._closer = ThreadPoolExecutor(CLOSERS, "close-runs")
         self._deadline = math.inf
         self._closing: list[Future[Ending]] = []
-        self._resumes = resumes
+        self._on_resume = on_resume
         self._restored = False
+        self._need = dict(need or {})
+        self._reminder = Reminder()
         self._failed_resume = _FailedResume()
         self._gauge = Gauge(
             "lorat_search_trials", description="Trials of a search", tag_keys=("search", "status")
         )
         self._shown: dict[Status, int] = {}
-        _SESSIONS[name] = self
+        _SESSIONS[identity] = self
 
     @property
     def interrupted(self) -> bool:
@@ -100,9 +117,9 @@ class SearchSession:
         """Begin to show, once the trials of a snapshot are back.
 
         Raises:
-            UserError: if they are not, where Ray Tune would search anew.
+            UserError: if they are not, where Ray Tune would search anew, or are more than wanted.
         """
-        if self._resumes:
+        if self._on_resume is not None:
             failed = self._failed_resume.reason
             if failed is not None or not self._restored:
                 raise UserError(
@@ -110,6 +127,12 @@ class SearchSession:
                     f"({failed or 'it lacks the table of trials'}) and is left as it is; put its "
                     "folder back from a copy, or search again under another --name."
                 )
+            if len(self.board.rows) > self.num_trials:
+                raise UserError(
+                    f"--trials is {self.num_trials} but the search {self.name} has begun "
+                    f"{len(self.board.rows)}; give that many or more."
+                )
+            self._on_resume()
             self.close_forgotten()
         self.console.start()
 
@@ -128,7 +151,7 @@ class SearchSession:
         for trial_id in list(self._runs) if close else ():
             self._close(trial_id, "KILLED")
         self._closer.shutdown(wait=True)
-        _SESSIONS.pop(self.name, None)
+        _SESSIONS.pop(self.identity, None)
         return [future.result() for future in self._closing]
 
     def _row(self, trial: Any) -> TrialRow:
@@ -144,6 +167,21 @@ class SearchSession:
                 row.status = "waiting"
         self._show({status: self.board.count(status) for status in STATUSES})
 
+    def remind(self, trials: list[Any]) -> None:
+        """Say what the trials wait for where none of them runs."""
+        pending = sum(trial.status == "PENDING" for trial in trials)
+        running = any(trial.status == "RUNNING" for trial in trials)
+        if not pending or running or not self._reminder.due():
+            return
+        lacking = not num_places(self._need)
+        wanted = " and ".join(f"{v:g} {k}" for k, v in self._need.items() if v > 0)
+        self._reminder.tell(
+            f"{pending} trials, each with {wanted} on one node, which have "
+            f"{what_is_there(self._need)}"
+            if lacking
+            else None
+        )
+
     def _show(self, counts: dict[Status, int]) -> None:
         for status, count in counts.items():
             if self._shown.get(status) != count:
@@ -158,7 +196,11 @@ class SearchSession:
         row.status = "running"
         row.starts += 1
         row.started_at = row.started_at or time.time()
-        self._open(row)
+        row.counted_at = time.time()
+        run = self._open(row)
+        if row.troubles:
+            run.set_tags({"lorat.trial_status": "running"})
+            run.set_description("Tried again after: " + "; ".join(row.troubles))
 
     def report(self, trial: Any, result: dict[str, Any]) -> None:
         """A trial reached a rung."""
@@ -183,13 +225,44 @@ class SearchSession:
         self._open(row).set_tags({"lorat.trial_status": row.status})
         self._close(trial.trial_id, "FINISHED")
 
+    def tries_again(self, trial: Any, error: BaseException) -> bool:
+        """Judge why a trial failed; return whether it is tried again, from its last state.
+
+        It is if a machine, a process or a file failed, and not the trial: :data:`RETRIES` times,
+        or any number of times where a node said beforehand that it would be gone.
+        """
+        row = self._row(trial)
+        row.reason, row.is_own_fault = failure_reason(error), not is_of_surroundings(error)
+        told = TrialFailed.inside(error)
+        self.board.lose(row, told.step if told is not None else None)
+        preempted = is_preempted(error)
+        if row.is_own_fault or (row.retries >= RETRIES and not preempted):
+            return False
+        trouble, row.reason = row.reason, None
+        row.troubles.append(trouble)
+        row.status = "waiting"
+        row.retries += not preempted
+        count = "its node was taken away" if preempted else f"try {row.retries} of {RETRIES}"
+        said = f"tried again ({count}), for a failure that is not its own: {trouble}"
+        self.console.line(row, said)
+        return True
+
+    def reopens(self, trial_id: str) -> bool:
+        """Tell whether a trial of a snapshot failed by its surroundings, and take it up again."""
+        row = self.board.rows.get(trial_id)
+        if row is None or not row.can_be_tried_again:
+            return False
+        row.troubles.append(row.reason or "unknown")
+        row.status, row.reason, row.ended_at = "waiting", None, None
+        return True
+
     def fail(self, trial: Any) -> None:
-        """A trial raised or its process died."""
+        """A trial failed for good."""
         row = self._row(trial)
         row.status = "failed"
         row.ended_at = time.time()
-        row.reason = failure_reason(trial)
-        self.console.line(row, f"failed: {row.reason}")
+        tried = f" (tried {row.retries + 1} times)" if row.retries else ""
+        self.console.line(row, f"failed: {row.reason}{tried}")
         run = self._open(row)
         run.set_tags({"lorat.trial_status": "failed", "lorat.failure": row.reason})
         run.set_description(f"Failed: {row.reason}")
@@ -247,7 +320,10 @@ class SearchSession:
         """Take the rows of a snapshot."""
         self.board.rows = Leaderboard.from_dict(state["board"]).rows
         for row in self.board.rows.values():
+            row.retries = 0
             if row.status == "running":
+                row.counted_at = None  # nobody knows when it ended
+                self.board.lose(row, None)
                 row.status = "waiting"
             if not row.starts:
                 row.proposed_at = None
@@ -258,12 +334,12 @@ class SearchSession:
 class SearchCallback(Callback):
     """Brings Ray Tune's events to the session of this process."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
 
     @property
     def _session(self) -> SearchSession:
-        return _SESSIONS[self.name]
+        return _SESSIONS[self.identity]
 
     def setup(self, *args: Any, **info: Any) -> None:
         """Begin to show; called once Ray Tune took up a snapshot, or failed to and swallowed it."""
@@ -276,6 +352,7 @@ class SearchCallback(Callback):
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Note which trials there are, and redraw."""
         self._session.take_note(trials)
+        self._session.remind(trials)
         self._session.console.refresh()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

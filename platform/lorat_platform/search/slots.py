@@ -70,7 +70,7 @@ def _sees(node_id: str, folder: str) -> bool:
         task = ray.remote(num_cpus=0)(os.path.exists)
         return ray.get(task.options(scheduling_strategy=there).remote(str(mark)))
     finally:
-        mark.unlink()
+        mark.unlink(missing_ok=True)
 
 
 def worker_resources(options: SearchOptions) -> dict[str, float]:

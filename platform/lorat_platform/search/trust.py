@@ -25,10 +25,22 @@ ORIGIN_FILE = "storage"
 
 
 def note_origin(name: str, location: storage.Location) -> None:
-    """Remember that this user began a search there."""
+    """Remember that this user began a search there.
+
+    Raises:
+        UserError: if a search of that name in another storage has its results on this machine.
+    """
     file = home() / "runs" / name / ORIGIN_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(location.uri)
+    try:
+        with open(file, "x") as new:
+            new.write(location.uri)
+    except FileExistsError:
+        if file.read_text() != location.uri:
+            raise UserError(
+                f"{file.parent} has the results of the search {name} in {file.read_text()}; give "
+                "another --name."
+            ) from None
 
 
 def check_trusted(name: str, location: storage.Location) -> None:

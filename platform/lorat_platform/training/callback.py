@@ -6,7 +6,7 @@ from typing import Any
 
 from lorat.errors import UserError
 from lorat_platform.cluster.console import Console
-from lorat_platform.failures import _is_dead, _is_preempted, cause, user_message
+from lorat_platform.failures import _is_dead, cause, is_preempted, user_message
 
 
 def watch_workers(console: Console, max_failures: int) -> Any:
@@ -47,7 +47,7 @@ def watch_workers(console: Console, max_failures: int) -> Any:
                         "--frozen-dtype bf16, and the same command goes on."
                     )
                 console.line(f"worker {rank} failed: {cause(error)}")
-            if any(_is_preempted(error) for error in worker_exceptions.values()):
+            if any(is_preempted(error) for error in worker_exceptions.values()):
                 return
             self.failures += 1
             if not 0 <= max_failures < self.failures:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from lorat.config.training import TrainConfig
+from lorat.data import synthetic
 from lorat.errors import UserError
 from lorat.model.network import build_model
-from lorat.tracking.baselines import baseline
+from lorat.tracking.baselines import available, baseline
 from lorat.tracking.one_pass import SequenceResult, track_sequences
 from lorat.tracking.tracker import Tracker
 from tests.lorat.fake_index import FakeIndex, FakeReader
@@ -187,6 +188,29 @@ def test_the_mil_baseline_follows_the_target() -> None:
     index, result = run_real("building4", baseline("mil"), 40)
     assert mean_overlap(result.boxes, index.box) > 0.5
     assert set(result.scores) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("name", [name for name in available() if name != "static"])
+def test_opencvs_trackers_repeat_themselves_whatever_is_tracked_beside(name: str) -> None:
+    video = synthetic.render("val", 0, 12)
+    frames, boxes = video.images, video.box[:1].tolist()
+
+    def track(copies: int) -> np.ndarray:
+        tracker = baseline(name)
+        targets = tracker.start([frames[0]] * copies, boxes * copies)
+        steps = [tracker.step(targets, [frame] * copies)[0] for frame in frames[1:]]
+        return np.stack(steps)
+
+    alone, beside = track(1), track(3)
+    assert len(np.unique(alone[:, 0], axis=0)) > 3  # it moves
+    assert np.array_equal(beside, np.repeat(alone, 3, axis=1))
+
+
+def test_a_tracker_that_opencv_lacks_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(cv2, "TrackerCSRT", raising=False)
+    assert available() == ("static", "mil")
+    with pytest.raises(UserError, match=r"without TrackerCSRT.*static, mil.*opencv-contrib-python"):
+        baseline("csrt")
 
 
 @needs_sequences

@@ -75,7 +75,7 @@ def test_a_training_and_a_search_say_the_same_of_a_model(sets: list[FrameIndex])
     config = TrainConfig(variant="N-112", backbone="none", val_data=uris)
     sources = resolve_sources(uris, "val")
     plan = ValidationPlan(config=config, sources=sources, num_pairs=0, num_sequences=4)
-    progress = Progress(history=[])
+    progress = Progress(history=[], latency_ms=1.0)  # measured before
     setup: Any = SimpleNamespace(val_sequences=4, worker_resources={"CPU": 1.0})
     searched = measure.validate(model, config, setup, torch.device("cpu"), progress)
     trained = validate(model, plan)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import os
 import shutil
+import socket
 import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
@@ -75,3 +78,45 @@ def test_a_store_that_cannot_be_used_is_called_that(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     with pytest.raises(OSError, match="is no SQLite database"):
         question()
+
+
+class _Answer(http.server.BaseHTTPRequestHandler):
+    code = 200
+
+    def do_POST(self) -> None:
+        self.send_response(self.code)
+        self.end_headers()
+        self.wfile.write(b"no")
+
+    def log_message(self, *_: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (401, r"does not let this user in \(401\); set MLFLOW_TRACKING_USERNAME"),
+        (403, r"does not let this user in \(403\); set"),
+        (404, r"No MLflow answers at .* \(.*404"),
+        (200, r"No MLflow answers at .* \(.*JSON"),
+    ],
+)
+def test_what_is_wrong_with_a_server_is_said(code: int, message: str) -> None:
+    handler = type("Answer", (_Answer,), {"code": code})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match=message):
+            store.check_answers(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+
+
+def test_a_server_that_is_silent_or_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "ANSWER_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        uri = f"http://127.0.0.1:{door.getsockname()[1]}"
+        with pytest.raises(UserError, match="takes the connection and says nothing for 1 s"):
+            store.check_answers(uri)
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] != "1"
+    for nobody, why in ((uri, "refused"), ("http://no.such.host.invalid:5000", "not known")):
+        with pytest.raises(UserError, match=why):
+            store.check_answers(nobody)

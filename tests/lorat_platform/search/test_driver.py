@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -20,18 +19,18 @@ import pytest
 import ray
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from lorat.config.fields import from_dict, to_dict
+from lorat.config.fields import from_dict
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files import storage
 from lorat_platform import cluster
 from lorat_platform.recording.store import connect
 from lorat_platform.runs.claim import announcements
-from lorat_platform.search import driver
+from lorat_platform.search import driver, session
 from lorat_platform.search import plan as search_plan
 from lorat_platform.search.driver import run_search
 from lorat_platform.search.plan import REQUEST_FILE, SearchOptions, make_plan
-from lorat_platform.search.results.outcome import SearchOutcome
+from lorat_platform.search.results.outcome import SearchOutcome, search_description
 from lorat_platform.search.slots import check_reach, count_slots
 from tests.other_driver import FOREIGN, announce
 from tests.small_shards import make_shards
@@ -130,7 +129,7 @@ def test_pairs_are_decoded_once_for_all_trials(outcome: SearchOutcome) -> None:
     decoded = sum(row.last("crops_decoded") or 0 for row in rows)
     assert decoded <= 64, "the run has 64 pairs, and failed trials decoded some of them"
     assert sum(row.last("crop_cache_hit_rate") == 1 for row in rows) >= len(rows) - 2
-    assert not (Path(os.environ["LORAT_CROP_CACHE"]) / "whole").exists(), "removed at the end"
+    assert not list(Path(os.environ["LORAT_CROP_CACHE"]).glob("crops-*")), "removed at the end"
 
 
 def test_mlflow_has_the_search_and_its_trials_nested(outcome: SearchOutcome) -> None:
@@ -211,10 +210,10 @@ def test_a_stopped_trial_frees_the_only_slot_at_once(
     assert second.started_at - first.ended_at < 2.0
 
 
-def _kill_a_trial(killed: list[int]) -> None:
-    """Kill -9 the first trial process that has begun to train."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
+def _kill_trials(killed: list[int], number: int) -> None:
+    """Kill -9 the first processes of trials that have begun to train, one after another."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(killed) < number:
         listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
         ours = os.environ["LORAT_HOME"].encode()
         for line in listed.splitlines():
@@ -225,29 +224,60 @@ def _kill_a_trial(killed: list[int]) -> None:
                 environment = Path(f"/proc/{pid}/environ").read_bytes()
             except OSError:
                 continue
-            if ours in environment:
+            if ours in environment and pid not in killed and len(killed) < number:
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
-                return
         time.sleep(0.05)
 
 
-def test_a_trial_whose_process_dies_is_failed_and_the_search_goes_on(data: Data) -> None:
+def test_a_trial_whose_process_dies_is_tried_again_and_a_resumed_search_tries_it_once_more(
+    data: Data, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(session, "RETRIES", 1)
     killed: list[int] = []
-    killer = threading.Thread(target=_kill_a_trial, args=(killed,))
-    plan = make_plan(
-        config(data), options(trials=3, objective="ao,parameters", searcher="tpe", name="killed")
+    killer = threading.Thread(target=_kill_trials, args=(killed, 2))
+    asked = options(
+        trials=2, objective="ao,parameters", searcher="tpe", concurrent=1, name="killed"
     )
     killer.start()
-    outcome = run_search(plan)
+    outcome = run_search(make_plan(config(data), asked))
     killer.join()
-    assert killed, "no trial began to train within 90 s"
-    assert outcome.board.count("failed") == 1
-    (failed,) = [row for row in outcome.board.rows.values() if row.status == "failed"]
+    assert len(killed) == 2, "no two trials began to train within 120 s"
+    failed, other = sorted(outcome.board.rows.values(), key=lambda row: row.number)
+    assert (failed.status, failed.starts, failed.retries) == ("failed", 2, 1)
     assert failed.reason is not None
     assert "process died" in failed.reason
-    assert outcome.board.count("completed", "stopped") == 2
+    assert failed.can_be_tried_again
+    assert other.status == "completed"
+    assert other.starts == 1
+    said = capsys.readouterr().out
+    assert "trial 0: tried again (try 1 of 1), for a failure that is not its own" in said
+    assert "(tried 2 times)" in said
+    account = search_description(outcome.plan, outcome.board)
+    assert "trial 0 (the trial's process died" in account
+    assert "`--resume killed` tries them again" in account
+
+    outcome = driver.resume_search("killed", trials=3)
+    rows = sorted(outcome.board.rows.values(), key=lambda row: row.number)
+    assert [row.number for row in rows] == [0, 1, 2]
+    assert rows[0].trial_id == failed.trial_id
+    assert rows[0].status in ("completed", "stopped")
+    assert len(rows[0].troubles) == 2
+    assert rows[1] == other
+    assert outcome.board.count("completed", "stopped") == 3
     assert outcome.board.pareto()
+    again = connect().get_run(_run_of(outcome, rows[0].trial_id))
+    assert again.info.status == "FINISHED"
+    with pytest.raises(UserError, match="--trials is 2 but the search killed has begun 3"):
+        driver.resume_search("killed", trials=2)
+
+
+def _run_of(outcome: SearchOutcome, trial_id: str) -> str:
+    """Return MLflow's one run of a trial."""
+    client = connect()
+    experiment = client.get_experiment_by_name("lorat-search")
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`lorat.trial_id` = '{trial_id}'")
+    return str(run.info.run_id)
 
 
 @pytest.mark.exhaustive
@@ -364,8 +394,7 @@ def test_a_second_driver_of_a_search_is_refused(data: Data) -> None:
     plan = make_plan(config(data), options(name="driven"))
     location = storage.locate(plan.storage).child(plan.name)
     location.make()
-    request = {"options": dataclasses.asdict(plan.options), "config": to_dict(plan.space.base)}
-    location.write_bytes(REQUEST_FILE, json.dumps(request).encode())
+    location.write_bytes(REQUEST_FILE, json.dumps(plan.request()).encode())
     token = announce(location, FOREIGN, age_s=5)
     for start in (lambda: driver.resume_search("driven"), lambda: run_search(plan)):
         with pytest.raises(UserError, match="search driven is driven by process 7 on elsewhere"):

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from ray.exceptions import RayActorError
 
 from lorat.errors import UserError
 from lorat.files.storage import locate
+from lorat_platform.failures import TrialFailed
 from lorat_platform.recording.trouble import Ending
 from lorat_platform.runs.claim import LEASE_S, Lease
 from lorat_platform.search import session as search_session
@@ -35,10 +37,13 @@ class BlackHole:
         return Ending(False, 1, 0, 0, Path(), "", "")
 
 
-def _session(folder: Path, *, num_trials: int = 100, resumes: bool = False) -> SearchSession:
+def _session(
+    folder: Path, *, num_trials: int = 100, resumes: bool = False, need: Any = None
+) -> SearchSession:
     nothing: Any = BlackHole()
     return SearchSession(
         "many",
+        identity="many-id",
         folder=folder,
         board=Leaderboard(objectives=("ao",), rungs=Rungs(max_steps=4, reduction=2, num_rungs=1)),
         parent=nothing,
@@ -46,7 +51,8 @@ def _session(folder: Path, *, num_trials: int = 100, resumes: bool = False) -> S
         num_trials=num_trials,
         remember_parent=lambda _: None,
         lease=nothing,
-        resumes=resumes,
+        on_resume=(lambda: None) if resumes else None,
+        need=need,
     )
 
 
@@ -133,7 +139,7 @@ def test_a_search_that_another_driver_took_over_stops_before_it_writes(tmp_path:
     lease = Lease(folder, "The search many", "wait").claim()
     session = _session(tmp_path)
     session.lease = lease
-    callback = SearchCallback("many")
+    callback = SearchCallback("many-id")
     callback.on_step_begin(1, [])
     folder.delete(f"driver-{lease.token}.json")  # as who takes over does
     callback.on_step_begin(2, [])  # asks the storage only after a suspension
@@ -142,3 +148,46 @@ def test_a_search_that_another_driver_took_over_stops_before_it_writes(tmp_path:
         callback.on_step_begin(3, [])
     session.end(close=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_surroundings_get_a_trial_two_more_tries_and_its_own_faults_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed, diverged = RayActorError(error_msg="SIGKILL."), UserError("The loss is not finite.")
+    session = _session(tmp_path)
+    trials: list[Any] = [SimpleNamespace(trial_id=f"t{i}", config={}) for i in range(3)]
+    assert [session.tries_again(trials[0], killed) for _ in range(3)] == [True, True, False]
+    assert not session.tries_again(trials[1], TrialFailed(str(diverged), False, 2))
+    taken_away = RayActorError(error_msg="preempted", preempted=True)
+    assert all(session.tries_again(trials[2], taken_away) for _ in range(5))
+    rows = [session.board.rows[trial.trial_id] for trial in trials]
+    assert [row.retries for row in rows] == [2, 0, 0]
+    assert [row.lost_steps for row in rows] == [3 * 4, 2, 5 * 4]
+    assert (rows[1].reason, rows[1].is_own_fault) == ("The loss is not finite.", True)
+    said = capsys.readouterr().out
+    assert said.count("of 2), for a failure that is not its own: the trial's process died") == 2
+    assert said.count("tried again (its node was taken away)") == 5
+    for row in rows[:2]:
+        row.status = "failed"
+    later = _session(tmp_path)
+    later.restore(session.state())
+    assert [later.reopens(row.trial_id) for row in rows] == [True, False, False]
+    assert later.board.rows["t0"].status == "waiting"
+    assert later.tries_again(trials[0], killed), "a resumed search counts anew"
+    session.end()
+    later.end()
+
+
+def test_a_search_whose_nodes_are_gone_says_what_its_trials_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+    session = _session(tmp_path, need={"CPU": 2.0, "GPU": 0.0})
+    trials: list[Any] = [SimpleNamespace(status=status) for status in ("PENDING", "TERMINATED")]
+    session.remind([SimpleNamespace(status="RUNNING"), *trials])
+    session.remind(trials)
+    session.remind(trials)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["waiting for nodes: 1 trials, each with 2 CPU on one node, which have 1 CPU"]
+    session.end()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
-from lorat.config.fields import to_dict
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files.storage import Location, locate
@@ -40,8 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "runs" / "mine"
     (folder / "trial-1").mkdir(parents=True)
     plan = make_plan(TrainConfig(variant="N-112"), SearchOptions(name="mine"))
-    request = {"options": dataclasses.asdict(plan.options), "config": to_dict(plan.space.base)}
-    (folder / REQUEST_FILE).write_text(json.dumps(request))
+    (folder / REQUEST_FILE).write_text(json.dumps(plan.request()))
     for name in ("tuner.pkl", "trial-1/error.pkl"):
         (folder / name).write_bytes(pickle.dumps(RunsCode(tmp_path / "ran")))
     return folder
@@ -142,3 +139,13 @@ def test_the_storage_of_the_environment_is_the_default(
 ) -> None:
     monkeypatch.setenv("LORAT_STORAGE", str(folder.parent))
     assert read_plan("mine").storage == str(locate(folder.parent).path)
+
+
+def test_two_searches_of_one_name_do_not_share_a_folder_of_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAT_HOME", str(tmp_path / "home"))
+    note_origin("mine", locate(tmp_path / "one" / "mine"))
+    note_origin("mine", locate(tmp_path / "one" / "mine"))
+    with pytest.raises(UserError, match=r"results of the search mine in .*one.*another --name"):
+        note_origin("mine", locate(tmp_path / "two" / "mine"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,19 @@ class TrialRow:
     """Host and process that ran it last."""
     starts: int = 0
     """How often it was started: once, unless it went on after an interruption or a pause."""
+    retries: int = 0
+    """How often it was tried again in this process of the search."""
+    troubles: list[str] = field(default_factory=list)
+    """Failures of its surroundings after which it was tried again."""
+    is_own_fault: bool = True
+    """Whether it failed by itself, and not by its surroundings."""
+    lost_steps: int = 0
+    """Steps beside those of the reports: of attempts that failed or were interrupted, up to where
+    they came or, where nobody knows that, to the rung that they were on the way to."""
+    lost_seconds: float = 0.0
+    """Seconds that those attempts took after their last reports."""
+    counted_at: float | None = None
+    """Time up to which the seconds of the present attempt are counted."""
     proposed_at: float | None = None
     started_at: float | None = None
     ended_at: float | None = None
@@ -56,6 +70,16 @@ class TrialRow:
     def steps(self) -> int:
         """Optimisation steps up to the last report."""
         return self.reports[-1]["step"] if self.reports else 0
+
+    @property
+    def can_be_tried_again(self) -> bool:
+        """Whether it failed by its surroundings, so that a resumed search tries it again."""
+        return self.status == "failed" and not self.is_own_fault
+
+    @property
+    def spent(self) -> int:
+        """Optimisation steps that were trained for it in all."""
+        return self.steps + self.lost_steps
 
     @property
     def num_rungs(self) -> int:
@@ -68,19 +92,20 @@ class TrialRow:
 
     def report(self, values: dict[str, Any]) -> None:
         """Add a report; one at a step that was reported before replaces it and what followed."""
+        self.counted_at = time.time()
         self.reports = [r for r in self.reports if r["step"] < values["step"]] + [values]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Training spent, against training every trial in full.
-
-    Steps count up to a trial's last report: what a failed trial trained after it, and what was
-    trained twice because of an interruption, is in no count.
-    """
+    """Training spent, against training every trial in full."""
 
     steps: int
+    """Optimisation steps, also of failed trials and those that were trained twice."""
     full_steps: int
+    """The same with no trial stopped early: one that failed would have failed there, too."""
+    lost_steps: int
+    """Steps of attempts that failed or were interrupted, at most: see :class:`TrialRow`."""
     seconds: float
     """Seconds that trials ran, training and evaluation, added up."""
 
@@ -91,7 +116,8 @@ class Cost:
 
     @property
     def saved(self) -> float:
-        """Share of the full runs' steps that was not spent."""
+        """Share of the full runs' steps that early stopping did not spend; below 0 where more was
+        trained twice."""
         return 1.0 - self.share
 
 
@@ -140,10 +166,27 @@ class Leaderboard:
         """Add up what was spent on all trials that started."""
         started = [row for row in self.rows.values() if row.status != "waiting" or row.reports]
         return Cost(
-            steps=sum(row.steps for row in started),
-            full_steps=len(started) * self.rungs.max_steps,
-            seconds=sum(row.last("total_seconds") or 0.0 for row in started),
+            steps=sum(row.spent for row in started),
+            full_steps=sum(
+                row.spent if row.status == "failed" else self.rungs.max_steps for row in started
+            ),
+            lost_steps=sum(row.lost_steps for row in started),
+            seconds=sum((row.last("total_seconds") or 0.0) + row.lost_seconds for row in started),
         )
+
+    def lose(self, row: TrialRow, step: int | None) -> None:
+        """Count what an attempt trained since its last report.
+
+        Args:
+            row: of the trial whose attempt ended without one.
+            step: that it had reached; none if nobody knows.
+        """
+        if step is None:
+            step = self.rungs.steps[min(row.num_rungs, self.rungs.num_rungs - 1)]
+        row.lost_steps += max(step - row.steps, 0)
+        if row.counted_at is not None:
+            row.lost_seconds += time.time() - row.counted_at
+        row.counted_at = None
 
     def count(self, *statuses: Status) -> int:
         """Return the number of trials with one of the statuses."""

@@ -92,7 +92,7 @@ class SearchConsole:
         for row in shown:
             table.add_row(
                 str(row.number),
-                row.status if row.reason is None else f"failed: {row.reason[:40]}",
+                _status(row),
                 f"{row.num_rungs}/{board.rungs.num_rungs}",
                 f"{row.steps}/{board.rungs.max_steps}",
                 *(_short(row.values.get(path)) for path in paths),
@@ -103,6 +103,12 @@ class SearchConsole:
         if len(board.rows) > len(shown):
             table.add_row(f"+{len(board.rows) - len(shown)}", "more")
         return table
+
+
+def _status(row: TrialRow) -> str:
+    if row.reason is not None:
+        return f"failed: {row.reason[:40]}"
+    return f"{row.status}, try {row.retries + 1}" if row.retries else row.status
 
 
 def _short(value: Any) -> str:

@@ -95,17 +95,36 @@ def search_description(plan: SearchPlan, board: Leaderboard) -> str:
         found = ", ".join(f"{name} {best.last(name):.4f}" for name in plan.options.objectives)
         values = ", ".join(f"{path} = {value}" for path, value in best.values.items())
         lines.append(f"Best is trial {best.number}: {found} after {best.steps} steps ({values}).")
+    saving = f"{cost.saved:.0%} saved by stopping early"
+    if cost.saved < 0:
+        saving = f"at most {-cost.saved:.0%} more, for what was trained again"
     lines.append(
         f"{len(board.rows)} trials: {board.count('completed')} completed, "
         f"{board.count('stopped')} stopped early, {board.count('failed')} failed. "
-        f"{cost.steps} of the {cost.full_steps} steps of full runs: {cost.saved:.0%} saved."
+        f"{cost.steps} of the {cost.full_steps} steps of full runs: {saving}."
     )
-    if board.count("failed") or any(row.starts > 1 for row in board.rows.values()):
+    if cost.lost_steps:
         lines.append(
-            "Steps count up to the trials' last reports: not those of failed trials after it, nor "
-            "those that an interruption let be trained twice."
+            f"At most {cost.lost_steps} of these steps belong to no report: of trials that failed, "
+            "and those that were trained again."
+        )
+    tried = [row for row in board.rows.values() if row.troubles]
+    if tried:
+        lines.append(
+            "Tried again after failures that were not theirs, of machines, processes or files: "
+            f"{'; '.join(_trouble(row) for row in tried)}."
+        )
+    again = [str(row.number) for row in board.rows.values() if row.can_be_tried_again]
+    if again:
+        lines.append(
+            f"Failed so in every try: {', '.join(again)}; `--resume {plan.name}` tries them again."
         )
     if len(plan.options.objectives) > 1:
         front = ", ".join(str(row.number) for row in board.pareto())
         lines.append(f"Pareto front of {' and '.join(plan.options.objectives)}: trials {front}.")
     return "\n\n".join(lines)
+
+
+def _trouble(row: TrialRow) -> str:
+    times = f", {len(row.troubles)} times" if len(row.troubles) > 1 else ""
+    return f"trial {row.number}{times} ({row.troubles[-1].partition('. ')[0]})"

@@ -16,13 +16,17 @@ from ray import tune
 
 from lorat.config.json_files import read_json_at
 from lorat.config.training import TrainConfig
-from lorat.errors import UserError
 from lorat.files.scratch import temporary_folder
 from lorat.files.storage import Location
 from lorat.learning.learner import Learner, World
 from lorat.learning.loop import run
 from lorat_platform.cluster.process_group import PrivateTorchConfig
-from lorat_platform.failures import user_message
+from lorat_platform.failures import (
+    TrialFailed,
+    is_of_surroundings,
+    trial_failures,
+    user_message,
+)
 from lorat_platform.runs import checkpoints
 from lorat_platform.search.trial.measure import measure
 from lorat_platform.search.trial.process import (
@@ -76,8 +80,14 @@ def run_group_trial(values: dict[str, Any], setup: TrialSetup) -> None:
     """Run a trial whose training takes several workers.
 
     Raises:
-        UserError: if the workers fail, with what the first of them said.
+        TrialFailed: if the workers fail, with what the first of them said, or for other reasons.
     """
+    with trial_failures(lambda: None):  # the workers know their steps
+        _run_rungs(values, setup)
+
+
+def _run_rungs(values: dict[str, Any], setup: TrialSetup) -> None:
+    """Run what is left of a trial, rung after rung."""
     began = time.perf_counter()
     config = setup.space.configure(values)
     folder = trial_folder(setup)
@@ -144,7 +154,7 @@ def _fit(work: RungWork) -> None:
             if message is None:
                 lines = str(error).strip().splitlines()
                 message = lines[-1] if lines else repr(error)
-            raise UserError(message) from error
+            raise TrialFailed(message, is_of_surroundings(error), None) from error
 
 
 def _worker(work: RungWork) -> None:

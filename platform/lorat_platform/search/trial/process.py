@@ -41,7 +41,8 @@ def prepare_process(setup: TrialSetup) -> torch.device:
     # A search is not gone on with where others can write.
     os.umask(os.umask(0o077) | 0o022)
     gc.collect()
-    sweep(Path(tempfile.gettempdir()))  # what killed trials left on this machine
+    with contextlib.suppress(OSError):  # somebody else's, and no reason to fail
+        sweep(Path(tempfile.gettempdir()))  # what killed trials left on this machine
     cv2.setNumThreads(1)
     gpus = setup.worker_resources.get("GPU", 0.0)
     if gpus and torch.cuda.is_available():

@@ -27,7 +27,7 @@ class TrialSetup:
     workers: int
     worker_resources: dict[str, float]
     crop_cache: str
-    """Name of the search's crop cache."""
+    """The search's identity, under which its trials share crops."""
     crop_cache_bytes: int
     save_every_s: float = 600.0
     """Longest training that an interruption may cost."""

@@ -21,6 +21,7 @@ from lorat.files.scratch import temporary_folder
 from lorat.learning.learner import Learner, World
 from lorat.learning.loop import Hooks, run
 from lorat.learning.tail_average import TailAverage
+from lorat_platform.failures import trial_failures
 from lorat_platform.runs import checkpoints
 from lorat_platform.search.rungs import HISTORY
 from lorat_platform.search.trial.measure import measure
@@ -40,12 +41,16 @@ def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
     """Run a trial of one worker; a function trainable of Ray Tune.
 
     Raises:
-        UserError: with the step if the loss is not finite, or for a configuration that cannot be.
+        TrialFailed: for whatever reason, which it says.
     """
     began = time.perf_counter()
-    config = setup.space.configure(values)
-    device = prepare_process(setup)
-    with contextlib.ExitStack() as stack:
+    learner: Learner | None = None
+    with (
+        trial_failures(lambda: learner.step if learner is not None else 0),
+        contextlib.ExitStack() as stack,
+    ):
+        config = setup.space.configure(values)
+        device = prepare_process(setup)
         folder, progress = stack.enter_context(_saved_state(setup))
         learner = Learner(
             config,

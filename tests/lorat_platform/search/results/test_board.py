@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,31 @@ def test_best_is_the_best_of_the_highest_rung() -> None:
 def test_cost_is_counted_against_full_runs_of_the_same_trials() -> None:
     cost = _board().cost()
     assert cost.steps == 3 * 160 + 7 * 10
-    assert cost.full_steps == 11 * 160
-    assert cost.saved == pytest.approx(1 - 550 / 1760)
+    assert cost.full_steps == 10 * 160, "the failed one would have failed in full training, too"
+    assert cost.saved == pytest.approx(1 - 550 / 1600)
+
+
+def test_failures_are_cost_and_never_savings() -> None:
+    board = Leaderboard(objectives=("ao",), rungs=RUNGS)
+    for number in range(6):
+        row = board.add(f"t{number}", {})
+        row.status, row.counted_at = "failed", time.time() - 5
+        if number == 0:
+            board.lose(row, 3)  # it said where
+        elif number == 1:
+            row.report({"step": 10, "total_seconds": 1.0})
+            row.counted_at = time.time() - 5
+            board.lose(row, None)  # killed: up to the rung at 40 at most
+        else:
+            row.report({"step": 160, "total_seconds": 1.0})
+            row.status = "completed"
+    cost = board.cost()
+    assert (cost.steps, cost.full_steps, cost.lost_steps) == (4 * 160 + 3 + 40,) * 2 + (33,)
+    assert cost.saved == 0, "nothing was stopped early"
+    assert cost.seconds == pytest.approx(4 + 1 + 5 + 5, abs=0.5)
+    board.rows["t4"].reports = [{"step": 10}]
+    board.rows["t4"].status = "stopped"
+    assert board.cost().saved == pytest.approx(150 / board.cost().full_steps)
 
 
 def test_a_failed_trial_is_never_the_best() -> None:

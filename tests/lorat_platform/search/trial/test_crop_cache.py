@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorat.errors import UserError
+from lorat.config.training import TrainConfig
+from lorat_platform.search.plan import SearchOptions, SearchPlan, make_plan
 from lorat_platform.search.trial import crop_cache
 from lorat_platform.search.trial.crop_cache import (
     BLOCK,
@@ -164,7 +166,7 @@ def _full_disk(folder: Path, results: Any) -> None:
     with CropCache(folder, "k", load, max_bytes=10**9) as cache:
         for step, batch in enumerate(batches(cache, 40, 0, 4)):
             assert_same(batch, step * 40, (step + 1) * 40)
-    results.put([f.name for f in folder.glob("*.npy")] + [f.name for f in folder.glob("*.tmp")])
+    results.put([f.name for f in folder.iterdir() if f.suffix not in ("", ".lock")])
 
 
 def test_a_full_disk_only_costs_decoding(tmp_path: Path) -> None:
@@ -189,8 +191,6 @@ def test_a_decoding_error_reaches_the_trial(tmp_path: Path) -> None:
 
 
 def test_stopping_a_trial_ends_its_thread(tmp_path: Path) -> None:
-    import threading
-
     before = threading.active_count()
     with CropCache(tmp_path / "c", "k", load, max_bytes=10**9) as cache:
         stream = batches(cache, 32, 0, 1000)
@@ -204,24 +204,29 @@ def test_caches_are_removed_when_nobody_uses_them(
 ) -> None:
     monkeypatch.setenv("LORAT_CROP_CACHE", str(tmp_path))
     root = tmp_path
-    assert cache_folder("used", 10**9) == root / "used"
+    assert cache_folder("used", 10**9) == root / "crops-used"
     for name in ("used", "stale", "fresh"):
-        with CropCache(root / name, "k", load, max_bytes=10**9) as cache:
+        with CropCache(root / f"crops-{name}", "k", load, max_bytes=10**9) as cache:
             cache.read(0, BLOCK)
-    user = CropCache(root / "used", "k", load, max_bytes=10**9)
-    for name in ("used", "stale"):
-        os.utime(root / name, (0, 0))
-    assert remove_stale_caches() == [root / "stale"]
+    user = CropCache(root / "crops-used", "k", load, max_bytes=10**9)
+    (root / "photos").mkdir()
+    (root / "crops-of-photos").mkdir()
+    for folder in root.iterdir():
+        if folder.name != "crops-fresh":
+            os.utime(folder, (0, 0))
+    assert remove_stale_caches() == [root / "crops-stale"]
     user.close()
     remove_cache("fresh")
-    assert [p.name for p in root.iterdir()] == ["used"]
+    kept = {p.name: [f.name for f in p.iterdir()] for p in root.iterdir()}
+    assert kept.keys() == {"crops-used", "photos", "crops-of-photos"}
+    assert kept["photos"] == kept["crops-of-photos"] == [], "what is no cache is not touched"
 
 
 def test_a_cache_lives_as_long_as_the_driver_of_its_search_or_a_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAT_CROP_CACHE", str(tmp_path))
-    folder = tmp_path / "search"
+    folder = tmp_path / "crops-search"
     with driven_here("search", 10**9):
         with CropCache(folder, "k", load, max_bytes=10**9) as cache:
             cache.read(0, BLOCK)
@@ -273,11 +278,13 @@ def test_a_cache_that_fills_the_memory_stays_the_only_one(
         crop_cache.shutil, "disk_usage", lambda place: SimpleNamespace(free=free[place])
     )
     folder = cache_folder("search", 10**8)
+    assert folder is not None
     assert folder.is_relative_to(memory)
     folder.mkdir(parents=True)
     free[memory] = 10**8
     assert cache_folder("search", 10**8) == folder, "it is there already"
     other = cache_folder("other", 10**8)
+    assert other is not None
     assert other.is_relative_to(disk)
     other.mkdir(parents=True)
     free[memory] = 10**9
@@ -290,7 +297,7 @@ def test_a_cache_that_fills_the_memory_stays_the_only_one(
 
 
 def test_a_place_that_somebody_else_made_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     memory, disk, others = tmp_path / "memory", tmp_path / "disk", tmp_path / "others"
     for folder in (memory, disk, others):
@@ -300,10 +307,141 @@ def test_a_place_that_somebody_else_made_is_not_used(
     monkeypatch.setattr(crop_cache.tempfile, "gettempdir", lambda: str(disk))
     (memory / f"lorat-crops-{os.getuid()}").symlink_to(others)
     own = cache_folder("search", 1)
+    assert own is not None
     assert own.is_relative_to(disk)
     assert own.parent.stat().st_mode & 0o777 == 0o700
     me = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: me + 1)
-    with pytest.raises(UserError, match="LORAT_CROP_CACHE"):
-        cache_folder("search", 1)
+    assert cache_folder("search", 1) is None
+    assert "LORAT_CROP_CACHE" in caplog.text
+    with driven_here("search", 1), CropCache(None, "k", load, max_bytes=10**9) as cache:
+        for step, batch in enumerate(batches(cache, 40, 0, 4)):
+            assert_same(batch, step * 40, (step + 1) * 40)
     assert list(others.iterdir()) == []
+
+
+def test_a_place_that_somebody_else_makes_anew_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LORAT_CROP_CACHE", raising=False)
+    root, others = tmp_path / "root", tmp_path / "others"
+    others.mkdir()
+    with CropCache(root / "crops-search", "k", load, max_bytes=10**9) as cache:
+        cache.read(0, BLOCK)
+        assert root.stat().st_mode & 0o777 == 0o700
+        shutil.rmtree(root)
+        root.symlink_to(others)
+        assert_same(cache.read(0, 2 * BLOCK), 0, 2 * BLOCK)
+    assert list(others.iterdir()) == []
+
+
+def test_a_folder_that_vanishes_again_and_again_only_costs_decoding(tmp_path: Path) -> None:
+    folder = tmp_path / "crops"
+    ended = threading.Event()
+
+    def vanish() -> None:
+        while not ended.wait(0.01):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def slow(indices: Sequence[int]) -> dict[str, np.ndarray]:
+        time.sleep(0.002)
+        return load(indices)
+
+    thread = threading.Thread(target=vanish)
+    thread.start()
+    try:
+        with CropCache(folder, "k", slow, max_bytes=10**9) as cache:
+            source = CachedSource(cache, batch_size=40, end_step=100, threads=3)
+            for step, batch in enumerate(source.batches(0)):
+                assert_same(batch, step * 40, (step + 1) * 40)
+            ended.set()
+            thread.join()
+            shutil.rmtree(folder, ignore_errors=True)
+            assert_same(cache.read(8000, 8032), 8000, 8032)
+            assert list(folder.glob("*.npy")), "the trials to come share it again"
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_damaged_block_is_decoded_again(tmp_path: Path) -> None:
+    for damage in (b"", b"no block", None):
+        with CropCache(tmp_path / "c", "k", load, max_bytes=10**9) as cache:
+            cache.read(0, BLOCK)
+            (block,) = (tmp_path / "c").glob("*.npy")
+            block.write_bytes(block.read_bytes()[:-100] if damage is None else damage)
+            assert_same(cache.read(0, BLOCK), 0, BLOCK)
+            assert cache.num_decoded == (2 * BLOCK if damage == b"" else BLOCK)
+            assert np.array_equal(np.load(block)["index"], np.arange(BLOCK))
+
+
+def _denied(root: Path, results: Any) -> None:
+    """Use caches that belong to another user, as another user."""
+    os.chdir(root)  # who is there need not see the folders above
+    os.environ["LORAT_CROP_CACHE"] = "."
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    removed = remove_stale_caches()
+    folder = cache_folder("search", 10**9)
+    with driven_here("search", 10**9), CropCache(folder, "k", load, max_bytes=10**9) as cache:
+        for step, batch in enumerate(batches(cache, 40, 0, 4)):
+            assert_same(batch, step * 40, (step + 1) * 40)
+    results.put((removed, str(folder)))
+
+
+def test_another_users_folder_only_costs_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAT_CROP_CACHE", str(tmp_path))
+    folder = tmp_path / "crops-search"
+    with CropCache(folder, "k", load, max_bytes=10**9) as cache:
+        cache.read(0, BLOCK)
+    os.utime(folder, (0, 0))
+    folder.chmod(0o700 if os.geteuid() == 0 else 0)
+    tmp_path.chmod(0o755)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    worker = context.Process(target=_denied, args=(tmp_path, results))
+    worker.start()
+    worker.join()
+    folder.chmod(0o700)
+    assert worker.exitcode == 0
+    assert results.get() == ([], folder.name)
+    assert len(list(folder.glob("*.npy"))) == 1
+
+
+def _search(plan: SearchPlan, first: Any, ended: Any, results: Any) -> None:
+    """Be a search of that plan with one trial; the first one ends, and cleans up, in the midst."""
+    folder = cache_folder(plan.identity, 10**9)
+    key = content_key(data=plan.space.base.data)
+    with driven_here(plan.identity, 10**9), CropCache(folder, key, load, max_bytes=10**9) as cache:
+        for step, batch in enumerate(batches(cache, 32, 0, 16)):
+            assert_same(batch, step * 32, (step + 1) * 32)
+            if step == 4 and not first:
+                assert ended.wait(20)
+        cache.read(0, 512)
+        results.put(cache.num_decoded)
+    remove_stale_caches()
+    remove_cache(plan.identity)
+    if first:
+        ended.set()
+
+
+def test_two_searches_of_one_name_leave_each_others_crops_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAT_CROP_CACHE", str(tmp_path / "crops"))
+    context = multiprocessing.get_context("fork")
+    results, ended = context.Queue(), context.Event()
+    workers = []
+    for number in range(2):
+        monkeypatch.setenv("LORAT_HOME", str(tmp_path / f"home-{number}"))
+        plan = make_plan(TrainConfig(variant="N-112"), SearchOptions(name="same"))
+        arguments = (plan, number == 0, ended, results)
+        workers.append(context.Process(target=_search, args=arguments))
+        workers[-1].start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert [results.get() for _ in workers] == [512, 512], "each decoded every pair once"
+    assert list((tmp_path / "crops").iterdir()) == []

@@ -13,16 +13,13 @@ import pytest
 import torch
 
 from lorat.config.training import TrainConfig
-from lorat.data.shards.frame_index import FrameIndex
-from lorat.data.shards.images import ImageReader
-from lorat.errors import UserError
 from lorat.files.storage import locate
-from lorat.image.codec import DamagedImage
 from lorat.learning.tail_average import TailAverage
+from lorat_platform.failures import TrialFailed
 from lorat_platform.runs.checkpoints import BETWEEN_RUNGS
 from lorat_platform.search.rungs import Rungs
 from lorat_platform.search.space import build_space
-from lorat_platform.search.trial import group, measure, single
+from lorat_platform.search.trial import group, single
 from lorat_platform.search.trial.progress import TrialSetup
 from tests.small_shards import make_shards
 
@@ -59,19 +56,6 @@ class Tune:
         self._checkpoint = self._folder / f"checkpoint-{len(self.reports)}"
         shutil.copytree(checkpoint, self._checkpoint)
         self.reports.append(json.loads(json.dumps(metrics)))
-
-
-class StaticTracker:
-    """Counts its steps."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def start(self, frames: list[Any], boxes: list[Any]) -> list[Any]:
-        return boxes
-
-    def step(self, targets: list[Any], frames: list[Any]) -> None:
-        self.steps += 1
 
 
 def trial_checkpoint(folder: Path) -> Any:
@@ -173,7 +157,7 @@ def test_a_trial_that_dies_anywhere_ends_like_an_uninterrupted_one(
             return whole_run(*args, **kwargs)
 
         monkeypatch.setattr(single, "run", dying_run)
-        with pytest.raises(Stopped):
+        with pytest.raises(TrialFailed, match="Stopped"):
             single.run_trial(VALUES, setup)
     steps: list[int] = []
 
@@ -270,26 +254,3 @@ def test_a_group_that_dies_within_a_rung_reports_the_loss_of_the_whole_rung(
             measured = json.loads(work.folder.read_bytes(work.result_file))["measured"]
             losses.setdefault(name, []).append(measured["loss"])
     assert losses["killed"] == pytest.approx(losses["whole"], rel=1e-6)
-
-
-def test_latency_is_measured_without_damaged_frames(
-    setup: TrialSetup, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    index = FrameIndex.open(setup.space.base.val_data or "")
-    decode = ImageReader.decode
-    damaged = {int(index.track_start[0]), int(index.track_start[0]) + 2}
-
-    def decode_or_fail(reader: ImageReader, row: int) -> Any:
-        if row in damaged:
-            raise DamagedImage(f"row {row}")
-        return decode(reader, row)
-
-    monkeypatch.setattr(ImageReader, "decode", decode_or_fail)
-    tracker: Any = StaticTracker()
-    assert measure.measure_latency(tracker, index) > 0
-    assert tracker.steps == 3 * (measure.LATENCY_FRAMES - 1 - len(damaged))
-    damaged |= set(range(int(index.track_start[1])))
-    assert measure.measure_latency(tracker, index) > 0, "the next sequence is taken"
-    damaged |= set(range(index.num_frames))
-    with pytest.raises(UserError, match="two frames that can be read"):
-        measure.measure_latency(tracker, index)
