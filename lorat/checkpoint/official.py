@@ -299,7 +299,7 @@ def official_state(
     return state
 
 
-def export_official(model: LoRAT, path: Path | str) -> None:
+def export_official(model: LoRAT, path: Path | str, *, trainable_only: bool = False) -> None:
     """Write the released layout (safetensors, whatever the name)."""
-    state = official_state(model)
+    state = official_state(model, trainable_only=trainable_only)
     write_tensors({k: v.clone() for k, v in state.items()}, Path(path))  # none shares memory

@@ -55,7 +55,22 @@ def iou_and_giou(box_a: Tensor, box_b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Criterion(nn.Module):
-    """IoU-aware binary cross-entropy on all cells and GIoU on the positive ones, added."""
+    """IoU-aware binary cross-entropy on all cells and GIoU on the positive ones."""
+
+    def __init__(
+        self, *, cls_weight: float = 1.0, reg_weight: float = 1.0, iou_aware: bool = True
+    ) -> None:
+        """Set the weights of the two parts.
+
+        Args:
+            cls_weight: factor of the classification loss.
+            reg_weight: factor of the box loss.
+            iou_aware: score positives with the IoU of the box predicted there instead of 1.
+        """
+        super().__init__()
+        self.cls_weight = cls_weight
+        self.reg_weight = reg_weight
+        self.iou_aware = iou_aware
 
     @staticmethod
     def count_positives(
@@ -76,7 +91,7 @@ class Criterion(nn.Module):
         positive_BHW: Tensor | None = None,
         valid_B: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return ``loss``, ``loss_cls``, ``loss_reg`` and ``num_positive``, float32.
+        """Return ``loss``, ``loss_cls``, ``loss_reg`` (weighted) and ``num_positive``, float32.
 
         Args:
             outputs: ``score_map`` (B, H, W) logits and ``boxes`` (B, H, W, 4) normalised xyxy.
@@ -98,12 +113,12 @@ class Criterion(nn.Module):
         target_BHW4 = box_norm_B4.float()[:, None, None].expand_as(boxes_BHW4)
         iou_BHW, giou_BHW = iou_and_giou(boxes_BHW4, target_BHW4)
         positive = positive_BHW.to(score_BHW.dtype)
-        score_target_BHW = positive * iou_BHW.detach()
+        score_target_BHW = positive * iou_BHW.detach() if self.iou_aware else positive
         bce_BHW = F.binary_cross_entropy_with_logits(score_BHW, score_target_BHW, reduction="none")
         if valid_B is not None:
             bce_BHW = bce_BHW * valid_B[:, None, None]
-        loss_cls = bce_BHW.sum() / divisor
-        loss_reg = ((1 - giou_BHW) * positive).sum() / divisor
+        loss_cls = self.cls_weight * bce_BHW.sum() / divisor
+        loss_reg = self.reg_weight * ((1 - giou_BHW) * positive).sum() / divisor
         return {
             "loss": loss_cls + loss_reg,
             "loss_cls": loss_cls,
