@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,8 +27,12 @@ ADDRESSES = (
 """Variables that name a place; what is secret about it belongs into others."""
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[[], int | None], *, goes_on: bool = False) -> None:
     """Run a job and leave the process with its exit code.
+
+    Args:
+        main: the job.
+        goes_on: an interrupted job goes on when the same command is given again, which is said.
 
     A :class:`UserError`, also one raised in a Ray worker, an error of the machine or its files and
     whatever comes of a home folder that cannot be written become ``error: one sentence`` and code
@@ -42,13 +47,21 @@ def run(main: Callable[[], int | None]) -> None:
         try:
             code = _exit_code(main, interrupted)
         except KeyboardInterrupt:
-            print("\nInterrupted.", file=sys.stderr)
+            how = f" This goes on from here: {_same_command()}" if goes_on else ""
+            print(f"\nInterrupted.{how}", file=sys.stderr)
             code = EXIT_INTERRUPTED
         if code == EXIT_INTERRUPTED:
             # Threads that wait for the cluster must not hold the process up nor change its code.
             leave_at_once()
         sys.stdout.flush()
     sys.exit(code)
+
+
+def _same_command() -> str:
+    """Return the command that was given, but for what would make it begin anew."""
+    given = ["auto" if word == "never" else word for word in sys.argv[1:]]
+    given = ["--resume=auto" if word == "--resume=never" else word for word in given]
+    return shlex.join(["python", *sys.argv[:1], *given])
 
 
 def _exit_code(main: Callable[[], int | None], interrupted: Callable[[], bool]) -> int:

@@ -75,6 +75,8 @@ def dataset_uri(name: str) -> str:
 def main() -> int:
     """Run the job."""
     options = flags.parse(Options, description=__doc__)
+    if options.output is not None:
+        check_place(options.output)
     subject = load_subject(options.model, variant=options.variant)
     uris = [dataset_uri(name) for name in options.data]
     check_distinct(uris)
@@ -115,4 +117,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, goes_on=True)

@@ -16,8 +16,10 @@ import command
 import flags
 import torch
 
-from lorat.checkpoint.export import FORMATS, TOLERANCE, export
+from lorat.checkpoint.export import FORMATS, TOLERANCE, check_place, export
 from lorat.checkpoint.folder import save_backbone
+from lorat.errors import without_surrogates
+from lorat.files.outputs import check_file
 from lorat_platform.evaluation.report import markdown_table
 from lorat_platform.registry import versions
 
@@ -44,6 +46,9 @@ class Options:
 def main() -> int:
     """Run the job; 1 if a file differs from PyTorch by more than the tolerance."""
     options = flags.parse(Options, description=__doc__)
+    check_place(options.output, options.formats)
+    if options.backbone is not None:
+        check_file(options.backbone)
     model = versions.load(options.model, variant=options.variant)
     if options.backbone is not None:
         options.backbone.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +62,7 @@ def main() -> int:
     header = ["format", "file", "MB", "score error", "box error", "ms per pair", "same"]
     text = f"{options.model} ({model.variant.name}), tolerance {TOLERANCE:g}\n\n"
     text += markdown_table(header, rows) + "\n"
-    (options.output / "parity.md").write_text(text)
+    (options.output / "parity.md").write_text(without_surrogates(text))
     log.info("%s\nfiles   %s", text, options.output)
     return 0 if all(report.passed for report in reports) else command.EXIT_FAILURE
 

@@ -64,8 +64,9 @@ def run_reindex(uri: str, address: str | None) -> int:
 
 def run_preview(options: Preview) -> int:
     """Write the picture of some pairs."""
-    from lorat.learning.preview import draw_pairs, write_picture
+    from lorat.learning.preview import check_picture, draw_pairs, write_picture
 
+    check_picture(options.output)
     index = FrameIndex.open(options.uri)
     variant = get_variant(options.variant)
     picture = draw_pairs(index, variant, num_pairs=options.num_pairs, seed=options.seed)
@@ -87,4 +88,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, goes_on=True)

@@ -7,18 +7,22 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from lorat.errors import without_surrogates
 from lorat.files.addresses import without_secrets
 
 
 class CleanStream:
-    """A text stream that leaves passwords and keys out of what it passes on to another."""
+    """A text stream that leaves passwords and keys out of what it passes on to another.
+
+    Bytes of file names that are no text are escaped.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         """Write a text without the secrets in it."""
-        self._stream.write(without_secrets(text))
+        self._stream.write(without_surrogates(without_secrets(text)))
         return len(text)
 
     def writelines(self, lines: Any) -> None:

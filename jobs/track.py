@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from lorat.config import fields
 from lorat.config.bounds import Count, check_bounds
-from lorat.errors import UserError
-from lorat.metrics.result_files import write_boxes
-from lorat.tracking.clips import CODECS, ClipWriter, annotate
+from lorat.errors import UserError, named
+from lorat.metrics.result_files import box_files, write_boxes
+from lorat.tracking.clips import ClipWriter, annotate, check_outputs
 from lorat.tracking.first_box import check_inside, parse_box
 from lorat.tracking.trajectory import Trajectory
 from lorat.tracking.video_source import VideoSource
@@ -39,7 +39,7 @@ class Options:
     """Track one object, given by its box in the first frame."""
 
     source: tyro.conf.Positional[str]
-    """A video file, a folder of images, or camera:0."""
+    """A video file, a folder of images, or camera:0 (./camera:0 is a file)."""
     box: str | None = None
     """The object in the first frame: left,top,width,height in pixels."""
     select: bool = False
@@ -50,7 +50,8 @@ class Options:
     variant: str | None = None
     """Variant of a released file, which does not name it."""
     output: Path = Path("tracked.mp4")
-    """Annotated video, .mp4 or .webm; the boxes go beside it as .csv and .json."""
+    """Annotated video, .mp4 or .webm; the boxes go beside it as .csv and .json, with the
+    time of each frame."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Auto means the GPU where there is one."""
     show: bool = False
@@ -60,16 +61,13 @@ class Options:
 
     def __post_init__(self) -> None:
         check_bounds(self, fields.flag)
-        if self.output.suffix.lower() not in CODECS:
-            raise UserError(f"output is {self.output}; give a name in {' or '.join(CODECS)}.")
-        if self.output.resolve() == Path(self.source).expanduser().resolve():
-            raise UserError(f"output is {self.output}, the video itself; give another name.")
+        check_outputs(self.output, self.source)
         if (self.box is None) != self.select:
             raise UserError("The object is not given once; give either --box L,T,W,H or --select.")
 
 
 def main() -> int:
-    """Run the job."""
+    """Run the job; 1 if a frame, or a place of the video, is damaged and was passed over."""
     options = flags.parse(Options, description=__doc__)
     given = parse_box(options.box) if options.box else None
     for option in [name for name in ("select", "show") if getattr(options, name)]:
@@ -78,14 +76,14 @@ def main() -> int:
     frames = iter(source)
     first = next(frames)
     if given is not None:
-        check_inside(given, first)
+        check_inside(given, first.image)
     if device := {"auto": None, "cpu": "cpu", "gpu": "cuda"}[options.device]:
         from lorat.tracking.tracker import resolve_device
 
         resolve_device(device)
     subject = load_subject(options.model, variant=options.variant)
     tracker = subject.tracker(device)
-    box = select_box(first) if given is None else given
+    box = select_box(first.image) if given is None else given
 
     total = source.num_frames
     if options.max_frames is not None:
@@ -93,29 +91,32 @@ def main() -> int:
         frames = itertools.islice(frames, options.max_frames - 1)
     trajectory = Trajectory(tracker, first, box)
     stopped = 0
-    with (
-        ClipWriter(options.output, fps=source.fps) as clip,
-        tqdm(total=total, unit="frame", desc=subject.name) as bar,
-    ):
-        clip.write(annotate(first, box))
-        bar.update()
-        try:
-            for frame in trajectory.follow(frames):
-                drawn = annotate(frame, trajectory.boxes[-1], text=f"{trajectory.scores[-1]:.2f}")
-                clip.write(drawn)
-                bar.update()
-                if options.show and not show(drawn):
-                    break
-        except KeyboardInterrupt:  # what was tracked so far is written
-            stopped = command.EXIT_INTERRUPTED
     about = {"source": options.source, "model": subject.name, "variant": subject.variant}
-    write_boxes(options.output, trajectory.boxes, trajectory.scores, about)
+    try:
+        with (
+            ClipWriter(options.output, fps=source.fps) as clip,
+            tqdm(total=total, unit="frame", desc=subject.name) as bar,
+        ):
+            clip.write(annotate(first.image, box), first.time_s)
+            bar.update()
+            try:
+                for frame in trajectory.follow(frames):
+                    text = f"{trajectory.scores[-1]:.2f}"
+                    drawn = annotate(frame.image, trajectory.boxes[-1], text=text)
+                    clip.write(drawn, frame.time_s)
+                    bar.update()
+                    if options.show and not show(drawn):
+                        break
+            except KeyboardInterrupt:  # what was tracked so far is written
+                stopped = command.EXIT_INTERRUPTED
+    finally:  # the boxes are there even if the clip cannot be written
+        write_boxes(options.output, trajectory.boxes, trajectory.scores, trajectory.times_s, about)
     log.info(
         "%d frames at %.1f FPS (tracking alone): %s, %s, %s",
-        len(trajectory.boxes), trajectory.fps, options.output,
-        options.output.with_suffix(".csv").name, options.output.with_suffix(".json").name,
+        len(trajectory.boxes), trajectory.fps, named(options.output),
+        *(named(file.name) for file in box_files(options.output)),
     )  # fmt: skip
-    return stopped
+    return stopped or (command.EXIT_FAILURE if source.num_damaged else 0)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from lorat.checkpoint.official import export_official, import_official
 from lorat.config.json_files import write_json
 from lorat.errors import UserError
 from lorat.files.checksums import seal
+from lorat.files.outputs import as_text, check_file, check_folder
 from lorat.model.network import LoRAT
 
 FORMATS = ("bundle", "onnx", "program", "official")
@@ -81,6 +82,23 @@ def random_inputs(model: LoRAT, batch: int, seed: int = 0) -> tuple[Tensor, Tens
     return template, search, mask
 
 
+FILES = {"onnx": "model.onnx", "program": "model.pt2", "official": "official.safetensors"}
+"""Names of the formats that are a file."""
+
+
+def check_place(folder: Path, formats: tuple[str, ...] = FORMATS) -> None:
+    """Refuse a folder in which :func:`export` could not write; nothing is made.
+
+    Raises:
+        UserError: if it is a file or cannot be written, or one of the files is a folder.
+    """
+    check_folder(folder)
+    if "bundle" in formats:
+        check_folder(folder / "bundle")
+    for name in ("parity.json", "parity.md", *(FILES[f] for f in formats if f in FILES)):
+        check_file(folder / name)
+
+
 def export(model: LoRAT, folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Parity]:
     """Write the formats into ``folder``, compare each with PyTorch, and write ``parity.json``.
 
@@ -111,7 +129,8 @@ def export(model: LoRAT, folder: Path, formats: tuple[str, ...] = FORMATS) -> li
         "program": _program,
         "official": functools.partial(_official, model),
     }
-    reports = [writers[name](merged, folder) for name in formats]
+    with as_text(folder) as place:
+        reports = [writers[name](merged, place) for name in formats]
     content = {"variant": merged.variant.name, "tolerance": TOLERANCE}
     rows = [
         # JSON knows no NaN, which an error is where the exported network gives none.
@@ -120,7 +139,10 @@ def export(model: LoRAT, folder: Path, formats: tuple[str, ...] = FORMATS) -> li
         for report in reports
     ]  # fmt: skip
     write_json(content | {"formats": rows}, folder / "parity.json")
-    written = [*folder.glob("model.onnx*"), folder / "model.pt2", folder / "official.safetensors"]
+    written = [
+        *folder.glob(f"{FILES['onnx']}*"),
+        *(folder / FILES[n] for n in FILES if n != "onnx"),
+    ]
     seal(folder, "parity.json", *(file.name for file in written if file.is_file()))
     return reports
 
@@ -133,7 +155,7 @@ def _bundle(model: LoRAT, folder: Path) -> Parity:
 
 
 def _official(given: LoRAT, merged: LoRAT, folder: Path) -> Parity:
-    path = folder / "official.safetensors"
+    path = folder / FILES["official"]
     export_official(given, path)
     again = import_official(path, given.variant, backbone="none")  # the file has it all
     return _compare("official", path, path.stat().st_size, merged, _forward(again.eval()))
@@ -156,7 +178,7 @@ def _onnx(model: LoRAT, folder: Path) -> Parity:
         raise UserError(
             f"ONNX needs {', '.join(missing)}; install them with: pip install 'lorat[export]'."
         )
-    path = folder / "model.onnx"
+    path = folder / FILES["onnx"]
     size = sum(value.nbytes for value in model.state_dict().values())
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -191,7 +213,7 @@ def _onnx(model: LoRAT, folder: Path) -> Parity:
 
 
 def _program(model: LoRAT, folder: Path) -> Parity:
-    path = folder / "model.pt2"
+    path = folder / FILES["program"]
     shapes = {name: {0: torch.export.Dim("batch")} for name in INPUTS}
     program = torch.export.export(
         _Tuple(model), random_inputs(model, 2), dynamic_shapes=shapes, strict=False

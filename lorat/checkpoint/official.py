@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lorat.config.training import LORA_TARGETS, HeadConfig, TrainConfig
 from lorat.config.variants import VARIANTS, Variant
 from lorat.errors import UserError
-from lorat.files.tensors import read_tensors
+from lorat.files.tensors import read_tensors, write_tensors
 from lorat.model.backbone import fit_position, read_backbone, source_of
 from lorat.model.network import LoRAT, assemble, differences
 
@@ -303,5 +302,4 @@ def official_state(
 def export_official(model: LoRAT, path: Path | str, *, trainable_only: bool = False) -> None:
     """Write the released layout (safetensors, whatever the name)."""
     state = official_state(model, trainable_only=trainable_only)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.cpu().contiguous().clone() for k, v in state.items()}, path)
+    write_tensors({k: v.clone() for k, v in state.items()}, Path(path))  # none shares memory

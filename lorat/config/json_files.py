@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorat.config.bounds import Bounds
 from lorat.config.fields import fits, shown, type_name
-from lorat.errors import UserError
+from lorat.errors import UserError, cannot_read
 from lorat.files.scratch import whole_file
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def read_json(
         if missing is not ...:
             return missing
         raise UserError(f"There is no {path}; {remedy}.") from error
+    except PermissionError as error:
+        raise cannot_read(path, error) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {_reason(error)}; {remedy}.") from error
     return parse_json(data, str(path), remedy, shape=shape, finite=finite)
@@ -103,6 +105,8 @@ def read_json_at(
         data = location.read_bytes(name)
     except FileNotFoundError:
         raise
+    except PermissionError as error:
+        raise cannot_read(where, error) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{where} cannot be read: {_reason(error)}; {remedy}.") from error
     return parse_json(data, where, remedy, shape=shape, finite=finite)

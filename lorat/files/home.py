@@ -13,7 +13,7 @@ def home() -> Path:
     It does not depend on the working directory, so a job that Ray runs in a copy of the
     repository finds the same datasets and runs as one started by hand.
     """
-    return Path(os.environ.get("LORAT_HOME", "~/.lorat")).expanduser()
+    return Path(os.path.expanduser(os.environ.get("LORAT_HOME") or "~/.lorat"))
 
 
 def home_problem() -> str | None:

@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -84,15 +85,46 @@ class Process:
 
 
 def make_folder(prefix: str = "lorat", parent: Path | None = None) -> Path:
-    """Make a folder with this process's mark, where temporary files are or in ``parent``."""
+    """Make a folder of this user alone with this process's mark.
+
+    Args:
+        prefix: of its name.
+        parent: where it is made; none means where temporary files are.
+    """
     return Path(tempfile.mkdtemp(prefix=f"{prefix}{Process.here().mark()}", dir=parent))
 
 
+def make_public_folder(prefix: str, parent: Path) -> Path:
+    """Make a folder with this process's mark that will be in view: its mode follows the umask."""
+    folder = marked(prefix, parent)
+    folder.mkdir()
+    return folder
+
+
+def follow_umask(folder: Path) -> None:
+    """Give a folder and what is in it the modes of new ones; copies keep those of the original."""
+    probe = make_public_folder(".mode-", folder)
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(mode if path.is_dir() else mode & 0o666)
+
+
 def make_file(prefix: str, parent: Path) -> Path:
-    """Make an empty file with this process's mark in a folder."""
-    descriptor, name = tempfile.mkstemp(prefix=f"{prefix}{Process.here().mark()}", dir=parent)
-    os.close(descriptor)
-    return Path(name)
+    """Make an empty file with this process's mark in a folder; its mode follows the umask."""
+    file = marked(prefix, parent)
+    _make_empty(file)
+    return file
+
+
+def _make_empty(file: Path) -> int:
+    """Make a file that is not there yet and return its mode, which follows the umask."""
+    descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
 
 
 def marked(prefix: str, parent: Path) -> Path:
@@ -104,12 +136,15 @@ def marked(prefix: str, parent: Path) -> Path:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield where to write a file; a reader sees the old one or the whole new one.
 
-    Where writing fails, the old one stays.
+    Where writing fails, the old one stays.  The mode follows the umask, whoever writes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = marked(f".part-{path.name}", path.parent)
+    part = marked(".part-", path.parent)  # the name itself may be as long as a name can be
+    mode = _make_empty(part)
     try:
         yield part
+        if stat.S_IMODE(part.stat().st_mode) != mode:  # safetensors writes for the owner alone
+            part.chmod(mode)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

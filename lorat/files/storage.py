@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from lorat.errors import UserError
+from lorat.errors import UserError, named, without_surrogates
 from lorat.files.addresses import refuse_secrets
 from lorat.files.home import home
 from lorat.files.scratch import make_file, marked, remove, sweep
 
 _LOCAL = pafs.LocalFileSystem()
-_NOT_IN_A_NAME = re.compile(r"[/\\\x00-\x1f\x7f]")
+_NOT_IN_A_NAME = re.compile("[/\\\\\\x00-\\x1f\\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Location:
         """
         check_plain_name(name, f"the address {self.uri}")
         if self.is_local:
-            gone = marked(f".deleted-{name}", Path(self.path))
+            gone = marked(".deleted-", Path(self.path))
             if os.path.lexists(self.file(name)):
                 os.rename(self.file(name), gone)
                 remove(gone)
@@ -163,7 +163,8 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     """Resolve a URI.
 
     Raises:
-        UserError: if it has a secret in it, the scheme is unknown, or the store refuses it.
+        UserError: if it has a secret in it, the scheme is unknown, the store refuses it, or a
+            local path is no text.
     """
     text = os.fspath(uri)
     refuse_secrets(text, "The address")
@@ -171,6 +172,11 @@ def locate(uri: str | os.PathLike[str]) -> Location:
     if scheme in ("", "file"):
         path = urllib.parse.unquote(text.removeprefix("file://")) if scheme else text
         path = os.path.abspath(os.path.expanduser(path))
+        if path != without_surrogates(path):
+            raise UserError(
+                f"The name {named(path)} has bytes that are no text, which PyArrow cannot open; "
+                "rename it, or give a link to it."
+            )
         return Location(path, _LOCAL, path)
     try:
         filesystem, path = pafs.FileSystem.from_uri(text)
@@ -216,7 +222,6 @@ def publish(file: Path, location: Location, name: str) -> None:
     such as that of a termination signal, would put what it has so far in view.
     """
     if location.is_local:
-        file.chmod(0o644)
         os.replace(file, location.file(name))
         return
     pafs.copy_files(

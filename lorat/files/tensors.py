@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from lorat.errors import UserError
+from lorat.errors import UserError, cannot_read
 from lorat.files.scratch import whole_file
 
 if TYPE_CHECKING:
@@ -21,24 +21,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a file of named tensors: safetensors whatever its name, or ``.pth`` without pickle code.
 
     Raises:
-        UserError: if the file is missing or is neither.
+        UserError: if the file is missing, may not be read, or is neither.
     """
     import torch
-    from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise UserError(
-            f"There is no weight file {path}; give an existing .safetensors or .pth file."
-        )
     if path.suffix not in {".pth", ".pt"}:
         try:
-            return load_file(path)
+            return _load(path)
+        except OSError as error:
+            raise _no_weights(path, error) from error
         except Exception as error:
             raise UserError(
                 f"{path} is not a safetensors file ({error}); give one, or a .pth file."
             ) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise _no_weights(path, error) from error
     except Exception as error:
         raise UserError(
             f"{path} cannot be read with weights_only=True ({type(error).__name__}); "
@@ -51,6 +51,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in tensors):
         raise UserError(f"{path} holds no dictionary of tensors; give a state dict.")
     return content
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of any name: safetensors itself takes none that is no UTF-8.
+
+    Raises:
+        OSError: if it is missing or may not be read.
+    """
+    from safetensors.torch import load_file
+
+    with open(path, "rb") as file:
+        return load_file(f"/proc/self/fd/{file.fileno()}")
+
+
+def _no_weights(path: Path, error: OSError) -> UserError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return UserError(
+            f"There is no weight file {path}; give an existing .safetensors or .pth file."
+        )
+    return cannot_read(path, error)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -80,13 +100,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read a file of a checkpoint.
 
     Raises:
-        UserError: if it is missing or damaged.
+        UserError: if it is missing, damaged, or may not be read.
     """
-    from safetensors.torch import load_file
-
     try:
-        return load_file(path)
+        return _load(path)
     except FileNotFoundError as error:
         raise UserError(f"The checkpoint has no {path}; give a complete one.") from error
+    except OSError as error:
+        raise cannot_read(path, error) from error
     except Exception as error:  # safetensors raises a class of its own that derives from this one
         raise UserError(f"{path} is damaged ({error}); give an undamaged checkpoint.") from error

@@ -12,8 +12,11 @@ from lorat.config.variants import Variant
 from lorat.data.pairs.sampler import PairSampler, load_pairs
 from lorat.data.shards.frame_index import FrameIndex
 from lorat.data.shards.images import ImageReader
-from lorat.errors import UserError
+from lorat.errors import UserError, named
+from lorat.files.outputs import check_file
+from lorat.files.scratch import whole_file
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _STD = np.array([0.229, 0.224, 0.225], np.float32)
 _MARGIN = 6
@@ -54,21 +57,26 @@ def draw_pairs(index: FrameIndex, variant: Variant, *, num_pairs: int, seed: int
     return np.concatenate([heading, *rows])
 
 
+def check_picture(file: Path) -> None:
+    """Refuse a place for a picture before the work; nothing is made.
+
+    Raises:
+        UserError: for another ending, and where no file can be written.
+    """
+    if file.suffix.lower() not in PICTURE_SUFFIXES:
+        raise UserError(f"Cannot write {named(file)}: give a name that ends in .png or .jpg.")
+    check_file(file)
+
+
 def write_picture(picture_HWC: np.ndarray, file: Path) -> None:
     """Write an RGB uint8 picture to a .png or .jpg file; missing folders are made.
 
     Raises:
-        UserError: for another ending, and where the file cannot be written.
+        OSError: if it cannot be written, such as on a full disk.
     """
-    if not cv2.haveImageWriter(str(file)):
-        raise UserError(f"Cannot write {file}: give a name that ends in .png or .jpg.")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        written = cv2.imwrite(str(file), cv2.cvtColor(picture_HWC, cv2.COLOR_RGB2BGR))
-    except OSError:
-        written = False
-    if not written:
-        raise UserError(f"Cannot write {file}; give a file in a folder with room.")
+    _, encoded = cv2.imencode(file.suffix, cv2.cvtColor(picture_HWC, cv2.COLOR_RGB2BGR))
+    with whole_file(file) as part:
+        part.write_bytes(encoded.tobytes())
 
 
 def _restore(image_CHW: np.ndarray) -> np.ndarray:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import csv
 import json
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from lorat.errors import UserError
+from lorat.files.scratch import whole_file
 from lorat.files.storage import check_plain_name
 from lorat.image.boxes import RASTER_EPSILON, xywh_from_xyxy
 from lorat.metrics.dialects import family
@@ -173,16 +174,39 @@ def _write(path: Path, files: Mapping[str, str]) -> Path:
     return path
 
 
-def write_boxes(path: Path, boxes: list[np.ndarray], scores: list[float], about: dict) -> None:
-    """Write boxes as CSV (frame, x, y, w, h, score) and JSON beside the video."""
+def box_files(video: Path) -> tuple[Path, Path]:
+    """Return the CSV and the JSON file with the boxes that belong to an annotated video."""
+    return video.with_suffix(".csv"), video.with_suffix(".json")
+
+
+def write_boxes(
+    video: Path,
+    boxes: Sequence[np.ndarray],
+    scores: Sequence[float],
+    times_s: Sequence[float],
+    about: Mapping[str, object],
+) -> None:
+    """Write boxes as CSV (frame, x, y, w, h, score, time_s) and JSON beside a video.
+
+    Args:
+        video: names the files.
+        boxes: xyxy (4,) in pixels of each frame.
+        scores: of each frame, 0 to 1.
+        times_s: seconds since the first frame at which each is shown.
+        about: more of what the JSON says.
+    """
     xywh = xywh_from_xyxy(np.array(boxes))
-    with open(path.with_suffix(".csv"), "w", newline="") as file:
+    table, content = box_files(video)
+    with whole_file(table) as part, open(part, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["frame", "x", "y", "w", "h", "score"])
-        for frame, (row, score) in enumerate(zip(xywh, scores, strict=True)):
-            writer.writerow([frame, *(f"{value:.3f}" for value in row), f"{score:.4f}"])
-    content = about | {
+        writer.writerow(["frame", "x", "y", "w", "h", "score", "time_s"])
+        for frame, (row, score, time_s) in enumerate(zip(xywh, scores, times_s, strict=True)):
+            values = (*(f"{value:.3f}" for value in row), f"{score:.4f}", f"{time_s:.3f}")
+            writer.writerow([frame, *values])
+    rounded = {
         "boxes_xywh": np.round(xywh, 3).tolist(),
         "scores": np.round(scores, 4).tolist(),
+        "times_s": np.round(times_s, 3).tolist(),
     }
-    path.with_suffix(".json").write_text(json.dumps(content) + "\n")
+    with whole_file(content) as part:
+        part.write_text(json.dumps({**about, **rounded}) + "\n")

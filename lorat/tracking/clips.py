@@ -3,11 +3,18 @@
 OpenCV's own wheel can only write formats that no browser plays, or VP8 at half a frame per
 second, so PyAV encodes here.  It is loaded when the first frame is written: once it is, OpenCV
 hangs when it opens its first window.
+
+Frames are written with their times, so a variable rate stays one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import statistics
+import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,16 +22,43 @@ from typing import Any, Self
 import cv2
 import numpy as np
 
-from lorat.errors import UserError
+from lorat.errors import UserError, named
+from lorat.files.outputs import check_file
+from lorat.files.scratch import whole_file
+from lorat.metrics.result_files import box_files
 
 CODECS: dict[str, tuple[str, dict[str, str]]] = {
-    ".mp4": ("libx264", {"crf": "23", "preset": "veryfast"}),
+    # Frames that refer to later ones end up after the end of an MP4 whose last one is shown long.
+    ".mp4": ("libx264", {"crf": "23", "preset": "veryfast", "bf": "0"}),
     ".webm": ("libvpx", {"deadline": "realtime", "cpu-used": "8", "crf": "20", "b": "2M"}),
 }
 """Encoder and its options by the file's suffix."""
+_TICKS_PER_S = {".mp4": 90_000, ".webm": 1000}
+"""Grain of the times in a file; that of WebM is fixed."""
 PREDICTED_RGB = (255, 64, 64)
 TRUTH_RGB = (64, 220, 64)
 TEXT_RGB = (255, 255, 255)
+
+
+def check_outputs(clip: Path, source: str) -> None:
+    """Refuse a place for an annotated video and its boxes before the work; nothing is made.
+
+    Args:
+        clip: the video; the boxes' files lie beside it.
+        source: what is tracked in.
+
+    Raises:
+        UserError: for an unknown suffix, the source itself, or where no file can be written.
+    """
+    if clip.suffix.lower() not in CODECS:
+        raise UserError(f"output is {named(clip)}; give a name in {' or '.join(CODECS)}.")
+    if os.path.realpath(clip) in {
+        os.path.realpath(source),
+        os.path.realpath(os.path.expanduser(source)),
+    }:
+        raise UserError(f"output is {named(clip)}, the video itself; give another name.")
+    for file in (clip, *box_files(clip)):
+        check_file(file)
 
 
 class ClipWriter:
@@ -32,7 +66,7 @@ class ClipWriter:
 
     Args:
         path: ``.mp4`` or ``.webm``; not there, or whole, when an exception ends the block.
-        fps: frames per second.
+        fps: frames per second, where frames come without times.
         max_side: larger frames are reduced to this many pixels.
 
     Raises:
@@ -41,20 +75,29 @@ class ClipWriter:
 
     def __init__(self, path: str | Path, *, fps: float = 25.0, max_side: int | None = None) -> None:
         self.path = Path(path)
-        if self.path.suffix.lower() not in CODECS:
+        self._suffix = self.path.suffix.lower()
+        if self._suffix not in CODECS:
             raise UserError(
-                f"Videos are written as {' or '.join(CODECS)}; {self.path.name} is neither."
+                f"Videos are written as {' or '.join(CODECS)}; {named(self.path.name)} is neither."
             )
-        self._codec, self._options = CODECS[self.path.suffix.lower()]
-        self._fps = round(fps * 1000)
+        self._codec, self._options = CODECS[self._suffix]
+        self._rate = Fraction(round(fps * 1000), 1000)
         self._max_side = max_side
         self._size_wh: tuple[int, int] | None = None
-        self._part = self.path.with_name(f".{self.path.stem}.part{self.path.suffix.lower()}")
+        self._file = contextlib.ExitStack()
         self._container: Any = None
         self._stream: Any = None
+        self._next_s = 0.0
+        self._waiting: Any = None  # until the next frame says how long it is shown
+        self._steps: list[int] = []
 
-    def write(self, frame: np.ndarray) -> None:
-        """Append a uint8 RGB frame; one of another size than the first is fitted in."""
+    def write(self, frame: np.ndarray, time_s: float | None = None) -> None:
+        """Append a uint8 RGB frame; one of another size than the first is fitted in.
+
+        Args:
+            frame: the picture.
+            time_s: when it is shown, in seconds, ascending; none means at the rate of the clip.
+        """
         height, width = frame.shape[:2]
         if self._size_wh is None:
             self._open(width, height)
@@ -64,25 +107,40 @@ class ClipWriter:
         import av
 
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        self._mux(self._stream.encode(picture))
+        time_s = self._next_s if time_s is None else time_s
+        self._next_s = time_s + float(1 / self._rate)
+        ticks = _TICKS_PER_S[self._suffix]
+        picture.pts, picture.time_base = round(time_s * ticks), Fraction(1, ticks)
+        if self._waiting is not None:
+            picture.pts = max(picture.pts, self._waiting.pts + 1)
+            self._steps.append(picture.pts - self._waiting.pts)
+            self._encode(self._steps[-1])
+        self._waiting = picture
 
     def _open(self, width: int, height: int) -> None:
-        from fractions import Fraction
-
         import av
 
         scale = min(1.0, (self._max_side or max(width, height)) / max(width, height))
         # 4:2:0 video has even sides.
         even = [max(2, round(side * scale) // 2 * 2) for side in (width, height)]
         self._size_wh = (even[0], even[1])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fast = {"movflags": "+faststart"} if self._part.suffix == ".mp4" else {}
-        self._container = av.open(str(self._part), "w", options=fast)
+        part = self._file.enter_context(whole_file(self.path))
+        fast = {"movflags": "+faststart"} if self._suffix == ".mp4" else {}
+        # The scheme keeps FFmpeg from taking what stands before a colon for one.
+        self._container = av.open(
+            f"file:{os.path.abspath(part)}", "w", format=self._suffix[1:], options=fast
+        )
         self._stream = self._container.add_stream(
-            self._codec, rate=Fraction(self._fps, 1000), options=self._options
+            self._codec, rate=self._rate, options=self._options
         )
         self._stream.width, self._stream.height = self._size_wh
         self._stream.pix_fmt = "yuv420p"
+        self._stream.codec_context.time_base = Fraction(1, _TICKS_PER_S[self._suffix])
+
+    def _encode(self, duration: int) -> None:
+        """Encode the waiting frame, which is shown for so many ticks."""
+        self._waiting.duration = duration
+        self._mux(self._stream.encode(self._waiting))
 
     def _mux(self, packets: Any) -> None:
         for packet in packets:
@@ -99,13 +157,16 @@ class ClipWriter:
     ) -> None:
         if self._container is None:
             return
-        if kind is None:
-            self._mux(self._stream.encode())
-        self._container.close()
-        if kind is None:
-            self._part.replace(self.path)
-        else:
-            self._part.unlink(missing_ok=True)
+        try:
+            if kind is None:
+                usual = round(_TICKS_PER_S[self._suffix] / self._rate)
+                self._encode(round(statistics.median(self._steps)) if self._steps else usual)
+                self._mux(self._stream.encode())
+            self._container.close()
+        except BaseException:
+            self._file.__exit__(*sys.exc_info())
+            raise
+        self._file.__exit__(kind, error, trace)
 
 
 def _fit(frame: np.ndarray, size_wh: tuple[int, int]) -> np.ndarray:

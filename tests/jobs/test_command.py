@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from flags import parse
+from output import CleanStream
 from ray.exceptions import OutOfDiskError, OutOfMemoryError, RayTaskError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
@@ -52,6 +54,14 @@ def test_a_wrong_command_line_gives_one_sentence(arguments: list[str], expected:
 def test_a_right_command_line_is_read() -> None:
     options = parse(Options, ["--steps", "5", "--train.lora.rank", "8"])
     assert (options.steps, options.train.lora.rank) == (5, 8)
+
+
+def test_names_that_are_no_text_are_printed_escaped() -> None:
+    raw = io.BytesIO()
+    stream = CleanStream(io.TextIOWrapper(raw, encoding="utf-8", errors="strict"))
+    stream.write(f"{os.fsdecode(bytes([77, 252]))} Münch \ud800 s3://key@bucket")
+    stream.flush()
+    assert raw.getvalue().decode() == "M\\xfc Münch \\ud800 s3://bucket"
 
 
 def test_what_ray_says_of_a_tasks_error_is_not_told() -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 
 from lorat.data.shards.frame_index import FrameIndex
 from tests.jobs.in_process import run_in_process
 from tests.lorat import layouts
 from tests.real_data import REAL_DATA
-from tests.small_shards import make_shards
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.processes(minutes=1)
@@ -66,9 +68,10 @@ def test_real_sequences_are_ingested_verified_reindexed_and_shown(
     assert run_in_process("ingest", "reindex", uri) == 0
     assert FrameIndex.open(uri).fingerprint == index.fingerprint
 
-    picture = tmp_path / "grid.png"
+    picture = tmp_path / os.fsdecode(b"new/12:30 M\xfc.png")
     assert run_in_process("ingest", "preview", uri, "--output", picture, "--num-pairs", 3) == 0
-    assert cv2.imread(str(picture)).shape[0] > 3 * 224
+    drawn = cv2.imdecode(np.fromfile(picture, np.uint8), cv2.IMREAD_COLOR)
+    assert drawn.shape[0] > 3 * 224
 
     shard = next(uri.glob("shard-*.parquet"))
     data = bytearray(shard.read_bytes())
@@ -99,8 +102,14 @@ def test_an_interrupt_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path)
     )  # fmt: skip
     wait_until("shard", lambda: list(uri.glob("_ingest/receipt-*.arrow")), process=job)
     job.send_signal(signal.SIGINT)
-    _, errors = job.communicate(timeout=300)
+    output, errors = job.communicate(timeout=300)
     assert job.returncode == 130, errors
+    assert "shards are whole and kept." in output
+    assert not re.search(r"^\[?\d{4}-\d\d-\d\d .*\.cc:|^\*\*\*|@ +0x", errors, re.MULTILINE)
+    (again,) = [line for line in errors.splitlines() if "This goes on from here: " in line]
+    given = shlex.split(again.partition("here: ")[2])
+    assert given[0] == "python"
+    assert given[2:] == [str(word) for word in job.args[2:]]
     assert "Traceback" not in errors
     made = {p.name: p.stat().st_mtime_ns for p in uri.glob("_ingest/receipt-*.arrow")}
     assert 0 < len(made) < 54
@@ -132,16 +141,16 @@ def test_a_users_error_is_one_sentence(
 
 
 def test_a_picture_that_cannot_be_written_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    uri = make_shards(tmp_path / "set")
     (tmp_path / "file").write_text("")
-    assert run_in_process("ingest", "preview", uri, "--output", tmp_path / "file" / "a.png") == 2
-    monkeypatch.setattr(cv2, "imwrite", lambda *_: False)
-    assert run_in_process("ingest", "preview", uri, "--output", tmp_path / "a.png") == 2
+    (tmp_path / "a.png").mkdir()
+    for output in ("file/a.png", "a.png", "a.gif"):
+        assert run_in_process("ingest", "preview", "set", "--output", tmp_path / output) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 2
-    assert all("give a file in a folder with room" in line for line in errors)
+    words = ("file is none; give another place", "a.png is a folder", "ends in .png or .jpg")
+    assert len(errors) == len(words)
+    assert all(word in line for word, line in zip(words, errors, strict=True))
 
 
 def test_help_names_every_dataset(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ import pytest
 from lorat.checkpoint.folder import save_merged
 from lorat.data import synthetic
 from lorat.tracking.clips import ClipWriter
+from lorat.tracking.video_source import VideoSource
 from tests.constant_trackers import staying_tracker
 from tests.jobs.in_process import run_in_process
 from tests.mlflow_home import make_home
@@ -102,6 +103,36 @@ def test_video_file_and_baseline(video: synthetic.Video, box: str, tmp_path: Pat
     assert len({tuple(row[1:5]) for row in rows}) == 1
     with av.open(str(tmp_path / "out.webm")) as clip:
         assert float(clip.streams.video[0].average_rate) == pytest.approx(10)
+
+
+def test_a_damaged_frame_is_passed_over_and_told_by_the_exit_code(
+    folder: Path,
+    box: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Names are as strange as the file system takes them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORAT_HOME", str(tmp_path / "home"))
+    cover = np.zeros((240, 320, 3), np.uint8)
+    cv2.imwrite(str(folder / "cover.png"), cover)
+    data = (folder / "12.png").read_bytes()
+    (folder / "12.png").write_bytes(data[: len(data) // 2])
+    odd = os.fsdecode(b"12:30 M\xfcnchen%20#")
+    folder.rename(odd)
+    output = f"{odd}/clip 12:30?.mp4"
+    arguments = ["--box", box, "--model", "static", "--output", output]
+    assert run_in_process("track", odd, *arguments) == 1
+    assert "12:30 M\\xfcnchen%20#/12.png cannot be read" in caplog.text
+    assert "cover.png" in caplog.text
+    assert "grfmt_png" not in capfd.readouterr().err, "OpenCV's own words"
+    content = json.loads(Path(output).with_suffix(".json").read_text())
+    assert content["scores"] == [1.0] * 11 + [0.0]
+    assert content["boxes_xywh"][11] == content["boxes_xywh"][10]
+    assert content["times_s"] == pytest.approx([t / 25 for t in range(12)], abs=1e-3)
+    assert len(list(VideoSource(output))) == 12
 
 
 @pytest.fixture
@@ -198,6 +229,9 @@ def test_object_selected_with_the_mouse_is_tracked_and_shown(
         (["{folder}", "--box", "1,1,5,5"], "There is no models:/lorat@champion in MLflow"),
         (["{folder}", "--box", "1,1,5,5", "--model", "gone"], "There is no model gone"),
         (["{folder}", "--select", "--model", "static"], "--select needs a screen"),
+        (["{folder}", "--box", "1,1,5,5", "--output", "text.mp4/o.mp4"], "text.mp4 is none"),
+        (["{folder}", "--box", "1,1,5,5", "--output", "frames.mp4"], "frames.mp4 is a folder"),
+        (["{folder}", "--box", "1,1,5,5", "--output", "frames.webm"], "frames.json is a folder"),
     ],
 )
 def test_mistake_is_one_sentence(
@@ -210,6 +244,8 @@ def test_mistake_is_one_sentence(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.mp4").write_text("no video")
+    for suffix in (".mp4", ".json"):
+        folder.with_suffix(suffix).mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORAT_HOME", str(make_home(tmp_path / "home")))
     monkeypatch.setenv("DISPLAY", "")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from lorat.data.datasets.coco import Coco
+from lorat.data.datasets.findings import Finding, Findings
 from lorat.data.datasets.folder import Folder, Video
 from lorat.data.datasets.got10k import Got10k
 from lorat.data.datasets.lasot import Lasot, LasotExt
 from lorat.data.datasets.nfs import Nfs
 from lorat.data.datasets.otb100 import Otb100
-from lorat.data.datasets.records import Entry, Finding, Findings, RawDataset, Recording
+from lorat.data.datasets.records import Entry, RawDataset, Recording
 from lorat.data.datasets.tnl2k import Tnl2k
 from lorat.data.datasets.trackingnet import TrackingNet
 from lorat.data.datasets.uav123 import Uav123

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import cv2
 import numpy as np
 
+from lorat.data.datasets.findings import Findings
 from lorat.data.datasets.labels import (
     align_in_order,
     align_numbered,
     list_images,
     natural_key,
-    read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording
-from lorat.errors import UserError
+from lorat.data.datasets.records import Entry, RawDataset, Recording
+from lorat.data.datasets.text import read_rows
+from lorat.errors import UserError, named
+from lorat.image.frame_files import is_image_name
+from lorat.image.video_file import VideoFile
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".m4v"})
+_VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".m4v", ".wmv", ".ts", ".flv"}
+)
+"""Videos by their names; others are looked into where an annotation lies beside."""
 _TRUTH_NAMES = ("groundtruth.txt", "groundtruth_rect.txt", "annotation.txt", "boxes.txt")
 
 
@@ -41,11 +47,18 @@ class _OwnData(RawDataset):
 
     label: ClassVar[str] = "own"
 
-    def read_box(self, file: Path, sequence: str, findings: Findings) -> np.ndarray:
+    def read_box(
+        self, file: Path, sequence: str, findings: Findings, num_images: int | None = None
+    ) -> np.ndarray:
         """Read the boxes as xyxy, 0-based; a row of zeros means that the target is absent."""
         if not file.is_file():
-            raise UserError(f"There is no annotation file {file}; give it with --annotation.")
-        rows = read_rows(file, 4, sequence, findings, header=True)
+            raise UserError(
+                f"There is no annotation file {named(file)}; give it with --annotation."
+            )
+        rows = read_rows(
+            file, 4, sequence, findings, num_images=num_images,
+            corners=self.box_format == "xyxy", other_columns=True,
+        )  # fmt: skip
         absent = (rows == 0).all(axis=1)
         if self.box_format == "xywh":
             box = xyxy_from_xywh(rows, one_based=self.one_based)
@@ -79,8 +92,9 @@ class Folder(_OwnData):
 
     def load(self, entry: Entry, findings: Findings) -> list[Recording]:
         """Read the sequence."""
-        box = self.read_box(Path(entry.values), entry.name, findings)
-        aligned = _align(list_images(self.source), len(box), entry.name, findings)
+        images = list_images(self.source)
+        box = self.read_box(Path(entry.values), entry.name, findings, len(images))
+        aligned = _align(images, len(box), entry.name, findings)
         if aligned is None:
             return []
         paths, numbers = aligned
@@ -134,49 +148,66 @@ class Video(_OwnData):
     label: ClassVar[str] = "video"
 
     def entries(self, findings: Findings) -> list[Entry]:
-        """List the video files."""
-        if self.source.is_file():
-            files = [self.source]
-        else:
-            folder = self.folder()
-            files = sorted(
-                (
-                    p
-                    for p in folder.iterdir()
-                    if p.suffix.lower() in VIDEO_SUFFIXES and not p.name.startswith(".")
-                ),
-                key=lambda p: natural_key(p.name),
-            )
-            if not files:
-                raise self.wrong_layout("video files and an annotation .txt beside each", folder)
-            if self.annotation is not None and len(files) > 1:
-                raise UserError(
-                    f"--annotation is one file, but {folder} has {len(files)} videos; "
-                    "put a .txt of the same name beside each video instead."
-                )
+        """List the videos that have an annotation; what else lies there with one is reported."""
+        source = self.source
+        files = [source] if source.is_file() else self._videos(self.folder(), findings)
+        stems = Counter(file.stem for file in files)
         entries = []
         for file in files:
+            # a.mp4 and a.mov beside each other are two sequences.
+            name = file.stem if stems[file.stem] == 1 else file.name
             truth = self.annotation or file.with_suffix(".txt")
             if truth.is_file():
-                entries.append(Entry(name=file.stem, values=(str(file), str(truth))))
+                entries.append(Entry(name=name, values=(str(file), str(truth))))
             else:
-                findings.add(file.stem, "dropped", f"there is no annotation {truth.name} beside")
+                why = f"there is no annotation {named(truth.name)} beside"
+                findings.add(named(name), "dropped", why)
         if not entries:
+            expected = named(files[0].with_suffix(".txt"))
             raise UserError(
-                f"There is no annotation for {files[0]}: expected {files[0].with_suffix('.txt')}; "
+                f"There is no annotation for {named(files[0])}: expected {expected}; "
                 "put it there or give it with --annotation."
             )
         return self.selected(entries, findings)
 
+    def _videos(self, folder: Path, findings: Findings) -> list[Path]:
+        """List the files of a folder that are videos, by their numbers.
+
+        Raises:
+            UserError: if there is none, or one annotation is given for several.
+        """
+        present = sorted(
+            (p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")),
+            key=lambda path: natural_key(path.name),
+        )
+        beside = {p.stem for p in present if p.suffix.lower() == ".txt"}
+        files = []
+        for file in present:
+            if file.suffix.lower() in _VIDEO_SUFFIXES:
+                files.append(file)
+            elif file.stem in beside and file.suffix.lower() != ".txt":
+                if fault := _no_video(file):
+                    findings.add(named(file.name), "dropped", fault)
+                else:
+                    files.append(file)
+        if not files:
+            noted = [f"{finding.sequence}: {finding.why}" for finding in findings]
+            found = f" ({'; '.join(noted[:3])})" if noted else ""
+            raise UserError(
+                f"{named(folder)} has no video that can be decoded{found}; give a folder with "
+                "video files and an annotation .txt of the same name beside each."
+            )
+        if self.annotation is not None and len(files) > 1:
+            raise UserError(
+                f"--annotation is one file, but {named(folder)} has {len(files)} videos; "
+                "put a .txt of the same name beside each video instead."
+            )
+        return files
+
     def load(self, entry: Entry, findings: Findings) -> list[Recording]:
         """Read the annotation; frames are decoded when they are converted."""
         file, truth = entry.values
-        capture = cv2.VideoCapture(file)
-        opened = capture.isOpened()
-        capture.release()
-        if not opened:
-            findings.add(entry.name, "dropped", "the video cannot be opened")
-            return []
+        VideoFile(file).close()  # says why it cannot be decoded
         box = self.read_box(Path(truth), entry.name, findings)
         return [
             Recording(
@@ -188,3 +219,14 @@ class Video(_OwnData):
                 visible=np.isfinite(box).all(axis=1),
             )
         ]
+
+
+def _no_video(file: Path) -> str:
+    """Return why a file is not taken as a video, else nothing."""
+    if is_image_name(file.name):
+        return "an image, not a video"
+    try:
+        VideoFile(file).close()
+    except UserError as error:
+        return str(error)
+    return ""

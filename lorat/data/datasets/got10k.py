@@ -8,16 +8,16 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from lorat.data.datasets.findings import Findings
 from lorat.data.datasets.labels import (
     align_numbered,
     first_box_only,
     list_folders,
     list_images,
-    read_flags,
-    read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording, read_lines
+from lorat.data.datasets.records import Entry, RawDataset, Recording
+from lorat.data.datasets.text import read_flags, read_lines, read_names, read_rows
 from lorat.errors import UserError
 
 
@@ -42,7 +42,7 @@ class Got10k(RawDataset):
             raise self.wrong_layout(expected, self.source)
         list_file = folder / "list.txt"
         if list_file.is_file():
-            names = read_lines(list_file)
+            names = read_names(list_file)
         else:
             present = list_folders(folder)
             names = [n for n in present if (folder / n / "groundtruth.txt").is_file()]
@@ -50,7 +50,8 @@ class Got10k(RawDataset):
                 findings.add("", "repaired", f"{self.split}/list.txt is missing; folders are used")
         if not any((folder / n).is_dir() for n in names):
             raise self.wrong_layout(expected, folder)
-        return self.selected([Entry(name=n) for n in names], findings)
+        where = list_file if list_file.is_file() else folder
+        return self.selected([Entry(name=n) for n in names], findings, where)
 
     def wanted(self, lines: list[str], entries: list[Entry]) -> list[str]:
         """Read names, or positions in list.txt counted from 0."""
@@ -80,8 +81,8 @@ class Got10k(RawDataset):
         if not truth.is_file():
             findings.add(name, "dropped", "groundtruth.txt is missing")
             return []
-        box = xyxy_from_xywh(read_rows(truth, 4, name, findings))
         images = list_images(folder)
+        box = xyxy_from_xywh(read_rows(truth, 4, name, findings, num_images=len(images)))
         one_box = self.split == "test" and len(box) <= 1
         if one_box:
             box = first_box_only(box, len(images))

@@ -1,150 +1,26 @@
-"""Annotations: numbers, flags and images as datasets store them, and their alignment."""
+"""Annotations: boxes as datasets store them, and their alignment with images."""
 
 from __future__ import annotations
 
-import math
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from lorat.data.datasets.records import Findings
-from lorat.errors import UserError
+from lorat.data.datasets.findings import Findings
 from lorat.image import boxes
+from lorat.image.frame_files import list_images as list_images
+from lorat.image.frame_files import natural_key, tell_frames
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp"})
-_SEPARATORS = re.compile(r"[,;\s]+")
-_LEFT = re.compile(r"(^|[_.])(x|left|min_?x)")
-"""Names of the column that a box begins with: x, x1, xmin, left, bb_left, bbox_x, ..."""
 _MAX_MISSING = 0.1
 """Share of annotated frames without image above which a sequence is not believed."""
-
-
-def natural_key(name: str) -> list[tuple[int, str]]:
-    """Return a sorting key by which 2.jpg comes before 10.jpg."""
-    parts = re.split(r"(\d+)", name)
-    return [(int(p), "") if p.isdigit() else (-1, p) for p in parts]
-
-
-def list_images(folder: Path) -> list[str]:
-    """List the paths of the images in a folder, by their numbers; none if it is missing.
-
-    Hidden files are no images, such as the ``._1.jpg`` that macOS leaves beside every file.
-    """
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as items:
-        found = [
-            item.path
-            for item in items
-            if os.path.splitext(item.name)[1].lower() in IMAGE_SUFFIXES
-            and not item.name.startswith(".")
-        ]
-    return sorted(found, key=lambda p: natural_key(os.path.basename(p)))
 
 
 def list_folders(folder: Path) -> list[str]:
     """List the names of the folders in a folder, by their numbers."""
     with os.scandir(folder) as items:
         return sorted((i.name for i in items if i.is_dir()), key=natural_key)
-
-
-def read_rows(
-    file: Path, num_columns: int, sequence: str, findings: Findings, *, header: bool = False
-) -> np.ndarray:
-    """Read rows of numbers, whatever separates them (comma, semicolon, tab, spaces).
-
-    Rows that are no ``num_columns`` numbers become NaN and are reported.
-
-    Args:
-        header: the first line may name the columns; then it is no row, and neither is a first
-            column with the number of the frame a part of one.  Without names nothing tells what
-            further columns are, and they are refused; else they are ignored.
-
-    Returns:
-        float64 (n, num_columns).
-
-    Raises:
-        UserError: with ``header``, if there are more columns and nothing tells which the box is.
-    """
-    lines = file.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    left_out = 0
-    names = _column_names(lines[0]) if header and lines else []
-    if names:
-        del lines[0]
-        left_out = int(names[0].startswith("frame") and len(names) > num_columns)
-        if len(names) - left_out > num_columns and not _LEFT.search(names[left_out]):
-            raise UserError(
-                f"The columns of {file} are {', '.join(names)}; allowed are those of the box, "
-                "beginning with x or left, after a column frame if there is one: put the others "
-                "behind the box or leave them out."
-            )
-        findings.add(sequence, "repaired", f"{file.name}: the first line names columns, not a box")
-    rows, unreadable = [], []
-    for number, line in enumerate(lines):
-        fields = [f for f in _SEPARATORS.split(line.strip()) if f][left_out:]
-        if header and not names and len(fields) > num_columns:
-            raise UserError(
-                f"Line {number + 1} of {file} has {len(fields)} values, allowed are the "
-                f"{num_columns} of a box; leave the others out, or name the columns in the first "
-                "line (a column frame before the box is left out, and so is what follows it)."
-            )
-        try:
-            row = [float(f) for f in fields[:num_columns]]
-        except ValueError:
-            row = []
-        if len(row) < num_columns:
-            row = [math.nan] * num_columns
-            unreadable.append(number + 1)
-        rows.append(row)
-    if unreadable:
-        why = f"{file.name}: row is no {num_columns} numbers, taken as no box"
-        findings.add(sequence, "repaired", why, unreadable)
-    return np.array(rows, np.float64).reshape(-1, num_columns)
-
-
-def _column_names(line: str) -> list[str]:
-    """Return the words of a line that has no number at all, in lower case, else nothing."""
-    words = [w for w in _SEPARATORS.split(line.strip().lower().strip("#")) if w]
-    for word in words:
-        try:
-            float(word)
-        except ValueError:
-            continue
-        return []
-    named = any(character.isalpha() for word in words for character in word)
-    return [word.strip("\"'") for word in words] if named else []
-
-
-def read_flags(
-    file: Path,
-    count: int,
-    sequence: str,
-    findings: Findings,
-    *,
-    default: int,
-    what: str = "frames",
-) -> np.ndarray | None:
-    """Read whole numbers, one per frame, on one line or many; none if there is no such file.
-
-    Too few are filled with ``default``, too many are cut, and both are reported.
-    """
-    if not file.is_file():
-        return None
-    fields = _SEPARATORS.split(file.read_text(encoding="utf-8-sig", errors="replace").strip())
-    try:
-        values = [int(float(f)) for f in fields if f]
-    except ValueError:
-        findings.add(sequence, "repaired", f"{file.name} cannot be read and is ignored")
-        return None
-    if len(values) != count:
-        why = f"{file.name} has {len(values)} values for {count} {what}"
-        findings.add(sequence, "repaired", why)
-    return np.array((values + [default] * count)[:count], np.int64)
 
 
 def xyxy_from_xywh(box_xywh: np.ndarray, *, one_based: bool = False) -> np.ndarray:
@@ -202,8 +78,14 @@ def align_in_order(
     """Match images of any names to annotation rows, the n-th to the n-th.
 
     Counts that differ by one are cut to the smaller; more cannot be matched, since nothing tells
-    which image a row belongs to.
+    which image a row belongs to.  Images of other names than the frames are left out.
     """
+    told = tell_frames(images)
+    if told is not None and told.others:
+        example = os.path.basename(told.others[0])
+        why = f"{len(told.others)} images of other names ({example}, ...) are no frames, left out"
+        findings.add(sequence, "repaired", why)
+        images = told.frames
     if not images or abs(len(images) - num_rows) > 1:
         _refuse(len(images), num_rows, sequence, findings)
         return None

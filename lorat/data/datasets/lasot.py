@@ -8,15 +8,15 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from lorat.data.datasets.findings import Findings
 from lorat.data.datasets.labels import (
     align_numbered,
     list_folders,
     list_images,
-    read_flags,
-    read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording, read_lines
+from lorat.data.datasets.records import Entry, RawDataset, Recording
+from lorat.data.datasets.text import read_flags, read_names, read_rows
 
 
 def _load(folder: Path, name: str, *, one_based: bool, findings: Findings) -> list[Recording]:
@@ -24,9 +24,10 @@ def _load(folder: Path, name: str, *, one_based: bool, findings: Findings) -> li
     if not truth.is_file():
         findings.add(name, "dropped", "groundtruth.txt is missing")
         return []
-    rows = read_rows(truth, 4, name, findings)
+    images = list_images(folder / "img")
+    rows = read_rows(truth, 4, name, findings, num_images=len(images))
     box = xyxy_from_xywh(rows, one_based=one_based)
-    aligned = align_numbered(list_images(folder / "img"), len(box), 1, name, findings)
+    aligned = align_numbered(images, len(box), 1, name, findings)
     if aligned is None:
         return []
     paths, numbers = aligned
@@ -82,10 +83,10 @@ class Lasot(RawDataset):
         expected = f"{list_file.name} and folders <category>/<category>-<n>/img"
         if not list_file.is_file():
             raise self.wrong_layout(expected, root)
-        names = read_lines(list_file)
+        names = read_names(list_file)
         if not any(_find(root, n).is_dir() for n in names):
             raise self.wrong_layout(expected, root)
-        return self.selected([Entry(name=n) for n in names], findings)
+        return self.selected([Entry(name=n) for n in names], findings, list_file)
 
     def load(self, entry: Entry, findings: Findings) -> list[Recording]:
         """Read one sequence."""

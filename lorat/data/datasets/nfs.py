@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 
+from lorat.data.datasets.findings import Findings
 from lorat.data.datasets.labels import (
     align_in_order,
     align_numbered,
     list_folders,
     list_images,
-    read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording
+from lorat.data.datasets.records import Entry, RawDataset, Recording
+from lorat.data.datasets.text import read_lines, read_number, read_rows
 
 _RATIO = 8
 """Frames of the 240 fps video per frame of the 30 fps video."""
 UNUSABLE_FROM = {"pingpong_2": 263}
 """First frame at 30 fps (from 1) whose annotation is known to be wrong."""
 _VATIC_COLUMNS = 9
+_MAX_FRAMES = 1_000_000
+"""More than any video has; a larger number of a frame is no number of a frame."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +60,13 @@ class Nfs(RawDataset):
         """Read one sequence."""
         name = entry.name
         if entry.values:
-            folder = self.source / "sequences" / name
+            images = list_images(self.source / "sequences" / name)
             truth = self.source / "anno" / f"nfs_{name}.txt"
-            rows = read_rows(truth, 4, name, findings)
+            rows = read_rows(truth, 4, name, findings, num_images=len(images))
             box = xyxy_from_xywh(rows)
             visible = np.isfinite(box).all(axis=1)
         else:
-            folder = self.source / name / self.fps / name
+            images = list_images(self.source / name / self.fps / name)
             truth = self.source / name / self.fps / f"{name}.txt"
             every = _RATIO if self.fps == "30" else 1
             box, visible = _read_vatic(truth, every, name, findings)
@@ -74,7 +76,6 @@ class Nfs(RawDataset):
                 box[first - 1 :], visible[first - 1 :] = np.nan, False
                 if len(wrong):
                     findings.add(name, "dropped", "known to be annotated wrongly", wrong)
-        images = list_images(folder)
         counts_differ_by_one = abs(len(images) - len(box)) == 1  # as they do in some sequences
         align = align_in_order if counts_differ_by_one else align_numbered
         aligned = align(images, len(box), 1, name, findings)
@@ -104,18 +105,16 @@ def _read_vatic(
     """
     found: dict[int, tuple[list[float], bool]] = {}
     unreadable = []
-    for number, line in enumerate(file.read_text(errors="replace").splitlines()):
-        fields = re.split(r"\s+", line.strip())[:_VATIC_COLUMNS]
-        if fields == [""]:
+    for number, line in enumerate(read_lines(file), start=1):
+        if not line:
             continue
-        try:
-            values = [float(f) for f in fields]
-            frame, lost = int(values[5]), bool(values[6])
-        except (ValueError, IndexError):
-            unreadable.append(number + 1)
-            continue
-        if (frame - 1) % every == 0:
-            found[(frame - 1) // every] = (values[1:5], not lost)
+        values = [read_number(field) for field in line.split()[:_VATIC_COLUMNS]]
+        frame = values[5] if len(values) == _VATIC_COLUMNS else None
+        if None in values or frame is None or not 0 < frame <= _MAX_FRAMES:
+            unreadable.append(number)
+        elif (int(frame) - 1) % every == 0:
+            box_xyxy = [math.nan if v is None else v for v in values[1:5]]
+            found[(int(frame) - 1) // every] = (box_xyxy, not values[6])
     if unreadable:
         findings.add(name, "repaired", f"{file.name}: row is no VATIC row, ignored", unreadable)
     count = max(found, default=-1) + 1

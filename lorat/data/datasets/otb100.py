@@ -8,14 +8,15 @@ from typing import ClassVar
 
 import numpy as np
 
+from lorat.data.datasets.findings import Findings
 from lorat.data.datasets.labels import (
     align_numbered,
     list_folders,
     list_images,
-    read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording
+from lorat.data.datasets.records import Entry, RawDataset, Recording
+from lorat.data.datasets.text import read_rows
 
 FRAME_WINDOWS: dict[str, tuple[int, int]] = {
     "David": (300, 770),
@@ -63,15 +64,16 @@ class Otb100(RawDataset):
     def load(self, entry: Entry, findings: Findings) -> list[Recording]:
         """Read one target."""
         folder, file = entry.values
-        rows = read_rows(self.source / folder / file, 4, entry.name, findings)
         first, last = FRAME_WINDOWS.get(folder, (1, None))
-        rows = rows if last is None else rows[: last - first + 1]
         images = _frames(self.source / folder)
         if last is not None:
             in_window = [
                 p for p in images if _number(p) is None or first <= (_number(p) or 0) <= last
             ]
             images = in_window or images
+        truth = self.source / folder / file
+        rows = read_rows(truth, 4, entry.name, findings, num_images=len(images))
+        rows = rows if last is None else rows[: last - first + 1]
         aligned = align_numbered(images, len(rows), first, entry.name, findings)
         if aligned is None:
             return []

@@ -1,54 +1,17 @@
-"""Records: what a dataset's files say of one track, and what was wrong with them."""
+"""Records: what a dataset's files say of one track, and the datasets that are read."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 
-from lorat.errors import UserError
-
-Action = Literal["kept", "repaired", "dropped"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One anomaly: where, what was done, and why."""
-
-    sequence: str
-    """Name of the sequence; empty if it concerns the whole dataset."""
-    action: Action
-    why: str
-    frames: tuple[int, ...] = ()
-    """Numbers of the frames concerned; empty means the sequence as a whole."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self) | {"frames": list(self.frames)}
-
-
-class Findings:
-    """Anomalies in the order they were met; frames of one kind are gathered in one finding."""
-
-    def __init__(self, findings: Iterable[Finding] = ()):
-        self._frames: dict[tuple[str, Action, str], list[int]] = {}
-        for finding in findings:
-            self.add(finding.sequence, finding.action, finding.why, finding.frames)
-
-    def add(self, sequence: str, action: Action, why: str, frames: Iterable[int] = ()) -> None:
-        """Note an anomaly."""
-        self._frames.setdefault((sequence, action, why), []).extend(int(f) for f in frames)
-
-    def __iter__(self) -> Iterator[Finding]:
-        for (sequence, action, why), frames in self._frames.items():
-            yield Finding(sequence=sequence, action=action, why=why, frames=tuple(frames))
-
-    def __len__(self) -> int:
-        return len(self._frames)
+from lorat.data.datasets.findings import Findings
+from lorat.data.datasets.text import read_names
+from lorat.errors import UserError, named
+from lorat.files.storage import is_plain_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,25 +109,37 @@ class RawDataset:
             f"found {found}."
         )
 
-    def selected(self, entries: list[Entry], findings: Findings) -> list[Entry]:
-        """Keep the entries of the include list, in the dataset's order.
+    def selected(
+        self, entries: list[Entry], findings: Findings, where: Path | None = None
+    ) -> list[Entry]:
+        """Keep the entries of the include list, in the dataset's order, each name once.
+
+        Names are looked at here, before anything is converted: shards, index and result files are
+        made of them.
+
+        Args:
+            where: file or folder that the names come from; none means the dataset's folder.
 
         Raises:
-            UserError: if the list is missing or names nothing that is there.
+            UserError: if the list is missing, names nothing that is there, or no name can be used.
         """
+        entries = _usable_names(entries, where or self.source, findings)
         if self.include_list is None:
             return entries
-        wanted = self.wanted(read_lines(self.include_list), entries)
-        counts = Counter(e.name for e in entries)
-        for name in wanted:
-            if name not in counts:
-                findings.add(name, "dropped", "named in the include list but not in the dataset")
+        wanted = self.wanted(read_names(self.include_list), entries)
+        present = {e.name for e in entries}
+        for name in dict.fromkeys(wanted):
+            if name not in present:
+                findings.add(
+                    named(name), "dropped", "named in the include list but not in the dataset"
+                )
         chosen = set(wanted)
         kept = [e for e in entries if e.name in chosen]
         if not kept:
             raise UserError(
-                f"No sequence of {self.label} is named in {self.include_list} (it begins with "
-                f"{wanted[0] if wanted else 'nothing'!r}; the dataset with {entries[0].name!r})."
+                f"No sequence of {self.label} is named in {named(self.include_list)} (it begins "
+                f"with {wanted[0] if wanted else 'nothing'!r}; the dataset with "
+                f"{entries[0].name!r})."
             )
         return kept
 
@@ -173,14 +148,28 @@ class RawDataset:
         return lines
 
 
-def read_lines(file: Path) -> list[str]:
-    """Read the non-empty lines of a text file.
+def _usable_names(entries: list[Entry], where: Path, findings: Findings) -> list[Entry]:
+    """Leave out what cannot be the name of a sequence, and what is named again.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if nothing is left.
     """
-    try:
-        text = file.read_text(encoding="utf-8-sig", errors="replace")
-    except OSError as error:
-        raise UserError(f"Cannot read {file}: {error.strerror}; check the path.") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    kept: dict[str, Entry] = {}
+    for entry in entries:
+        if not is_plain_name(entry.name):
+            why = f"its name, from {named(where)}, is no UTF-8 or not that of one file; rename it"
+            findings.add(named(entry.name), "dropped", why)
+        elif entry.name in kept:
+            again = entry.values == kept[entry.name].values
+            why = f"named again in {named(where)}"
+            why += "; taken once" if again else ", for something else; only the first is taken"
+            findings.add(entry.name, "repaired" if again else "dropped", why)
+        else:
+            kept[entry.name] = entry
+    if not kept:
+        raise UserError(
+            f"No name of a sequence in {named(where)} can be used, as "
+            f"{named(entries[0].name)!r}; give names of one file or folder each, in UTF-8, without "
+            "separators and control characters."
+        )
+    return list(kept.values())

@@ -7,14 +7,15 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from lorat.data.datasets.findings import Findings
 from lorat.data.datasets.labels import (
     align_in_order,
     list_folders,
     list_images,
-    read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording
+from lorat.data.datasets.records import Entry, RawDataset, Recording
+from lorat.data.datasets.text import read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,9 @@ class Tnl2k(RawDataset):
         if not truth.is_file():
             findings.add(name, "dropped", "groundtruth.txt is missing")
             return []
-        rows = read_rows(truth, 4, name, findings)
-        aligned = align_in_order(list_images(folder / "imgs"), len(rows), 1, name, findings)
+        images = list_images(folder / "imgs")
+        rows = read_rows(truth, 4, name, findings, num_images=len(images))
+        aligned = align_in_order(images, len(rows), 1, name, findings)
         if aligned is None:
             return []
         paths, numbers = aligned

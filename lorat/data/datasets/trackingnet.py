@@ -9,14 +9,15 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 
 from lorat.config.bounds import Bounds, check_bounds
+from lorat.data.datasets.findings import Findings
 from lorat.data.datasets.labels import (
     align_numbered,
     first_box_only,
     list_images,
-    read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording, read_lines
+from lorat.data.datasets.records import Entry, RawDataset, Recording
+from lorat.data.datasets.text import read_lines, read_rows
 from lorat.errors import UserError
 
 _NUM_PARTS = 12
@@ -72,9 +73,9 @@ class TrackingNet(RawDataset):
         """Read one sequence."""
         name = entry.name
         part, category = entry.values
-        rows = read_rows(self.source / part / "anno" / f"{name}.txt", 4, name, findings)
-        box = xyxy_from_xywh(rows)
+        truth = self.source / part / "anno" / f"{name}.txt"
         images = list_images(self.source / part / "frames" / name)
+        box = xyxy_from_xywh(read_rows(truth, 4, name, findings, num_images=len(images)))
         one_box = self.split == "test" and len(box) <= 1
         if one_box:
             box = first_box_only(box, len(images))

@@ -11,15 +11,15 @@ from typing import ClassVar
 
 import numpy as np
 
+from lorat.data.datasets.findings import Findings
 from lorat.data.datasets.labels import (
     align_numbered,
     list_images,
     natural_key,
-    read_flags,
-    read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording
+from lorat.data.datasets.records import Entry, RawDataset, Recording
+from lorat.data.datasets.text import read_flags, read_rows
 
 # First and last frame of each sequence; "car1_2" is a window of the video "car1", while names
 # ending in "_s" are videos of their own.
@@ -87,7 +87,6 @@ class Uav123(RawDataset):
     def load(self, entry: Entry, findings: Findings) -> list[Recording]:
         """Read one sequence."""
         name = entry.name
-        rows = read_rows(self.source / "anno" / "UAV123" / f"{name}.txt", 4, name, findings)
         video, first, last = SEQUENCES.get(name, (name, 1, None))
         if name not in SEQUENCES:
             findings.add(
@@ -95,9 +94,12 @@ class Uav123(RawDataset):
             )
         images = list_images(self.source / "data_seq" / "UAV123" / video)
         if last is not None:
-            rows = rows[: last - first + 1]
             inside = {str(n) for n in range(first, last + 1)}
             images = [p for p in images if _stem_number(p) in inside]
+        truth = self.source / "anno" / "UAV123" / f"{name}.txt"
+        rows = read_rows(truth, 4, name, findings, num_images=len(images))
+        if last is not None:
+            rows = rows[: last - first + 1]
         aligned = align_numbered(images, len(rows), first, name, findings)
         if aligned is None:
             return []

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from lorat.data.datasets.findings import Findings
 from lorat.data.datasets.labels import (
     align_numbered,
     list_folders,
     list_images,
-    read_rows,
     xyxy_from_xywh,
 )
-from lorat.data.datasets.records import Entry, Findings, RawDataset, Recording
+from lorat.data.datasets.records import Entry, RawDataset, Recording
+from lorat.data.datasets.text import read_rows
 
 _TRUTH_FILES = ("Groundtruth.txt", "groundtruth.txt")
 
@@ -49,8 +50,9 @@ class VastTrack(RawDataset):
         if truth is None:
             findings.add(name, "dropped", "Groundtruth.txt is missing")
             return []
-        rows = read_rows(truth, 4, name, findings)
-        aligned = align_numbered(list_images(folder / "imgs"), len(rows), 1, name, findings)
+        images = list_images(folder / "imgs")
+        rows = read_rows(truth, 4, name, findings, num_images=len(images))
+        aligned = align_numbered(images, len(rows), 1, name, findings)
         if aligned is None:
             return []
         paths, numbers = aligned

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
 import numpy as np
 
-from lorat.data.datasets.records import Findings, Recording
+from lorat.data.datasets.findings import Findings
+from lorat.data.datasets.records import Recording
 from lorat.data.shards import images
 from lorat.data.shards.windows import WindowLaw, cut_window
+from lorat.errors import without_surrogates
 from lorat.image.boxes import usable
 from lorat.image.codec import DamagedImage, decode_complete, encode_jpeg, is_jpeg, mean_rgb
 from lorat.image.jpeg_regions import restart_interval
+from lorat.image.video_file import VideoFile
 
 WINDOW_QUALITY = 88
 """JPEG quality of windows that are cut out or reduced."""
@@ -150,7 +153,7 @@ def convert(
                 held.append(frame)
             continue
         if num_written == 0:
-            writer.begin_track(name, recording.category)
+            writer.begin_track(name, without_surrogates(recording.category))
         for kept in (*held, frame):
             writer.append(kept)
             num_written += 1
@@ -175,7 +178,7 @@ def _clean_boxes(recording: Recording, findings: Findings) -> tuple[np.ndarray, 
         unknown = ~np.isfinite(box).all(axis=1)
         negative = ~unknown & (size < 0).any(axis=1)
         empty = ~unknown & ~negative & (size == 0).any(axis=1)
-    unexpected = np.array(np.isnan(box).any(axis=1))
+    unexpected = np.array(unknown)
     if recording.first_box_only:
         unexpected[1:] = False
     reasons = []
@@ -207,7 +210,7 @@ def _pictures(
             state = os.stat(path)
             yield t, _read_picture(path, state.st_mtime_ns, state.st_size)
         except DamagedImage as error:
-            yield t, f"the image is damaged: {error}"
+            yield t, f"the image cannot be used: {error}"
         except OSError as error:
             yield t, f"the image cannot be read: {error.strerror}"
 
@@ -221,18 +224,24 @@ def _read_picture(path: str, mtime_ns: int, size: int) -> tuple[np.ndarray, byte
 def _video_pictures(
     recording: Recording, first: int, last: int, findings: Findings
 ) -> Iterator[tuple[int, tuple[np.ndarray, bytes | None] | str]]:
-    capture = cv2.VideoCapture(recording.images[0])
-    try:
-        for t in range(last + 1):
-            ok, bgr = capture.read()
-            if not ok:
-                num_missing = len(recording.frame_number) - t
-                why = f"the video ends {num_missing} frames before its annotation"
-                findings.add(recording.name, "repaired", why)
+    num_frames = len(recording.frame_number)
+    num_given = 0
+    with contextlib.closing(VideoFile(recording.images[0])) as video:
+        for t, (image, _) in enumerate(video):
+            if video.damage:  # what was left out would give the rows after it to other frames
+                why = f"the video is damaged ({video.damage[0]}); not used from there on"
+                findings.add(recording.name, "dropped", why)
                 return
+            num_given = t + 1
+            if t == num_frames:
+                findings.add(
+                    recording.name, "repaired", "the video has frames beyond its annotation"
+                )
+                return
+            if t > last:
+                break
             if t >= first:
-                yield t, (cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), None)
-        if last + 1 == len(recording.frame_number) and capture.grab():
-            findings.add(recording.name, "repaired", "the video has frames beyond its annotation")
-    finally:
-        capture.release()
+                yield t, (image, None)
+    if num_given <= last:
+        why = f"the video ends {num_frames - num_given} frames before its annotation"
+        findings.add(recording.name, "repaired", why)

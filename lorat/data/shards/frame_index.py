@@ -30,9 +30,9 @@ from lorat.data.shards.manifest import (
     previous_manifest,
     read_manifest,
 )
-from lorat.errors import UserError
+from lorat.errors import UserError, cannot_read
 from lorat.files import storage
-from lorat.files.scratch import make_folder
+from lorat.files.scratch import make_public_folder
 
 FRAME_COLUMNS: dict[str, tuple[str, int]] = {
     "frame_number": ("int32", 1),
@@ -152,6 +152,8 @@ class FrameIndex:
             return cls(location, manifest, folder)
         except UserError:
             raise
+        except PermissionError as error:
+            raise cannot_read(folder, error) from error
         except (pa.ArrowException, ValueError, LookupError, OSError) as error:
             raise UserError(
                 f"The frame index of {location.uri} is damaged ({error}); rebuild it with: "
@@ -213,7 +215,7 @@ def write_index(
     valid_rows = np.flatnonzero(columns["valid"]).astype(np.int64)
     fingerprint = content_fingerprint(columns, track_start, sequences, categories, info)
     location.make()
-    scratch = make_folder(".index", storage.scratch_folder(location))
+    scratch = make_public_folder(".index", storage.scratch_folder(location))
     try:
         frame_arrays = [_to_arrow(columns[name], *FRAME_COLUMNS[name]) for name in FRAME_COLUMNS]
         _write_batch(scratch / _FILES[0], dict(zip(FRAME_COLUMNS, frame_arrays, strict=True)))
@@ -235,7 +237,6 @@ def write_index(
         folder = f"index-{fingerprint[:12]}-{os.urandom(3).hex()}"
         sizes = {name: (scratch / name).stat().st_size for name in _FILES}
         if location.is_local:
-            scratch.chmod(0o755)
             os.rename(scratch, location.file(folder))
         else:
             for name in _FILES:
@@ -293,7 +294,7 @@ def _cached_copy(location: storage.Location, folder: str, fingerprint: str) -> P
     target = storage.cache_folder() / "index" / key
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = make_folder(".part-", target.parent)
+        scratch = make_public_folder(".part-", target.parent)
         remote = location.child(folder)
         try:
             for name in _FILES:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorat.config.bounds import Count
 from lorat.config.json_files import check_shape, parse_json
-from lorat.errors import UserError
+from lorat.errors import UserError, cannot_read
 from lorat.files import storage
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def read_manifest(location: storage.Location) -> dict[str, Any]:
             f"There is no dataset at {location.uri} (no {MANIFEST}); make one with "
             "python jobs/ingest.py, or rebuild its index with reindex if shards are there."
         ) from error
+    except PermissionError as error:
+        raise cannot_read(location.uri, error) from error
     except OSError as error:
         raise UserError(f"Cannot read the dataset at {location.uri}: {error}.") from error
     where = f"{MANIFEST} at {location.uri}"

@@ -30,7 +30,7 @@ from lorat.data.shards.windows import WindowLaw
 from lorat.data.synthetic.scene import BRISK, GENTLE, HEIGHT, WIDTH, Pace, Scene
 from lorat.errors import UserError
 from lorat.files import storage
-from lorat.files.scratch import make_folder
+from lorat.files.scratch import make_public_folder
 from lorat.image.boxes import usable
 
 Split = Literal["train", "val", "pretrain"]
@@ -123,7 +123,7 @@ def ensure(cache_dir: str | os.PathLike[str] | None = None, split: Split = "trai
 
 
 def _make(target: Path, split: Split) -> None:
-    folder = make_folder(f".{target.name}", target.parent)
+    folder = make_public_folder(f".{target.name}", target.parent)
     num_shards = -(-SPLITS[split].num_videos // _VIDEOS_PER_SHARD)
     num_workers = min(os.cpu_count() or 1, num_shards, 16)
     # Plain child processes: they need neither fork (unsafe beside threads) nor the main module.
@@ -150,7 +150,6 @@ def _make(target: Path, split: Split) -> None:
                     )
                 time.sleep(0.1)
         rebuild_index(str(folder))
-        folder.chmod(0o755)
         os.rename(folder, target)
     finally:
         for child in children:

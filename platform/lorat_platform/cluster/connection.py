@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import secrets
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ import tenacity
 
 import lorat
 import lorat_platform
-from lorat.errors import UserError
+from lorat.errors import UserError, named
 from lorat.files.addresses import refuse_secrets
 from lorat_platform.cluster import ray_internals, sockets
+from lorat_platform.cluster.addresses import REMEDY, check_address
 from lorat_platform.cluster.interrupts import kept_handlers
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ have those from where they were started; an embedded Ray inherits them.
 
 
 LOOPBACK = "127.0.0.1"
+SOCKET_FOLDER = 40
+"""Bytes of a folder's name that are left of the 107 of a socket's; Ray adds that of a session."""
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
@@ -139,7 +143,8 @@ def connect(
     import ray
 
     if ray.is_initialized():
-        return _describe(embedded=False)
+        return describe(embedded=False)
+    ray_internals.join_no_ray_unasked()
     embedded = address == "local"
     options: dict[str, Any] = {}
     if embedded:
@@ -154,6 +159,8 @@ def connect(
     elif address == "auto" or address.rpartition(":")[0] in (LOOPBACK, "localhost"):
         ray_internals.keep_to_loopback()
         ray_internals.use_token_of_this_user()
+    if not embedded:
+        check_address(address)
     options |= {
         "address": address,
         "runtime_env": runtime_env(embedded=embedded, extra=env),
@@ -166,11 +173,19 @@ def connect(
         if embedded:
             raise
         raise UserError(
-            f"No Ray cluster answers at {address} ({_first_line(error)}); start one with 'ray "
-            "start --head', correct --address or RAY_ADDRESS, or unset it for an embedded Ray."
+            f"No Ray cluster answers at {address} ({_first_line(error)}); {REMEDY}."
+        ) from error
+    except OSError as error:
+        if "AF_UNIX path length" not in str(error):
+            raise
+        folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+        raise UserError(
+            f"The folder for temporary files {named(folder)} has {len(os.fsencode(folder))} bytes "
+            f"in its name, too many for the sockets of Ray, which takes some {SOCKET_FOLDER}; set "
+            "RAY_TMPDIR to a shorter one, such as /tmp."
         ) from error
     logging.getLogger("ray").setLevel(logging.WARNING)
-    cluster = _describe(embedded=embedded)
+    cluster = describe(embedded=embedded)
     open_doors = sockets.reachable() if embedded or _is_for_one_machine() else []
     if open_doors:
         disconnect()
@@ -231,7 +246,8 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _describe(*, embedded: bool) -> Cluster:
+def describe(*, embedded: bool) -> Cluster:
+    """Say what the connected cluster has now."""
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]

@@ -1,12 +1,19 @@
-"""How many processes of one kind the nodes of the cluster can hold."""
+"""How many processes of one kind the nodes of the cluster can hold, and waiting for more."""
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Mapping
 
 import ray
+
+log = logging.getLogger(__name__)
+
+REMIND_S = 30.0
+"""Time between two lines about what a job waits for."""
 
 
 def num_places(need: Mapping[str, float]) -> int | None:
@@ -37,3 +44,20 @@ def what_is_there(need: Mapping[str, float]) -> str:
 def _has(resources: Mapping[str, float], need: Mapping[str, float]) -> str:
     parts = [f"{resources[name]:g} {name}" for name in need if resources.get(name, 0.0) > 0]
     return " + ".join(parts) or "nothing of it"
+
+
+class Reminder:
+    """Says what a job waits for, at once and then every :data:`REMIND_S` as long as it lasts."""
+
+    def __init__(self) -> None:
+        self._again_at = 0.0
+
+    def due(self) -> bool:
+        """Tell whether it is time to look again, which may cost a call of the cluster."""
+        return time.monotonic() >= self._again_at
+
+    def tell(self, missing: str | None) -> None:
+        """Say what is missing; none means that nothing is."""
+        self._again_at = time.monotonic() + REMIND_S
+        if missing:
+            log.info("waiting for nodes: %s", missing)

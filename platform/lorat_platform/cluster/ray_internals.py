@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 SLOW_START = "timed out during startup"
@@ -40,6 +42,57 @@ def use_token_of_this_user() -> None:
 
     read_token_again()
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def address_of(address: str) -> str:
+    """Return host:port of an address that may be ``auto``, as ``ray.init`` finds it.
+
+    Raises:
+        ConnectionError: if no Ray runs on this machine.
+        ValueError: if it is no address.
+    """
+    from ray._private import services
+
+    return services.canonicalize_bootstrap_address(address) or address
+
+
+def lets_in(place: str) -> bool:
+    """Tell whether a cluster, which must be there, takes this user's token."""
+    from ray import _raylet
+    from ray.exceptions import AuthenticationError
+
+    client: Any = _raylet
+    with _silent_stderr():  # what Ray's C++ says of a wrong token
+        try:
+            client.GcsClient(address=place)
+        except AuthenticationError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what is written to the file descriptor of standard error, for a moment."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def join_no_ray_unasked() -> None:
+    """Let calls of Ray fail where this process is connected to none.
+
+    Else the first call of a thread that outlives its job's Ray would join any Ray of the machine.
+    """
+    from ray._private import auto_init_hook
+
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+    auto_init_hook.enable_auto_connect = False
 
 
 def attempts_before() -> int:

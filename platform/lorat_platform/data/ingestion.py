@@ -118,8 +118,14 @@ def ingest(source: RawDataset, config: IngestConfig) -> Ingested:
         arguments = [
             (source, groups[n], location.uri, n, info, law, source.for_training) for n in missing
         ]
-        for _ in map_tasks(write_shard, arguments, what=f"ingest {name} {source.split_name}"):
-            lease.check()
+        whole = len(groups) - len(missing)
+        try:
+            for _ in map_tasks(write_shard, arguments, what=f"ingest {name} {source.split_name}"):
+                whole += 1
+                lease.check()
+        except KeyboardInterrupt:
+            log.info("%d of %d shards are whole and kept.", whole, len(groups))
+            raise
         lease.confirm()
         with storage.writing_to(location):
             return _finish(location, info, len(groups), findings, plan, given)
@@ -192,6 +198,9 @@ def _write_shard(
         for entry in entries:
             try:
                 recordings = source.load(entry, findings)
+            except UserError as error:
+                findings.add(entry.name, "dropped", str(error))
+                continue
             except (OSError, ValueError, LookupError) as error:
                 findings.add(entry.name, "dropped", f"cannot be read: {error}")
                 continue

@@ -14,6 +14,7 @@ import numpy as np
 
 from lorat.data.shards.images import ImageReader
 from lorat.errors import UserError
+from lorat.files.outputs import check_folder
 from lorat.image.codec import DamagedImage
 from lorat.metrics import SCORE_NAMES, plots, result_files
 from lorat.tracking.clips import ClipWriter, annotate
@@ -31,7 +32,10 @@ COMMON_FILES = ("report.md", SCORES, "config.json")
 NUM_CLIPS = 2
 """Clips of the worst sequences, and as many of the best."""
 CLIP_FRAMES = 240
+CLIP_FPS = 25.0
 CLIP_SIDE = 640
+MAX_NAME_BYTES = 200
+"""Of a sequence's name in that of its clip; a file's name has 255 at most."""
 LOST_FRAMES = 10
 """Consecutive frames without any overlap after which the target counts as lost."""
 
@@ -136,13 +140,14 @@ def lost_at(frame_iou: np.ndarray) -> int | None:
 
 
 def check_place(folder: Path) -> None:
-    """Refuse a folder in which a report would mix with other files.
+    """Refuse a folder in which a report would mix with other files, or that cannot be written.
 
     Raises:
-        UserError: if it holds anything and no earlier report, or is a file.
+        UserError: if it holds anything and no earlier report, is a file, or cannot be made.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output is {folder}, a file; give a folder for the report.")
+    check_folder(folder)
     others = folder.is_dir() and any(not is_mark(path.name) for path in folder.iterdir())
     if others and not (folder / SCORES).exists():
         raise UserError(
@@ -285,7 +290,8 @@ def _write_clips(dataset: DatasetResult, folder: Path) -> None:
     chosen += [(f"best-{i + 1}", name) for i, name in enumerate(ranked[: num - 1 : -1][:num])]
     for label, name in chosen:
         safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-        write_clip(dataset, name, folder / f"{label}-{safe}.mp4")
+        short = safe.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
+        write_clip(dataset, name, folder / f"{label}-{short}.mp4")
 
 
 def write_clip(dataset: DatasetResult, name: str, path: Path) -> None:
@@ -296,7 +302,7 @@ def write_clip(dataset: DatasetResult, name: str, path: Path) -> None:
     lost = lost_at(overlap) or 0
     start = max(0, min(lost - CLIP_FRAMES // 4, len(result.boxes) - CLIP_FRAMES))
     reader, first = ImageReader(index), int(index.track_start[result.track])
-    with ClipWriter(path, fps=25, max_side=CLIP_SIDE) as clip:
+    with ClipWriter(path, fps=CLIP_FPS, max_side=CLIP_SIDE) as clip:
         for frame in range(start, min(start + CLIP_FRAMES, len(result.boxes))):
             try:
                 image = reader.decode(first + frame)
@@ -305,4 +311,7 @@ def write_clip(dataset: DatasetResult, name: str, path: Path) -> None:
                 continue
             shown = f"{name} #{frame}  IoU {max(overlap[frame], 0):.2f}"
             visible = truth.boxes[frame] if truth.visibility[frame] else None
-            clip.write(annotate(image, result.boxes[frame], truth=visible, text=shown))
+            clip.write(
+                annotate(image, result.boxes[frame], truth=visible, text=shown),
+                (frame - start) / CLIP_FPS,
+            )

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,16 @@ log = logging.getLogger(__name__)
 REPORTED = ("compatible", "plain")
 """Metric dialects of every data set; its own toolkit's is added where there is one."""
 TOOLKITS = {"got10k": "got10k", "trackingnet": "trackingnet", "otb100": "otb", "lasot": "lasot"}
+
+
+@contextlib.contextmanager
+def _said_when_stopped(found: Sized, num: int) -> Iterator[None]:
+    """Say how many sequences are kept where an interrupt ends the tracking."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        log.info("%d of %d sequences are tracked and kept.", len(found), num)
+        raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +175,7 @@ def evaluate(
             total=len(tracks), initial=len(found), unit="seq", disable=not progress,
             desc=f"{subject.name} on {index.name}",
         )  # fmt: skip
-        with bar:
+        with bar, _said_when_stopped(found, len(tracks)):
             for result, conditions in workers.track(index, waiting):
                 bar.update()
                 if result.left_out:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorat.errors import without_surrogates
+
 log = logging.getLogger(__name__)
 
 
@@ -117,4 +119,4 @@ def _valid_name(name: str) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, list | tuple | dict):
         return json.dumps(value, default=str)
-    return str(value)
+    return without_surrogates(str(value))

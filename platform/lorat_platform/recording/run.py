@@ -28,7 +28,7 @@ from lorat_platform.recording import backlog
 from lorat_platform.recording.delivery import Delivery, first_line
 from lorat_platform.recording.journal import Journal
 from lorat_platform.recording.recorder import Recorder
-from lorat_platform.recording.store import is_sqlite, tracking_uri
+from lorat_platform.recording.store import is_sqlite, tracking_uri, unusable_store
 from lorat_platform.recording.trouble import Ending, Trouble, say_what_is_left
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ ID_S = 300.0
 """Longest wait for the id of a run: making a new store can take minutes on a busy machine."""
 ID_ATTEMPTS = 4
 """Failed attempts after which MLflow counts as out of reach for that."""
-SILENT_S = 30.0
+SILENT_S = 12.0
 """Time without any answer of a server after which that is said, long before the call gives up."""
 UNREACHABLE: defaultdict[str, Trouble] = defaultdict(Trouble)
 """By address: MLflow does not answer."""
@@ -268,10 +268,15 @@ class Run(Recorder):
         if isinstance(error, OSError) and error.filename:  # it is the journal, not the network
             self._note_disk_error(error)
             return
+        mendable = unusable_store(error, self.uri)
+        what = (
+            str(mendable).rstrip(".")
+            if mendable
+            else f"MLflow at {self.uri} cannot be reached ({self._error[:300]})"
+        )
         UNREACHABLE[self.uri].begin(
             self,
-            f"MLflow at {self.uri} cannot be reached ({self._error[:300]}); the "
-            f"job goes on, and what it records waits in {self.journal.folder}.",
+            f"{what}; the job goes on, and what it records waits in {self.journal.folder}.",
         )
 
 

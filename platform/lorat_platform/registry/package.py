@@ -11,7 +11,7 @@ import numpy as np
 
 import lorat
 from lorat.checkpoint.folder import save_merged
-from lorat.files.scratch import temporary_folder
+from lorat.files.scratch import follow_umask, temporary_folder
 from lorat.model.network import LoRAT
 
 BUNDLE = "bundle"
@@ -80,3 +80,4 @@ def package(model: LoRAT, folder: Path, *, mlflow_model: Any = None) -> None:
         )
     for cache in folder.rglob("__pycache__"):
         shutil.rmtree(cache, ignore_errors=True)
+    follow_umask(folder)  # the code's files may have been installed with other modes

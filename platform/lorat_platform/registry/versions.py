@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -21,7 +22,7 @@ from lorat.files import checksums
 from lorat.files.home import home
 from lorat.files.scratch import temporary_folder
 from lorat.files.storage import Location, locate
-from lorat_platform.recording.store import connect, tracking_uri
+from lorat_platform.recording.store import check_answers, connect, tracking_uri, unusable_store
 from lorat_platform.runs import checkpoints
 
 if TYPE_CHECKING:
@@ -199,13 +200,12 @@ def resolve(uri: str | os.PathLike[str]) -> Path:
     text = os.fspath(uri)
     if text.startswith(("models:/", "runs:/")):
         return _download(text)
-    location = locate(text)
-    if not location.is_local:
+    if "://" in text and not (location := locate(text)).is_local:
         return _download_checkpoint(location)
-    path = Path(location.path)
+    path = Path(location.path if "://" in text else os.path.abspath(os.path.expanduser(text)))
     if not path.exists():
         raise UserError(
-            f"There is no model {text}; give models:/{MODEL_NAME}@{CHAMPION}, "
+            f"There is no model {errors.named(text)}; give models:/{MODEL_NAME}@{CHAMPION}, "
             "models:/NAME/VERSION, runs:/RUN_ID/model, a checkpoint folder or a released file."
         )
     if (path / "MLmodel").exists():
@@ -232,18 +232,30 @@ def _download(uri: str) -> Path:
     """Download the safetensors bundle of a logged model, once."""
     with _user_errors(uri):
         location = _artifact_location(uri)
-        key = hashlib.sha256(f"{tracking_uri()} {location}".encode()).hexdigest()[:16]
-        target = home() / "models" / key
-        if _is_kept(target):
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256(f"{tracking_uri()} {location}".encode()).hexdigest()[:16]
+    target = home() / "models" / key
+    if _is_kept(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    bundle = f"{location.rstrip('/')}/artifacts/bundle"
+    lost = (
+        f"MLflow at {tracking_uri()} lists {uri}, but its files are not at {location}, where it "
+        "says; if that folder was moved, with the home folder perhaps, put a link there, else "
+        "register the model again."
+    )
+    if "://" not in bundle or bundle.startswith("file:"):
+        place = Path(locate(bundle).path)
+        if not place.is_dir():
+            raise UserError(lost)
+        for file in (place, *place.rglob("*")):
+            if not os.access(file, os.R_OK):
+                raise errors.cannot_read(file, PermissionError(errno.EACCES, "Permission denied"))
+    with _user_errors(uri, missing=lost):
         from mlflow.artifacts import download_artifacts
 
         with temporary_folder(target.parent) as scratch:
             found = download_artifacts(
-                artifact_uri=f"{location.rstrip('/')}/artifacts/bundle",
-                dst_path=str(scratch),
-                tracking_uri=tracking_uri(),
+                artifact_uri=bundle, dst_path=str(scratch), tracking_uri=tracking_uri()
             )
             Path(found, "origin.json").write_text(json.dumps({"uri": uri, "location": location}))
             try:
@@ -323,17 +335,27 @@ def add_to_description(client: Any, name: str, version: str, heading: str, text:
 
 
 @contextlib.contextmanager
-def _user_errors(uri: str) -> Iterator[None]:
-    """Turn what MLflow says about a missing model or server into one sentence."""
+def _user_errors(uri: str, *, missing: str = "") -> Iterator[None]:
+    """Turn what MLflow says about a missing model or server into one sentence.
+
+    Args:
+        uri: of the model.
+        missing: what is said of something that is not there; none means the model.
+    """
     from mlflow.exceptions import MlflowException
 
     where = tracking_uri()
+    check_answers(where)
     try:
         yield
     except MlflowException as error:
+        if unusable := unusable_store(error, where):
+            raise unusable from error
         if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
             raise UserError(
-                f"There is no {uri} in MLflow at {where}; its models page shows names and aliases."
+                missing
+                or f"There is no {uri} in MLflow at {where}; its models page shows names and "
+                "aliases."
             ) from error
         raise UserError(
             f"MLflow at {where} does not give {uri} ({str(error).splitlines()[0][:200]}); "

@@ -89,6 +89,7 @@ def _copy(local: Path, run: Location, name: str, files: dict[str, int]) -> None:
         try:
             shutil.copytree(local, part)
             (part / MANIFEST).write_bytes(manifest)
+            scratch.follow_umask(part)  # a temporary folder is for its owner alone
             target = Path(run.file(name))
             run.delete_folder(name)  # an earlier, broken one
             part.rename(target)

@@ -284,6 +284,7 @@ def _drive(
         remember_parent=lambda run_id: location.write_bytes(PARENT_FILE, run_id.encode()),
         lease=lease,
         on_resume=(lambda: _write_request(plan)) if resumes else None,
+        need=worker_resources(plan.options),
     )
     _quieten_tune()
     finished = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ray.tune import Callback
 from ray.util.metrics import Gauge
 
 from lorat.errors import UserError
+from lorat_platform.cluster.places import Reminder, num_places, what_is_there
 from lorat_platform.failures import (
     TrialFailed,
     failure_reason,
@@ -63,6 +64,7 @@ class SearchSession:
         remember_parent: stores the parent's MLflow id, once it is known, with the search.
         lease: right over the search, without which nothing more is written.
         on_resume: called where this process goes on with a snapshot, once that is back.
+        need: what a worker of a trial asks for, such as ``{"CPU": 1}``.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class SearchSession:
         remember_parent: Callable[[str], None],
         lease: Lease,
         on_resume: Callable[[], None] | None = None,
+        need: Mapping[str, float] | None = None,
     ) -> None:
         self.name = name
         self.identity = identity
@@ -96,6 +99,8 @@ class SearchSession:
         self._closing: list[Future[Ending]] = []
         self._on_resume = on_resume
         self._restored = False
+        self._need = dict(need or {})
+        self._reminder = Reminder()
         self._failed_resume = _FailedResume()
         self._gauge = Gauge(
             "lorat_search_trials", description="Trials of a search", tag_keys=("search", "status")
@@ -161,6 +166,21 @@ class SearchSession:
             if trial.status == "PAUSED":  # by a synchronous scheduler
                 row.status = "waiting"
         self._show({status: self.board.count(status) for status in STATUSES})
+
+    def remind(self, trials: list[Any]) -> None:
+        """Say what the trials wait for where none of them runs."""
+        pending = sum(trial.status == "PENDING" for trial in trials)
+        running = any(trial.status == "RUNNING" for trial in trials)
+        if not pending or running or not self._reminder.due():
+            return
+        lacking = not num_places(self._need)
+        wanted = " and ".join(f"{v:g} {k}" for k, v in self._need.items() if v > 0)
+        self._reminder.tell(
+            f"{pending} trials, each with {wanted} on one node, which have "
+            f"{what_is_there(self._need)}"
+            if lacking
+            else None
+        )
 
     def _show(self, counts: dict[Status, int]) -> None:
         for status, count in counts.items():
@@ -332,6 +352,7 @@ class SearchCallback(Callback):
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Note which trials there are, and redraw."""
         self._session.take_note(trials)
+        self._session.remind(trials)
         self._session.console.refresh()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

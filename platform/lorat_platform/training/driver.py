@@ -20,8 +20,9 @@ from lorat.errors import UserError
 from lorat.files.home import home, storage_address
 from lorat.files.storage import Location, locate
 from lorat_platform.cluster import ray_internals
-from lorat_platform.cluster.connection import Cluster
+from lorat_platform.cluster.connection import Cluster, describe
 from lorat_platform.cluster.console import Console, ConsolePrinter
+from lorat_platform.cluster.places import Reminder
 from lorat_platform.data.sources import Datasets, open_datasets
 from lorat_platform.failures import user_message
 from lorat_platform.registry import versions
@@ -100,6 +101,10 @@ def train(
                     run.abandon()  # it is another driver's to close
                     raise
                 stopped = isinstance(error, KeyboardInterrupt)
+                if stopped:
+                    name = checkpoints.newest(folder)
+                    kept = folder.child(name).uri if name else "no checkpoint yet"
+                    log.info("stopped; kept: %s", kept)
                 run.close("KILLED" if stopped else "FAILED", timeout_s=10.0)
                 raise
             run.close("FINISHED")
@@ -198,9 +203,8 @@ def _fit(
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
     assert config.batch_size is not None and config.epochs is not None
     place = Placement.plan(options, cluster, config.batch_size)
-    wanted = place.missing(cluster)
-    if wanted:
-        log.info("waiting for nodes: %s", wanted)
+    reminder = Reminder()
+    reminder.tell(place.missing(cluster))
     every = options.validate_every
     if every is None:
         every = max(1, config.epochs // 4)
@@ -282,7 +286,13 @@ def _fit(
         validation_config=validation,
     )
     began = time.perf_counter()
-    _run(trainer, place, lease.check)
+
+    def check() -> None:
+        lease.check()
+        if reminder.due():
+            reminder.tell(place.missing(describe(embedded=cluster.embedded)))
+
+    _run(trainer, place, check)
     lease.confirm()
     name = checkpoints.newest(folder)
     if name is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import shlex
 import shutil
 import time
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 from lorat import errors
 from lorat.config.fields import from_dict
 from lorat.config.training import TrainConfig
+from lorat.data.shards.frame_index import FrameIndex
 from lorat.errors import UserError
 from lorat.files.scratch import temporary_folder
 from lorat.files.storage import Location
 from lorat.learning.clock import duration
+from lorat.tracking.baselines import BASELINES
 from lorat_platform.data.sources import SYNTHETIC, Datasets, Source, parse_sources
 from lorat_platform.runs import checkpoints
 from lorat_platform.runs.record import RunRecord
-from lorat_platform.training.options import RunOptions
+from lorat_platform.training.options import MANY_SEQUENCES, RunOptions
 
 if TYPE_CHECKING:
     from lorat.model.network import LoRAT
@@ -33,7 +36,6 @@ RESUME_ONLY = ("optimizer.safetensors", "training_state.json", checkpoints.MANIF
 """Files of a checkpoint that MLflow is not given."""
 MODEL = "LoRAT"
 """Name of the trained tracker beside the baselines."""
-BASELINES = ("static", "mil")
 HEADLINE = {"ao": "AO", "sr50": "SR0.5", "sr75": "SR0.75"}
 """Scores in the table at the end, by their names as metrics."""
 
@@ -73,6 +75,7 @@ def finish(
             from lorat import checkpoint
 
             model = checkpoint.load(folder)
+        log.info("uploading  the checkpoint of step %d to MLflow", result.step)
         weights = scratch / "checkpoint"
         left_out = shutil.ignore_patterns(*RESUME_ONLY)
         shutil.copytree(folder, weights, symlinks=True, ignore=left_out)
@@ -81,8 +84,9 @@ def finish(
     scores: dict[str, float] = {}
     if evaluated:
         assert model is not None
-        results = evaluate_beside_baselines(model, datasets.val)
+        results = evaluate_beside_baselines(model, datasets.val, options)
         scores = _metrics(results)
+        log.info("reporting  plots, tables, clips and result files")
         run.log_metrics(scores, result.step)
         run.set_description(run_description(config, result, results))
         _log_report(model, results[MODEL], run)
@@ -92,6 +96,7 @@ def finish(
     version: str | None = None
     if options.register:
         assert model is not None
+        log.info("registering the model")
         run_id, version = _register(model, result, datasets, run, record, scores)
     else:
         run_id = _id_of(run)
@@ -139,7 +144,7 @@ def _register(
             model,
             run_id=run_id,
             datasets=datasets.fingerprints,
-            scores={k: v for k, v in scores.items() if "/static_" not in k and "/mil_" not in k},
+            scores={k: v for k, v in scores.items() if not _is_of_baseline(k)},
             reference_set=reference_set(record.config["val_data"], datasets),
             git_revision=record.git_revision,
             tags={"run": record.name},
@@ -153,6 +158,10 @@ def _register(
     return run_id, version
 
 
+def _is_of_baseline(metric: str) -> bool:
+    return any(f"/{name}_" in metric for name in BASELINES)
+
+
 def ui_command() -> str:
     """Return what opens the MLflow UI on the store in use."""
     from lorat_platform.recording.store import is_sqlite, tracking_uri
@@ -160,7 +169,7 @@ def ui_command() -> str:
     uri = tracking_uri()
     if not is_sqlite(uri):
         return uri
-    return f"mlflow server --backend-store-uri {uri} --port 5000   then http://127.0.0.1:5000"
+    return f"mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000   then http://127.0.0.1:5000"
 
 
 def reference_set(val_data: str | None, datasets: Datasets) -> list[str]:
@@ -178,9 +187,9 @@ def reference_set(val_data: str | None, datasets: Datasets) -> list[str]:
 
 
 def evaluate_beside_baselines(
-    model: LoRAT, sources: tuple[Source, ...]
+    model: LoRAT, sources: tuple[Source, ...], options: RunOptions
 ) -> dict[str, list[DatasetResult]]:
-    """Track every validation sequence with the model, a static box and OpenCV's MIL; print a table.
+    """Track every validation sequence with the model and the baselines; print a table.
 
     Returns:
         The results by tracker, the model's first; of each one per data set.
@@ -188,11 +197,19 @@ def evaluate_beside_baselines(
     from lorat_platform.evaluation.sets import evaluate
     from lorat_platform.evaluation.subject import load_subject, subject_of
 
-    subjects = [subject_of(model, MODEL), *(load_subject(name) for name in BASELINES)]
+    num_sequences = {source.name: FrameIndex.open(source.uri).num_tracks for source in sources}
+    names = options.chosen_baselines(sum(num_sequences.values()))
+    subjects = [subject_of(model, MODEL), *(load_subject(name) for name in names)]
     results: dict[str, list[DatasetResult]] = {subject.name: [] for subject in subjects}
     for source in sources:
         for subject in subjects:
-            result = evaluate(subject, source.uri, label=source.name, progress=False)
+            log.info(
+                "evaluating %s on %d sequences of %s",
+                subject.name, num_sequences[source.name], source.name,
+            )  # fmt: skip
+            # Each finished sequence is a line's worth of news only where there are many.
+            many = num_sequences[source.name] > MANY_SEQUENCES
+            result = evaluate(subject, source.uri, label=source.name, progress=many)
             results[subject.name].append(result)
     log.info("%-16s %-8s %6s %6s %6s", "validation", "tracker", "AO", "SR50", "SR75")
     for dataset, tracker, *numbers in _rows(results):

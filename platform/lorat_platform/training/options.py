@@ -9,9 +9,12 @@ from typing import Annotated, Literal
 from lorat.config.bounds import Bounds, Count, Few, check_bounds
 from lorat.config.fields import flag, shown
 from lorat.errors import UserError
+from lorat.tracking.baselines import baseline
 from lorat_platform.runs.record import Resume
 
 MAX_WORKERS = 4096
+MANY_SEQUENCES = 50
+"""More than these take MIL a quarter of an hour."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,10 @@ class RunOptions:
     """GPU share of a validation, 0 to 64; none means a whole one where one is left, else the
     CPU."""
     final_evaluation: bool = True
-    """Track all validation sequences at the end, beside the static and the MIL tracker."""
+    """Track all validation sequences at the end, beside the baselines."""
+    baselines: tuple[Literal["none", "static", "mil", "csrt"], ...] = ()
+    """Trackers to compare with at the end, or none alone; nothing given means static and mil, and
+    static alone above 50 sequences, since mil tracks some 10 frames a second."""
     register: bool = True
     """Register the trained model as lorat@candidate."""
     experiment: str = "train"
@@ -76,10 +82,23 @@ class RunOptions:
             raise UserError(
                 f"--val-gpus is {self.val_gpus}; give a part of one GPU, or whole ones."
             )
+        if "none" in self.baselines and len(self.baselines) > 1:
+            raise UserError(
+                f"--baselines is {' '.join(self.baselines)}; give none alone, or some of static, "
+                "mil and csrt."
+            )
+        for name in self.chosen_baselines(1):
+            baseline(name)  # OpenCV may have been built without it
         if self.name is not None and not re.fullmatch(r"[\w][\w.-]*", self.name):
             raise UserError(
                 f"--name is {self.name!r}; give letters, digits, dots, dashes and underscores."
             )
+
+    def chosen_baselines(self, num_sequences: int) -> tuple[str, ...]:
+        """Return the trackers to compare with on so many sequences."""
+        if self.baselines:
+            return tuple(name for name in self.baselines if name != "none")
+        return ("static", "mil") if num_sequences <= MANY_SEQUENCES else ("static",)
 
     @property
     def worker_range(self) -> tuple[int, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lorat.errors import UserError
 from lorat.files import storage
 from tests.object_store import KEYS, object_store
 
@@ -54,3 +56,9 @@ def test_a_small_file_comes_and_is_replaced_as_a_whole(location: storage.Locatio
         assert location.read_bytes("dataset.json") == text
     assert location.names() == ["dataset.json"]
     assert list((storage.cache_folder() / "upload").iterdir()) == []
+
+
+def test_a_local_name_that_pyarrow_cannot_open_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"/M\\xfcnchen has bytes that are no text"):
+        storage.locate(os.fsdecode(b"/M\xfcnchen"))
+    assert storage.locate("/12:30 %20#?\n").path == "/12:30 %20#?\n"

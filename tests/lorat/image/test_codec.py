@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import cv2
 import numpy as np
 import pytest
@@ -49,3 +52,47 @@ def test_a_zeroed_middle_is_found() -> None:
     decode_rgb(bytes(data))  # which says nothing
     with pytest.raises(DamagedImage, match="damaged inside"):
         decode_complete(bytes(data))
+
+
+def png(*, text: bytes = b"", size_wh: tuple[int, int] | None = None) -> bytes:
+    """Return a PNG with a compressed text, or with another size in its header than it has."""
+    ok, encoded = cv2.imencode(".png", picture(1))
+    assert ok
+    data = encoded.tobytes()
+    header = data[16:24] if size_wh is None else struct.pack(">II", *size_wh)
+    chunk = b"IHDR" + header + data[24:29]
+    data = data[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    if text:
+        body = b"zTXtworkflow\0\0" + zlib.compress(text)
+        chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+        data = data[:33] + chunk + data[33:]
+    return data
+
+
+def test_what_a_png_says_beside_its_picture_does_not_matter() -> None:
+    data = png(text=bytes(100_000_000))  # more than PIL takes, 100 kB packed
+    np.testing.assert_array_equal(decode_complete(data), picture(1)[..., ::-1])
+
+
+def test_a_damaged_png_is_found() -> None:
+    data = bytearray(png())
+    for end in (40, len(data) // 2, len(data) - 1):
+        with pytest.raises(DamagedImage):
+            decode_complete(bytes(data[:end]))
+    data[len(data) // 2] ^= 1
+    with pytest.raises(DamagedImage):
+        decode_complete(bytes(data))
+
+
+def test_an_image_beyond_the_limit_is_told_by_its_size() -> None:
+    with pytest.raises(DamagedImage, match=r"187\.5 megapixels, more than the 100"):
+        decode_complete(png(size_wh=(15000, 12500)))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".bmp", ".tif", ".webp"])
+def test_an_image_larger_than_pil_likes_is_taken(
+    suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10)
+    _, encoded = cv2.imencode(suffix, picture(1))
+    assert decode_complete(encoded.tobytes()).shape == picture(1).shape

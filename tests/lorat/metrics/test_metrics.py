@@ -20,6 +20,7 @@ import pytest
 from lorat.errors import UserError
 from lorat.image.boxes import xyxy_from_xywh
 from lorat.metrics import DIALECTS, SCORE_NAMES, Evaluation, GroundTruth, evaluate, score_sequence
+from lorat.metrics.overlap import iou
 from tests.real_data import REAL_DATA
 
 METRICS = REAL_DATA / "metrics"
@@ -366,3 +367,14 @@ def test_predictions_that_do_not_fit_are_all_named() -> None:
         evaluate({"a": TRUTH}, truths, dialect="vot")
     with pytest.raises(UserError, match="at least one"):
         evaluate({}, {})
+
+
+def test_trackingnet_rounds_what_the_file_says() -> None:
+    """Halves are decided to even, and the way to corners in float32 and back must not move them."""
+    rng = np.random.default_rng(0)
+    boxes = rng.integers(1, 900, (4000, 4)) + rng.choice([0.0, 0.5, 0.1], (4000, 4))
+    corners = xyxy_from_xywh(boxes).astype(np.float32).astype(np.float64)
+    other = np.roll(corners, 1, axis=0)
+    errors = DIALECTS["trackingnet"].frames(GroundTruth(boxes=corners), other, "trackingnet")
+    expected = iou(np.round(boxes), np.round(np.roll(boxes, 1, axis=0)))
+    np.testing.assert_array_equal(errors.overlap[1:], expected[1:])

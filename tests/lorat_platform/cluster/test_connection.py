@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import ray
 
 from lorat.errors import UserError
 from lorat_platform import cluster
+from lorat_platform.cluster import addresses
 from tests.open_doors import Watch
 
 pytestmark = pytest.mark.processes(minutes=0.5)
@@ -54,12 +57,52 @@ def test_other_nodes_are_sent_both_packages() -> None:
     assert all((Path(folder) / "__init__.py").exists() for folder in shipped)
 
 
-def test_an_address_where_nobody_answers_is_said_in_a_sentence(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("there", ["nobody", "silence", "a web server", "who closes"])
+def test_an_address_without_a_cluster_is_said_at_once(
+    there: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray, "init", lambda **_: (_ for _ in ()).throw(ConnectionError("nobody")))
-    with pytest.raises(UserError, match=r"No Ray cluster answers at 10\.0\.0\.9:6379"):
-        cluster.connect("10.0.0.9:6379")
+    monkeypatch.setattr(addresses, "ANSWER_S", 0.5)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray would wait for minutes"))
+    answers = {"a web server": b"HTTP/1.0 400 Bad Request\r\n\r\n", "who closes": b""}
+
+    def answer() -> None:
+        connection, _ = door.accept()
+        with connection:
+            connection.recv(100)
+            connection.sendall(answers[there])
+
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        port = door.getsockname()[1]
+        if there == "nobody":
+            door.close()
+        if there in answers:
+            threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(UserError, match=rf"No Ray cluster answers at 127\.0\.0\.1:{port} \("):
+            cluster.connect(f"127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "127.0.0.1", "no.such.host:6379"])
+def test_an_address_that_is_none_of_a_cluster_is_said(address: str) -> None:
+    with pytest.raises(UserError, match=r"dashboard|No Ray cluster answers"):
+        cluster.connect(address)
+
+
+def test_a_folder_that_is_too_long_for_sockets_is_said_in_a_sentence(tmp_path: Path) -> None:
+    folder = tmp_path / ("n" * 80)
+    folder.mkdir()
+    code = """if True:
+        from lorat.errors import UserError
+        from lorat_platform import cluster
+        try:
+            cluster.connect()
+        except UserError as error:
+            print(error)
+    """
+    for name in ("TMPDIR", "RAY_TMPDIR"):
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_TMPDIR"}
+        said = run(code, tmp_path, environment | {name: str(folder), "RAY_ADDRESS": "local"})
+        assert said.startswith(f"The folder for temporary files {folder} has ")
+        assert said.endswith("set RAY_TMPDIR to a shorter one, such as /tmp.")
 
 
 @pytest.mark.parametrize("job", ["train", "benchmark", "ingest", "evaluate"])
@@ -80,7 +123,8 @@ def test_a_job_finds_the_packages_beside_it_from_any_folder(job: str, tmp_path: 
 def test_an_embedded_ray_is_for_its_own_process(tmp_path: Path, watch: Watch) -> None:
     """Ray is imported first, as some jobs do, by a user who has set nothing."""
     program = """
-import contextlib, http.client, os, socket, time, urllib.error, urllib.request
+import contextlib, http.client, os, socket, subprocess, sys, threading, time
+import urllib.error, urllib.request
 import psutil, ray
 from lorat.errors import UserError
 from lorat_platform import cluster
@@ -116,8 +160,29 @@ with cluster.connected("local", num_cpus=1) as found:
                         answers.add(error.code)
     print("without the token", *answers & {200, 401})
     secret = os.environ["RAY_AUTH_TOKEN"]
+    place = found.address
+    stranger = '''
+import sys, time
+from lorat_platform import cluster
+began = time.monotonic()
+try:
+    cluster.connect(sys.argv[1])
+except Exception as error:
+    print(str(error).partition("or is ")[2], time.monotonic() - began < 15)
+'''
+    other = os.environ | {"RAY_AUTH_TOKEN": "f" * 64}
+    done = subprocess.run([sys.executable, "-c", stranger, place], capture_output=True, env=other)
+    print("stranger", done.stdout.decode().strip(), done.stderr.decode())
     told = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
     print("told to everybody", any(secret in command for command in told))
+def call():
+    try:
+        ray.put(0)
+    except Exception as error:
+        print("late call", type(error).__name__, ray.is_initialized())
+late = threading.Thread(target=call)
+late.start()
+late.join()
 print("kept", os.environ.get("RAY_AUTH_TOKEN"), os.path.exists(os.path.expanduser("~/.ray")))
 """
     environment = {name: v for name, v in os.environ.items() if not name.startswith("RAY_")}
@@ -127,7 +192,10 @@ print("kept", os.environ.get("RAY_AUTH_TOKEN"), os.path.exists(os.path.expanduse
         "Linux PASSIVE",
         "reachable []",
         "without the token 401",
+        "stranger missing here; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+        "RAY_AUTH_TOKEN_PATH. True ",
         "told to everybody False",
+        "late call RaySystemError False",
         "kept None False",
     ]
     (door,) = watch.take()  # as every test would have failed

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lorat_platform.cluster import places
-from lorat_platform.cluster.places import num_places, what_is_there
+from lorat_platform.cluster.places import Reminder, num_places, what_is_there
 
 
 def _node(*, alive: bool = True, **resources: float) -> dict[str, Any]:
@@ -20,3 +20,18 @@ def test_what_single_nodes_have_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     assert what_is_there(need) == "15 CPU; 7 CPU + 1 GPU"
     nodes += [_node(CPU=15), _node(memory=1.0)]
     assert what_is_there(need) == "2 × 15 CPU; 7 CPU + 1 GPU; nothing of it"
+
+
+def test_what_is_missing_is_said_again_as_long_as_it_lasts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    clock = [1000.0]
+    monkeypatch.setattr(places.time, "monotonic", lambda: clock[0])
+    reminder = Reminder()
+    for missing in ("4 GPUs", "4 GPUs", None, None):
+        assert reminder.due()
+        reminder.tell(missing)
+        assert not reminder.due()
+        clock[0] += places.REMIND_S
+    assert [r.getMessage() for r in caplog.records] == ["waiting for nodes: 4 GPUs"] * 2

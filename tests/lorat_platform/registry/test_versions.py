@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -127,9 +128,8 @@ print(json.dumps([list(table.columns), table.to_numpy().tolist()]))
 """
 
 
-def test_clean_process_without_the_repository_tracks_a_video(
-    registered: dict[str, str], home: Path, tmp_path: Path
-) -> None:
+def check_clean_process(uri: str, home: Path, tmp_path: Path) -> None:
+    """Track with ``mlflow.pyfunc`` alone, and find the same with the model as the jobs load it."""
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 255, (4, 60, 80, 3)).astype(np.uint8)
     box = np.array([20.0, 15.0, 50.0, 45.0])
@@ -139,9 +139,8 @@ def test_clean_process_without_the_repository_tracks_a_video(
         "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     }
-    connect().set_registered_model_alias("lorat", "champion", registered["version"])
     result = subprocess.run(
-        [sys.executable, "-c", CLEAN, str(ROOT), "models:/lorat@champion", tmp_path / "video.npz"],
+        [sys.executable, "-c", CLEAN, str(ROOT), uri, tmp_path / "video.npz"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -152,11 +151,31 @@ def test_clean_process_without_the_repository_tracks_a_video(
     columns, rows = json.loads(result.stdout.splitlines()[-1])
     assert columns == ["x1", "y1", "x2", "y2", "score"]
     assert rows[0] == [*box, 1.0]
-    tracker = Tracker(versions.load("models:/lorat@champion"))
+    tracker = Tracker(versions.load(uri))
     tracker.init(frames[0], box)
     for frame, row in zip(frames[1:], rows[1:], strict=True):
         found, score = tracker.update(frame)
         assert np.allclose(row, [*found, score], atol=1e-3)
+
+
+def test_clean_process_without_the_repository_tracks_a_video(
+    registered: dict[str, str], home: Path, tmp_path: Path
+) -> None:
+    connect().set_registered_model_alias("lorat", "champion", registered["version"])
+    check_clean_process("models:/lorat@champion", home, tmp_path)
+
+
+def test_a_model_registered_before_modules_moved_into_rooms_still_tracks(
+    home: Path, tmp_path: Path
+) -> None:
+    """Its artefact holds the code of then, such as ``lorat/model.py``; the weights are random."""
+    with tarfile.open(Path(__file__).with_name("model_of_flat_modules.tar.xz")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    client = connect()
+    client.create_registered_model("old")
+    source = (tmp_path / "model").as_uri()
+    version = client.create_model_version("old", source=source).version
+    check_clean_process(f"models:/old/{version}", home, tmp_path)
 
 
 def test_input_example_runs_through_the_signature(registered: dict[str, str]) -> None:
@@ -265,6 +284,37 @@ def test_an_alias_is_pinned_to_the_version_that_it_means_now(registered: dict[st
 def test_missing_model_is_one_sentence(uri: str, message: str, registered: dict[str, str]) -> None:
     with pytest.raises(UserError, match=message):
         versions.resolve(uri)
+
+
+def test_registered_files_are_for_whom_the_umask_says(registered: dict[str, str]) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    fetched = versions.resolve(f"models:/lorat/{registered['version']}")
+    for folder in (files_of(registered["version"]), fetched):
+        paths = [folder, *folder.rglob("*")]
+        assert "model.safetensors" in {path.name for path in paths}
+        for path in paths:
+            whole = 0o777 if path.is_dir() else 0o666
+            assert path.stat().st_mode & 0o777 == whole & ~umask, path
+
+
+def test_a_moved_home_folder_is_said(
+    home: Path, registered: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = home.with_name("moved home%20")
+    home.rename(moved)
+    try:
+        monkeypatch.setenv("LORAT_HOME", str(moved))
+        uri = f"models:/lorat/{registered['version']}"
+        with pytest.raises(UserError, match=f"lists {uri}, but its files are not at file://{home}"):
+            versions.resolve(uri)
+        with pytest.raises(UserError, match="There is no models:/lorat/77 in MLflow"):
+            versions.resolve("models:/lorat/77")
+        home.symlink_to(moved)
+        assert (versions.resolve(uri) / "model.safetensors").is_file()
+        home.unlink()
+    finally:
+        moved.rename(home)
 
 
 def test_failed_registration_leaves_no_version(

@@ -37,7 +37,9 @@ class BlackHole:
         return Ending(False, 1, 0, 0, Path(), "", "")
 
 
-def _session(folder: Path, *, num_trials: int = 100, resumes: bool = False) -> SearchSession:
+def _session(
+    folder: Path, *, num_trials: int = 100, resumes: bool = False, need: Any = None
+) -> SearchSession:
     nothing: Any = BlackHole()
     return SearchSession(
         "many",
@@ -50,6 +52,7 @@ def _session(folder: Path, *, num_trials: int = 100, resumes: bool = False) -> S
         remember_parent=lambda _: None,
         lease=nothing,
         on_resume=(lambda: None) if resumes else None,
+        need=need,
     )
 
 
@@ -173,3 +176,18 @@ def test_surroundings_get_a_trial_two_more_tries_and_its_own_faults_none(
     assert later.tries_again(trials[0], killed), "a resumed search counts anew"
     session.end()
     later.end()
+
+
+def test_a_search_whose_nodes_are_gone_says_what_its_trials_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+    session = _session(tmp_path, need={"CPU": 2.0, "GPU": 0.0})
+    trials: list[Any] = [SimpleNamespace(status=status) for status in ("PENDING", "TERMINATED")]
+    session.remind([SimpleNamespace(status="RUNNING"), *trials])
+    session.remind(trials)
+    session.remind(trials)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["waiting for nodes: 1 trials, each with 2 CPU on one node, which have 1 CPU"]
+    session.end()

@@ -393,6 +393,8 @@ def test_what_no_job_survives_costs_little_and_is_told_in_a_sentence(
         assert all(sentence in told[what] for sentence in sentences), told[what]
         assert "Traceback" not in told[what], told[what]
     assert cornered.codes["ctrl-c"] == 130, told["ctrl-c"]
+    assert "stopped; kept: " in told["ctrl-c"]
+    assert "This goes on from here: python " in told["ctrl-c"]
     assert "Traceback" not in told["ctrl-c"], told["ctrl-c"]
     assert_like_undisturbed(cornered, undisturbed)
 

@@ -73,3 +73,12 @@ def test_a_wrong_option_is_named_as_it_is_given(options: dict[str, Any], message
     with pytest.raises(UserError) as caught:
         RunOptions(**options)
     assert str(caught.value).startswith(message)
+
+
+def test_baselines_are_chosen_or_fit_the_number_of_sequences() -> None:
+    assert RunOptions().chosen_baselines(50) == ("static", "mil")
+    assert RunOptions().chosen_baselines(51) == ("static",)
+    assert RunOptions(baselines=("none",)).chosen_baselines(5) == ()
+    assert RunOptions(baselines=("mil",)).chosen_baselines(500) == ("mil",)
+    with pytest.raises(UserError, match="give none alone"):
+        RunOptions(baselines=("none", "mil"))

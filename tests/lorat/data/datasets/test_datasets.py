@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -223,7 +224,7 @@ def test_tnl2k_rows_of_other_frames_drop_the_sequence(tmp_path: Path) -> None:
     assert index.visible.tolist() == [True] * 3 + [False] + [True] * 7
     dropped = {f.sequence: f.why for f in findings if f.action == "dropped"}
     assert "30 rows" in dropped["catNight_video_B04_done"]
-    assert "damaged" in dropped["Sord_video_Q01_done"]
+    assert "cannot be used" in dropped["Sord_video_Q01_done"]
 
 
 def test_a_damaged_image_of_an_evaluation_set_is_replaced_by_the_one_before(
@@ -311,14 +312,6 @@ def test_nfs_repacked_layout_is_recognised(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["bee"].box[0], [10, 12, 40, 36])
 
 
-def test_published_rows_may_have_more_columns(tmp_path: Path) -> None:
-    layouts.make_tnl2k(tmp_path)
-    truth = tmp_path / "Sord_video_Q01_done" / "groundtruth.txt"
-    layouts.write_rows(truth, [[*row, 1, 0.5] for row in layouts.boxes(12)])
-    found, _ = load_all(datasets.Tnl2k(source=tmp_path))
-    np.testing.assert_array_equal(found["Sord_video_Q01_done"].box[0], [10, 12, 40, 36])
-
-
 LAYOUTS = sorted(set(datasets.DATASETS) - {"folder", "video"})
 
 
@@ -335,3 +328,64 @@ def test_another_layout_is_refused_with_what_was_expected_and_found(
 def test_a_missing_folder_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder"):
         datasets.DATASETS[name](source=tmp_path / "nowhere").entries(Findings())
+
+
+def test_a_slash_behind_a_listed_name_is_none_and_a_name_counts_once(tmp_path: Path) -> None:
+    layouts.make_got10k(tmp_path)
+    names = [f"GOT-10k_Train_{n:06d}" for n in (1, 2)]
+    lines = [f"{names[0]}/", f"./{names[1]}/", names[0], "../val", "a\\b"]
+    (tmp_path / "train" / "list.txt").write_text("\n".join(lines))
+    findings = Findings()
+    entries = datasets.Got10k(source=tmp_path).entries(findings)
+    assert [entry.name for entry in entries] == names
+    said = {f.sequence: f.why for f in findings}
+    assert "named again in" in said[names[0]]
+    for name in ("../val", "a\\b"):
+        assert "not that of one file" in said[name]
+        assert "list.txt" in said[name]
+
+
+def test_a_name_that_is_no_text_is_left_out_escaped(tmp_path: Path) -> None:
+    layouts.make_got10k(tmp_path)
+    (tmp_path / "train" / "list.txt").unlink()
+    folder = os.fsencode(tmp_path / "train")
+    os.rename(folder + b"/GOT-10k_Train_000001", folder + b"/M\xfcnchen")
+    findings = Findings()
+    entries = datasets.Got10k(source=tmp_path).entries(findings)
+    assert [entry.name[-1] for entry in entries] == ["2", "3"]
+    assert "M\\xfcnchen" in [f.sequence for f in findings if f.action == "dropped"]
+    for n in (2, 3):
+        os.rename(folder + b"/GOT-10k_Train_00000%d" % n, folder + b"/\xfc%d" % n)
+    with pytest.raises(UserError, match=r"No name .* can be used, as '.*; give names"):
+        datasets.Got10k(source=tmp_path).entries(Findings())
+
+
+def test_images_of_coco_in_folders_have_distinct_safe_names(tmp_path: Path) -> None:
+    layouts.make_coco(tmp_path)
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    folder = tmp_path / "images" / "train2017"
+    (folder / "cam").mkdir()
+    (folder / "000000000009.jpg").rename(folder / "cam" / "9.jpg")
+    content["images"][0]["file_name"] = "cam/9.jpg"
+    content["images"][1]["file_name"] = "cam_9.jpg"
+    content["images"].append({"id": 31, "file_name": "../../etc/passwd.jpg"})
+    box = {"category_id": 1, "iscrowd": 0, "bbox": [1, 2, 3, 4]}
+    content["annotations"].append({"id": 8, "image_id": 31} | box)
+    content["annotations"].append(
+        {"id": 9, "image_id": 9} | box | {"bbox": [1, 2, 3, float("nan")]}
+    )
+    file.write_text("\ufeff" + json.dumps(content), encoding="utf-8")
+    found, said = load_all(datasets.Coco(source=tmp_path))
+    assert sorted(found) == ["cam_9-0-1", "cam_9-0-2", "cam_9-1-4"]
+    assert found["cam_9-0-1"].images == (str(folder / "cam" / "9.jpg"),)
+    assert "is not in train2017" in said["31", "dropped"]
+    assert "finite numbers" in said["annotation 9", "dropped"]
+
+
+@pytest.mark.parametrize("text", ['{"images": [{"id": 1e999}]}', "[" * 100_000, "{}", "x", "[1]"])
+def test_what_is_no_file_of_coco_is_a_sentence(text: str, tmp_path: Path) -> None:
+    layouts.make_coco(tmp_path)
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(text)
+    with pytest.raises(UserError, match="is not COCO's instances file"):
+        datasets.Coco(source=tmp_path).entries(Findings())

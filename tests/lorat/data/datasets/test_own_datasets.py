@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -79,7 +80,9 @@ def test_rows_of_more_than_a_box_are_refused_unless_their_columns_are_named(
     truth = tmp_path / "frames" / "groundtruth.txt"
     truth.write_text(f"{row}\n" * 8)
     source = datasets.Folder(source=tmp_path / "frames")
-    with pytest.raises(UserError, match=rf"has {row.count(',') + 1} values.*the 4 of a box"):
+    with pytest.raises(
+        UserError, match=rf"has {row.count(',') + 1} values.*the 4 numbers of a box"
+    ):
         load_all(source)
     truth.write_text("frame,x,y,w,h\n" + "3,10,12,30,24\n" * 8)
     found, _ = load_all(source)
@@ -92,7 +95,7 @@ def test_named_columns_before_the_box_are_refused(tmp_path: Path, names: str) ->
     truth = tmp_path / "frames" / "groundtruth.txt"
     truth.write_text(names + "\n" + "3,1,10,12,30,24\n" * 8)
     source = datasets.Folder(source=tmp_path / "frames")
-    with pytest.raises(UserError, match=r"columns of .*\bid, .*beginning with x or left"):
+    with pytest.raises(UserError, match=r"first line of .*\bid, .*beginning with x or left"):
         load_all(source)
     truth.write_text("frame,bb_left,bb_top,bb_width,bb_height,id\n" + "3,10,12,30,24,1\n" * 8)
     found, _ = load_all(source)
@@ -144,3 +147,65 @@ def test_video_files(tmp_path: Path) -> None:
     whys = {f.sequence: f.why for f in findings}
     assert "ends 3 frames before" in whys["two"]
     assert "three.txt" in whys["three"]
+
+
+def write_video(file: Path, codec: str, num: int = 6) -> None:
+    with av.open(f"file:{file}", "w") as out:
+        stream = out.add_stream(codec, rate=10)
+        stream.width, stream.height = layouts.SIZE_WH
+        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+        for t in range(num):
+            frame = av.VideoFrame.from_ndarray(layouts.picture(t), format="bgr24")
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    layouts.write_rows(file.with_suffix(".txt"), layouts.boxes(num))
+
+
+def test_every_video_that_can_be_decoded_is_taken_and_all_else_is_named(tmp_path: Path) -> None:
+    root = tmp_path / "videos"
+    root.mkdir()
+    for name, codec in {
+        "a.mp4": "libx264", "b.wmv": "wmv2", "c.ts": "libx264", "d.flv": "flv", "e.gif": "gif",
+        "f.ogv": "libtheora", "g.mov": "mpeg4", "12:30.mp4": "mpeg4",
+    }.items():  # fmt: skip
+        if codec in av.codecs_available:
+            write_video(root / name, codec)
+    (root / "a.mov").write_bytes((root / "g.mov").read_bytes())
+    layouts.write_image(root / "picture.jpg", 0)
+    (root / "no.bin").write_bytes(b"no video")
+    (root / "cut.mp4").write_bytes((root / "a.mp4").read_bytes()[:100])
+    for name in ("picture", "no", "cut"):
+        layouts.write_rows(root / f"{name}.txt", layouts.boxes(6))
+    (root / "README.md").write_text("these are mine")
+    findings = Findings()
+    source = datasets.Video(source=root, split="val")
+    entries = source.entries(findings)
+    names = [entry.name for entry in entries]
+    assert {"a.mp4", "a.mov", "b", "c", "d", "e", "g", "12:30"} <= set(names)
+    said = {finding.sequence: finding.why for finding in findings}
+    assert said["picture.jpg"] == "an image, not a video"
+    assert "cannot be read as a video" in said["no.bin"]
+    assert not any("README" in name for name in said)
+    cut = next(entry for entry in entries if entry.name == "cut")
+    with pytest.raises(UserError, match="cannot be read as a video"):
+        source.load(cut, findings)
+    cut_file = Path(cut.values[0])
+    cut_file.unlink()
+    index, _ = to_shards(source, tmp_path / "out")
+    assert index.num_frames == 6 * index.num_tracks
+
+
+def test_what_comes_behind_damage_in_a_video_is_not_used(tmp_path: Path) -> None:
+    root = tmp_path / "videos"
+    root.mkdir()
+    write_video(root / "a.ts", "libx264", num=60)
+    data = bytearray((root / "a.ts").read_bytes())
+    middle = len(data) // 2 // 188 * 188
+    data[middle : middle + 188 * 20] = b""
+    (root / "a.ts").write_bytes(data)
+    index, findings = to_shards(datasets.Video(source=root, split="val"), tmp_path / "out")
+    assert 0 < index.num_frames < 60
+    assert any("not used from there on" in finding.why for finding in findings)
+    image = images.ImageReader(index).decode(index.num_frames - 1)
+    truth = layouts.picture(index.num_frames - 1)[..., ::-1]
+    assert np.abs(image.astype(int) - truth).mean() < 12
