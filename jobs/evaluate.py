@@ -11,7 +11,6 @@ import bootstrap
 import dataclasses
 import json
 import logging
-import os
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -93,7 +92,7 @@ def main() -> int:
         open_run(
             options.experiment,
             f"{subject.name} {stamp}",
-            folder=home() / "journals" / f"evaluate-{stamp}-{os.getpid()}",
+            folder=home() / "journals" / f"evaluate-{unique}",
             tags={
                 "job": "evaluate",
                 "git_revision": command.git_revision(bootstrap.ROOT) or "unknown",

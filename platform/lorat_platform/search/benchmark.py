@@ -25,6 +25,7 @@ from lorat_platform.search.plan import (
     SearchOptions,
     SearchPlan,
     check_data,
+    check_unchanged,
     make_plan,
     read_plan,
 )
@@ -91,12 +92,17 @@ def benchmark_search(benchmark: SearchBenchmark) -> dict[str, Any]:
 def _run_or_go_on(
     plan: SearchPlan, points: Sequence[Mapping[str, Any]] | None = None
 ) -> SearchOutcome:
-    """Run a part of the benchmark, or go on with it after an interruption."""
+    """Run a part of the benchmark, or go on with it after an interruption.
+
+    Raises:
+        UserError: if it is gone on with and anything asked for differs.
+    """
     try:
-        read_plan(plan.name, plan.options.storage)
+        begun = read_plan(plan.name, plan.options.storage)
     except UserError:
         outcome = run_search(plan, points=points)
     else:
+        check_unchanged(begun, plan.space.base, plan.options, also=("trials",))
         outcome = resume_search(plan.name, plan.options.storage)
     if outcome.interrupted:
         raise KeyboardInterrupt
