@@ -67,17 +67,13 @@ _HEADERS: dict[str, Any] = {
 """What a header says, by format."""
 
 
-def save(
-    model: LoRAT, config: TrainConfig, folder: Path | str, *, include_backbone: bool | None = None
-) -> None:
-    """Write what was trained.
+def save(model: LoRAT, config: TrainConfig, folder: Path | str) -> None:
+    """Write what was trained, and those frozen weights that no public or user's file gives again.
 
     Args:
         model: unmerged, as :func:`lorat.model.network.build_model` made it.
         config: what it was built from.
         folder: made if needed; ``config.json`` is written last.
-        include_backbone: also write frozen weights; none means only those that a public file or
-            a file of the user does not give again.
 
     Raises:
         UserError: if the model is a deployable one.
@@ -85,9 +81,7 @@ def save(
     folder = Path(folder)
     if model.adaptation is None:
         raise UserError("A merged model has nothing left to train; write it with save_merged.")
-    if include_backbone is None:
-        include_backbone = model.backbone_source in {"none", "shipped"}
-    include_backbone = include_backbone or model.adaptation == "full"
+    include_backbone = model.backbone_source in {"none", "shipped"} or model.adaptation == "full"
     if model.lora is not None:
         from lorat.model.adapter import adapter_weights, peft_config
 
@@ -261,19 +255,16 @@ def _alike(a: LoRAT, b: LoRAT) -> bool:
     return same and set(a.lora.targets) == set(b.lora.targets)
 
 
-def save_merged(model: LoRAT, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
+def save_merged(model: LoRAT, folder: Path | str) -> None:
     """Write the deployable form: adapters folded in, one safetensors file and its JSON.
 
     Args:
         model: unmerged or merged.
         folder: made if needed.
-        dtype: floating-point type of the weights; none keeps theirs.
     """
     folder = Path(folder)
     merged = model.merge() if model.adaptation is not None else model
     state = merged.state_dict()
-    if dtype is not None:
-        state = {n: v.to(dtype) for n, v in state.items()}
     write_tensors(state, folder / MODEL_FILE)
     content = {
         "format": MERGED_FORMAT,
