@@ -67,17 +67,13 @@ _HEADERS: dict[str, Any] = {
 """What a header says, by format."""
 
 
-def save(
-    model: LoRAT, config: TrainConfig, folder: Path | str, *, include_backbone: bool | None = None
-) -> None:
-    """Write what was trained.
+def save(model: LoRAT, config: TrainConfig, folder: Path | str) -> None:
+    """Write what was trained, and those frozen weights that no public or user's file gives again.
 
     Args:
         model: unmerged, as :func:`lorat.model.network.build_model` made it.
         config: what it was built from.
         folder: made if needed; ``config.json`` is written last.
-        include_backbone: also write frozen weights; none means only those that a public file or
-            a file of the user does not give again.
 
     Raises:
         UserError: if the model is a deployable one.
@@ -85,9 +81,7 @@ def save(
     folder = Path(folder)
     if model.adaptation is None:
         raise UserError("A merged model has nothing left to train; write it with save_merged.")
-    if include_backbone is None:
-        include_backbone = model.backbone_source in {"none", "shipped"}
-    include_backbone = include_backbone or model.adaptation == "full"
+    include_backbone = model.backbone_source in {"none", "shipped"} or model.adaptation == "full"
     if model.lora is not None:
         from lorat.model.adapter import adapter_weights, peft_config
 

@@ -117,7 +117,6 @@ def connect(
     address: str | None = None,
     *,
     num_cpus: int | None = None,
-    num_gpus: int | None = None,
     env: dict[str, str] | None = None,
 ) -> Cluster:
     """Connect this process to Ray.
@@ -126,7 +125,6 @@ def connect(
         address: host:port of a running cluster, ``auto``, or ``local``; none means
             ``RAY_ADDRESS``, and where that is not set an embedded Ray of this process.
         num_cpus: CPUs of an embedded Ray; none means those that this process may use.
-        num_gpus: GPUs of an embedded Ray; none means those that are there.
         env: More environment variables for the workers.
 
     An embedded Ray listens on the loopback address only and answers only who has its token, which
@@ -152,7 +150,6 @@ def connect(
         _ask_for_a_token()
         options = {
             "num_cpus": num_cpus or len(os.sched_getaffinity(0)),
-            "num_gpus": num_gpus,
             "include_dashboard": False,
             "_node_ip_address": LOOPBACK,
         }

@@ -200,8 +200,7 @@ def open_remote_run(
         experiment: name of the experiment.
         name: name of the run.
         console: where the actor says that MLflow or the disk does not take what is recorded.
-        options: ``folder`` (on this node), ``run_id``, ``parent_run_id``, ``tags``,
-            ``description``.
+        options: ``folder`` (on this node), ``run_id``, ``parent_run_id``, ``tags``.
     """
     if options.get("folder") is not None:
         options["folder"] = str(Path(options["folder"]).absolute())

@@ -288,7 +288,6 @@ def open_run(
     run_id: str | None = None,
     parent_run_id: str | None = None,
     tags: Mapping[str, Any] | None = None,
-    description: str | None = None,
 ) -> Run:
     """Open an MLflow run, or go on with the one that ``folder`` already has.  Never waits.
 
@@ -300,7 +299,6 @@ def open_run(
         run_id: continue this MLflow run.
         parent_run_id: an MLflow run id, or another run's :attr:`Run.reference`.
         tags: tags of the run.
-        description: Markdown shown at the top of the run's page.
     """
     uri = tracking_uri()
     key = uuid.uuid4().hex
@@ -331,8 +329,7 @@ def open_run(
         "mlflow.source.name": sys.argv[0],
         "mlflow.source.type": "JOB",
     }
-    note = {"mlflow.note.content": description} if description else {}
-    run.set_tags(about | dict(tags or {}) | note)
+    run.set_tags(about | dict(tags or {}))
     return run
 
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from lorat.checkpoint.folder import (
     load,
-    load_merged,
     load_training_state,
     read_config,
     save,
@@ -81,8 +80,6 @@ def test_a_backbone_from_a_file_is_not_stored_again(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"backbone\.safetensors"):
         load(tmp_path / "a")
     assert_same(model, load(tmp_path / "a", backbone=str(moved)))
-    save(model, config, tmp_path / "b", include_backbone=True)
-    assert_same(model, load(tmp_path / "b"))
 
 
 def test_another_backbone_is_noticed(tmp_path: Path) -> None:
@@ -158,8 +155,6 @@ def test_deployable_form_round_trip(variant: Variant, tmp_path: Path) -> None:
     again = load(tmp_path / "a")
     assert_same(model.merge(), again)
     assert not again.training and not again.trainable_parameters()
-    save_merged(again.half(), tmp_path / "b")
-    assert all(v.dtype == torch.float16 for v in load_merged(tmp_path / "b").state_dict().values())
 
 
 def test_deployable_form_needs_no_peft(tmp_path: Path) -> None:
