@@ -56,7 +56,7 @@ def main(model, video, *box):
             feed, found = {"template": tensor(image), "foreground_mask": mask}, box
         else:
             grow = np.maximum(about["min_object_size"] - (box[2:] - box[:2]), 0) / 2
-            around = box + [*-grow, *grow]
+            around = box + np.concatenate([-grow, grow])
             image, scale, shift = crop(frame, around, search["area_factor"], search["size"], fill)
             logits, boxes = session.run(["score_map", "boxes"], feed | {"search": tensor(image)})
             scores, weight = 1 / (1 + np.exp(-logits[0])), about["window_penalty"]
