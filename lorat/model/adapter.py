@@ -68,7 +68,7 @@ def fused_peft_config(lora: LoraConfig) -> PeftLoraConfig:
         # The scaling, alpha over the rank or its root, has to stay that of one part.
         growth = math.sqrt(len(parts)) if lora.rslora else len(parts)
         config.rank_pattern = {"attn.qkv": lora.rank * len(parts)}
-        config.alpha_pattern = {"attn.qkv": lora.resolved_alpha * growth}  # type: ignore[dict-item]
+        config.alpha_pattern = {"attn.qkv": lora.resolved_alpha * growth}
     config.inference_mode = True
     return config
 
