@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from lorat.checkpoint.folder import load_merged, save_merged
 from lorat.checkpoint.official import export_official, import_official
 from lorat.config.json_files import write_json
+from lorat.config.tracking import MIN_OBJECT_SIZE, WINDOW_PENALTY
 from lorat.errors import UserError
 from lorat.files.checksums import seal
 from lorat.model.network import LoRAT
 from lorat.model.normalisation import IMAGENET_MEAN, IMAGENET_STD
-from lorat.tracking.postprocess import WINDOW_PENALTY
-from lorat.tracking.tracker import MIN_OBJECT_SIZE
 
 FORMATS = ("bundle", "onnx", "program", "official")
 INPUTS = ("template", "search", "foreground_mask")
