@@ -5,7 +5,7 @@ Everything is safetensors and JSON; nothing is pickled.  A checkpoint folder hol
 - ``config.json``: format, variant, training configuration, origin of the frozen weights;
 - ``head.safetensors``: head and token types;
 - ``adapter/adapter_config.json`` and ``adapter/adapter_model.safetensors`` with LoRA, as peft
-  writes them;
+  writes and opens them for a plain timm model: one adapter for the fused q, k and v;
 - ``backbone.safetensors``: the transformer, with the full backbone trained or where it cannot be
   had again (random, shipped with the package).
 
@@ -51,7 +51,7 @@ __all__ = [
     "warm_start",
 ]
 
-FORMAT, MERGED_FORMAT, VERSION = "lorat", "lorat-merged", 1
+FORMAT, MERGED_FORMAT, VERSION = "lorat", "lorat-merged", 2
 CONFIG_FILE, HEAD_FILE, BACKBONE_FILE = "config.json", "head.safetensors", "backbone.safetensors"
 ADAPTER_FILE = "adapter/adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter/adapter_config.json"
@@ -83,12 +83,10 @@ def save(model: LoRAT, config: TrainConfig, folder: Path | str) -> None:
         raise UserError("A merged model has nothing left to train; write it with save_merged.")
     include_backbone = model.backbone_source in {"none", "shipped"} or model.adaptation == "full"
     if model.lora is not None:
-        from lorat.model.adapter import adapter_weights, peft_config
+        from lorat.model.adapter import adapter_weights, fused_peft_config
 
         write_tensors(adapter_weights(model.backbone), folder / ADAPTER_FILE)
-        peft = peft_config(model.lora)
-        peft.inference_mode = True
-        peft.save_pretrained(str(folder / "adapter"))
+        fused_peft_config(model.lora).save_pretrained(str(folder / "adapter"))
     write_tensors(_head_weights(model), folder / HEAD_FILE)
     if include_backbone:
         write_tensors(plain_weights(model.backbone), folder / BACKBONE_FILE)
@@ -192,9 +190,14 @@ def _load_own(folder: Path, header: dict[str, Any], backbone: str | None) -> LoR
         )
     tensors = _read_weights(folder, HEAD_FILE)
     if model.lora is not None:
+        from lorat.model.adapter import own_adapter_weights
+
         adapter = _read_weights(folder, ADAPTER_FILE)
         checksums.check(folder, ADAPTER_CONFIG_FILE)  # of those who load the adapter elsewhere
-        tensors |= {_own_adapter_name(name): value for name, value in adapter.items()}
+        tensors |= {
+            f"backbone.{name}": value
+            for name, value in own_adapter_weights(adapter, model.lora).items()
+        }
     own = model.state_dict()
     learnt = {n: v for n, v in own.items() if ".lora_" in n or not n.startswith("backbone.")}
     problems = differences(
@@ -211,11 +214,6 @@ def _read_weights(folder: Path, name: str) -> dict[str, Tensor]:
     if (folder / name).exists():
         checksums.check(folder, name)
     return read_safetensors(folder / name)
-
-
-def _own_adapter_name(name: str) -> str:
-    stem, _, leaf = name.removeprefix("base_model.model.").rpartition(".")
-    return f"backbone.{stem}.default.{leaf}"
 
 
 def warm_start(

@@ -10,9 +10,9 @@ import pytest
 from safetensors import safe_open
 
 from lorat.checkpoint.official import import_official
+from lorat.config.tracking import MIN_OBJECT_SIZE, WINDOW_PENALTY
 from lorat.config.variants import Variant
-from lorat.tracking.postprocess import WINDOW_PENALTY
-from lorat.tracking.tracker import MIN_OBJECT_SIZE, Tracker
+from lorat.tracking.tracker import Tracker
 from tests.golden.fixture_files import beside, golden, name_of
 from tests.golden.official_sets import with_scaling
 

@@ -120,6 +120,7 @@ def version_description(name: str, about: Mapping[str, str]) -> str:
         "import mlflow\n"
         f'model = mlflow.pyfunc.load_model("models:/{name}@{CHAMPION}")\n'
         'table = model.predict({"frames": frames_uint8_rgb, "box": xyxy_of_first_frame})\n'
+        '# or left, top, width, height: predict({...}, params={"box_form": "ltwh"})\n'
         "```\n"
     )
 

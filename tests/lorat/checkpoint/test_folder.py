@@ -109,13 +109,15 @@ def test_every_fault_of_a_checkpoint_is_named_at_once(tmp_path: Path) -> None:
     head["head.cls_mlp.layers.2.bias"] = torch.zeros(9)
     save_file(head, tmp_path / "head.safetensors")
     adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
-    del adapter["base_model.model.blocks.1.attn.q.lora_B.weight"]
+    del adapter["base_model.model.blocks.1.attn.qkv.lora_B.weight"]
     save_file(adapter, tmp_path / "adapter/adapter_model.safetensors")
     (tmp_path / "SHA256SUMS").unlink()
     with pytest.raises(UserError) as caught:
         load(tmp_path)
     for part in (
-        "missing backbone.blocks.1.attn.q.lora_B.default.weight, embedding.token_type",
+        "missing backbone.blocks.1.attn.k.lora_B.default.weight, "
+        "backbone.blocks.1.attn.q.lora_B.default.weight, "
+        "backbone.blocks.1.attn.v.lora_B.default.weight, embedding.token_type",
         "unexpected head.extra",
         "misshapen head.cls_mlp.layers.2.bias [9] instead of [1]",
     ):
