@@ -51,7 +51,9 @@ __all__ = [
     "warm_start",
 ]
 
-FORMAT, MERGED_FORMAT, VERSION = "lorat", "lorat-merged", 2
+FORMAT, MERGED_FORMAT = "lorat", "lorat-merged"
+VERSIONS = {FORMAT: 2, MERGED_FORMAT: 1}
+"""Of each format, written and read; version 1 of the first had an adapter of q, k and v apart."""
 CONFIG_FILE, HEAD_FILE, BACKBONE_FILE = "config.json", "head.safetensors", "backbone.safetensors"
 ADAPTER_FILE = "adapter/adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter/adapter_config.json"
@@ -92,7 +94,7 @@ def save(model: LoRAT, config: TrainConfig, folder: Path | str) -> None:
         write_tensors(plain_weights(model.backbone), folder / BACKBONE_FILE)
     content = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[FORMAT],
         "variant": dataclasses.asdict(model.variant),
         "config": to_dict(config),
         "backbone": {
@@ -128,10 +130,10 @@ def _read_header(folder: Path, *formats: str) -> dict[str, Any]:
         raise UserError(
             f"{folder} has the format {shown(found)}; give a folder with {' or '.join(formats)}."
         )
-    if content.get("version") != VERSION:
+    if content.get("version") != VERSIONS[found]:
         raise UserError(
             f"{folder} was written in version {content.get('version')} of the format, this program "
-            f"reads version {VERSION}; use the program that wrote it."
+            f"reads version {VERSIONS[found]}; use the program that wrote it."
         )
     check_shape(content, str(file), remedy, _HEADERS[found])
     return content
@@ -266,7 +268,7 @@ def save_merged(model: LoRAT, folder: Path | str) -> None:
     write_tensors(state, folder / MODEL_FILE)
     content = {
         "format": MERGED_FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[MERGED_FORMAT],
         "variant": dataclasses.asdict(model.variant),
         "head_depth": model.head_depth,
         "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
