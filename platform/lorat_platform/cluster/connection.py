@@ -175,7 +175,8 @@ def connect(
     except OSError as error:
         if "AF_UNIX path length" not in str(error):
             raise
-        folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+        named_by = ("RAY_TMPDIR", "TMPDIR")
+        folder = next(filter(None, map(os.environ.get, named_by)), tempfile.gettempdir())
         raise UserError(
             f"The folder for temporary files {named(folder)} has {len(os.fsencode(folder))} bytes "
             f"in its name, too many for the sockets of Ray, which takes some {SOCKET_FOLDER}; set "
