@@ -21,6 +21,7 @@ import tyro
 from lorat.config.training import TrainConfig
 from lorat_platform import cluster
 from lorat_platform.recording.store import tracking_uri
+from lorat_platform.recording.trouble import say_what_is_left
 from lorat_platform.search.driver import resume_search, run_search
 from lorat_platform.search.plan import (
     SearchOptions,
@@ -101,10 +102,12 @@ def _conclude(outcome: SearchOutcome) -> int:
     log.info("table   %s", outcome.plan.folder / "results" / "trials.csv")
     if outcome.best_config_file is not None:
         log.info("best    python jobs/train.py --config %s", outcome.best_config_file)
-    log.info(
-        "MLflow  %s, experiment %s, run %s",
-        tracking_uri(), outcome.plan.options.experiment, outcome.run_id,
-    )  # fmt: skip
+    if outcome.run_id is not None:  # else all of it waits, which is said next
+        log.info(
+            "MLflow  %s, experiment %s, run %s",
+            tracking_uri(), outcome.plan.options.experiment, outcome.run_id,
+        )  # fmt: skip
+    say_what_is_left(outcome.endings)
     if outcome.interrupted:
         storage = outcome.plan.options.storage
         where = f" --storage {storage}" if storage else ""

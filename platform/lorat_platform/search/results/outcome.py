@@ -10,7 +10,7 @@ from pathlib import Path
 from lorat.config.fields import to_dict
 from lorat.config.training import TrainConfig
 from lorat_platform.recording.run import Run
-from lorat_platform.recording.trouble import Ending, say_what_is_left
+from lorat_platform.recording.trouble import Ending
 from lorat_platform.search.plan import SearchPlan
 from lorat_platform.search.results.board import Leaderboard, TrialRow
 from lorat_platform.search.results.plots import write_plots
@@ -29,6 +29,8 @@ class SearchOutcome:
     best_config_file: Path | None
     run_id: str | None
     interrupted: bool
+    endings: tuple[Ending, ...]
+    """What the runs of the search and of its trials left for MLflow."""
 
 
 def write_outcome(
@@ -41,7 +43,7 @@ def write_outcome(
 ) -> SearchOutcome:
     """Write table, plots, best configuration and cost, here and to the parent run.
 
-    ``endings`` are what the trials' runs left behind, which is said with the parent's.
+    ``endings`` are what the trials' runs left behind.
     """
     cost = board.cost()
     best = board.best()
@@ -74,7 +76,7 @@ def write_outcome(
         cost.steps,
     )
     parent.set_description(search_description(plan, board))
-    say_what_is_left([*endings, parent.end("KILLED" if interrupted else "FINISHED")])
+    ending = parent.end("KILLED" if interrupted else "FINISHED")
     return SearchOutcome(
         plan=plan,
         board=board,
@@ -83,6 +85,7 @@ def write_outcome(
         best_config_file=best_file,
         run_id=parent.run_id,
         interrupted=interrupted,
+        endings=(*endings, ending),
     )
 
 
