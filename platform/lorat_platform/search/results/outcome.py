@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,13 @@ from pathlib import Path
 from lorat.config.fields import to_dict
 from lorat.config.training import TrainConfig
 from lorat_platform.recording.run import Run
-from lorat_platform.recording.trouble import Ending
+from lorat_platform.recording.store import tracking_uri
+from lorat_platform.recording.trouble import Ending, say_what_is_left
 from lorat_platform.search.plan import SearchPlan
 from lorat_platform.search.results.board import Leaderboard, TrialRow
 from lorat_platform.search.results.plots import write_plots
+
+log = logging.getLogger(__name__)
 
 BEST_FILE = "best_config.json"
 
@@ -87,6 +91,16 @@ def write_outcome(
         interrupted=interrupted,
         endings=(*endings, ending),
     )
+
+
+def say_where_it_is(outcome: SearchOutcome) -> None:
+    """Say where MLflow has the search, and what of it waits for MLflow."""
+    if outcome.run_id is not None:  # else all of it waits
+        log.info(
+            "MLflow  %s, experiment %s, run %s",
+            tracking_uri(), outcome.plan.options.experiment, outcome.run_id,
+        )  # fmt: skip
+    say_what_is_left(outcome.endings)
 
 
 def search_description(plan: SearchPlan, board: Leaderboard) -> str:
