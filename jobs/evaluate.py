@@ -109,10 +109,11 @@ def main() -> int:
         record(run, subject, datasets, folder)
         log.info("\n%s", text)
         log.info("files   %s", folder)
-    log.info(
-        "MLflow  %s, experiment %s, run %s",
-        tracking_uri(), options.experiment, run.run_id,
-    )  # fmt: skip
+    if run.run_id is not None:  # else the end of the run has said what waits, and where
+        log.info(
+            "MLflow  %s, experiment %s, run %s",
+            tracking_uri(), options.experiment, run.run_id,
+        )  # fmt: skip
     return 0
 
 

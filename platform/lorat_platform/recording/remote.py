@@ -136,9 +136,10 @@ class RemoteRun(Recorder):
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
             log.warning(
                 "The process that writes to MLflow does not answer (%s); records may wait in its "
-                "journal. The next job on this machine delivers them, or now: %s",
+                "journal. The next job on this machine that uses this MLflow delivers them, or "
+                "now: %s",
                 type(error).__name__,
-                replay_command(),
+                replay_command(tracking_uri()),
             )
             return False
         finally:

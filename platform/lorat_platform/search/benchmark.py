@@ -30,7 +30,7 @@ from lorat_platform.search.plan import (
     read_plan,
 )
 from lorat_platform.search.results.board import Leaderboard
-from lorat_platform.search.results.outcome import SearchOutcome
+from lorat_platform.search.results.outcome import SearchOutcome, say_where_it_is
 from lorat_platform.search.rungs import OBJECTIVES
 
 log = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ def _run_or_go_on(
     else:
         check_unchanged(begun, plan.space.base, plan.options, also=("trials",))
         outcome = resume_search(plan.name, plan.options.storage)
+    say_where_it_is(outcome)
     if outcome.interrupted:
         raise KeyboardInterrupt
     return outcome
