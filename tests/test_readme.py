@@ -146,6 +146,7 @@ def test_the_tables_of_this_test_name_only_commands_of_the_readme() -> None:
 
 def test_make_run_ends_with_a_registered_model(local_run: LocalRun) -> None:
     assert "models:/lorat/1, alias candidate" in local_run.output
+    assert "jobs/track.py VIDEO --select --model models:/lorat/1" in local_run.output
     assert "http://127.0.0.1:5000" in local_run.output
     assert (local_run.state / "mlflow.db").exists()
 

@@ -301,10 +301,17 @@ def load_merged(folder: Path | str) -> LoRAT:
     return model.requires_grad_(False).eval()
 
 
-def save_backbone(model: LoRAT, file: Path | str, *, dtype: torch.dtype = torch.float32) -> None:
+def save_backbone(
+    model: LoRAT,
+    file: Path | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    with_head: bool = False,
+) -> None:
     """Write the transformer, adapters folded in, in DINOv2's key layout (safetensors).
 
-    The token types it was trained with go along; a model built on the file starts from them.
+    The token types it was trained with go along, and its head if that is asked for; a model built
+    on the file starts from them.
     """
     merged = model.merge() if model.lora is not None else model
     write_backbone(
@@ -313,4 +320,5 @@ def save_backbone(model: LoRAT, file: Path | str, *, dtype: torch.dtype = torch.
         ffn=model.variant.ffn,
         dtype=dtype,
         token_type=merged.embedding.token_type,
+        head=merged.head.state_dict() if with_head else None,
     )

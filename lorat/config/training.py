@@ -128,8 +128,9 @@ class TrainConfig:
     init_from: str | None = None
     """Warm start: a checkpoint folder, models:/NAME@ALIAS, runs:/ID/model, or an official file."""
 
-    recipe: Literal["auto", "paper", "got10k", "small"] = "auto"
-    """Defaults for what is not given; auto means paper for S, B, L, g and small for the others."""
+    recipe: Literal["auto", "paper", "got10k", "small", "brief"] = "auto"
+    """Defaults for what is not given; auto means paper for S, B, L, g, brief for T-168, whose
+    backbone already tracks, and small for the others."""
     data: str = "synthetic"
     """Training shards: URI, or NAME=URI,NAME=URI, each with an optional *WEIGHT."""
     val_data: str | None = None
@@ -229,6 +230,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 """Values of the fields left at ``None``, by path, per recipe."""
+RECIPES["brief"] = RECIPES["small"] | {
+    # What is shipped with its head needs little, and more would only teach it plain scenes.
+    "epochs": 4,
+    "pairs_per_epoch": 2_048,
+    "lr": 1e-4,
+}
 RECIPES["got10k"] = RECIPES["paper"] | {"epochs": 100}
 
 

@@ -49,7 +49,7 @@ class Variant:
     0.02 as published.  At widths far below 384 it would shrink the signal tenfold per head layer
     and training would stand still for thousands of steps, so the CPU variants use 1 / sqrt(dim).
     """
-    recipe: Literal["paper", "small"] = "paper"
+    recipe: Literal["paper", "small", "brief"] = "paper"
     """Default recipe of :data:`lorat.config.training.RECIPES`."""
     patch_size: Annotated[int, Bounds(1, 256)] = 14
     """Side of a token's patch, 1 to 256 pixels."""
@@ -123,6 +123,10 @@ def _table() -> dict[str, Variant]:
         init_std=128**-0.5,
         template_size=56, search_size=112, search_area_factor=4.0, recipe="small",
     )  # fmt: skip
+    table["T-168"] = dataclasses.replace(
+        table["T-112"], name="T-168", pretrain_grid=12, template_size=84, search_size=168,
+        recipe="brief",
+    )  # fmt: skip
     table["N-112"] = Variant(
         name="N-112", timm_name=None, dim=64, depth=2, num_heads=1, pretrain_grid=8,
         init_std=64**-0.5,
@@ -132,7 +136,7 @@ def _table() -> dict[str, Variant]:
 
 
 VARIANTS: dict[str, Variant] = _table()
-"""All variants by name: S, B, L, g × 224, 378 of the paper; T-112 and N-112 for CPUs."""
+"""All variants by name: S, B, L, g × 224, 378 of the paper; T-168, T-112 and N-112 for CPUs."""
 
 
 def get_variant(name: str) -> Variant:

@@ -249,7 +249,7 @@ class Learner:
         Returns:
             Gradient norm, whether it is finite, and whether the step counts as finite.
         """
-        set_learning_rate(self.optimizer, scheduled_lr(self.step, self.config))
+        set_learning_rate(self.optimizer, self.lr)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)

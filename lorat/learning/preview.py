@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -9,6 +10,7 @@ import numpy as np
 
 from lorat.config.training import AugmentConfig, SamplingConfig
 from lorat.config.variants import Variant
+from lorat.data.pairs.batches import Batch
 from lorat.data.pairs.sampler import PairSampler, load_pairs
 from lorat.data.shards.frame_index import FrameIndex
 from lorat.data.shards.images import ImageReader
@@ -31,17 +33,28 @@ def draw_pairs(index: FrameIndex, variant: Variant, *, num_pairs: int, seed: int
     Returns:
         RGB uint8; a row per pair, with its sequence and frames.
     """
+    sampler = PairSampler([index], [1.0], variant, SamplingConfig(), AugmentConfig(), seed)
+    batch = load_pairs(sampler, [ImageReader(index)], list(range(num_pairs)))
+    captions = []
+    for i in range(num_pairs):
+        spec = sampler.sample(i)
+        numbers = index.frame_number[[spec.template_row, spec.search_row]]
+        captions.append(f"{index.sequence(spec.track)}  frames {numbers[0]} and {numbers[1]}")
+    return draw_batch(batch, variant, captions)
+
+
+def draw_batch(batch: Batch, variant: Variant, captions: Sequence[str]) -> np.ndarray:
+    """Draw the pairs of a batch as :func:`draw_pairs` does, each under its caption."""
     import torch
 
     from lorat.learning.augment import augment, foreground_mask
 
-    sampler = PairSampler([index], [1.0], variant, SamplingConfig(), AugmentConfig(), seed)
-    batch = load_pairs(sampler, [ImageReader(index)], list(range(num_pairs)))
-    tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+    names = ("template", "search", "template_box", "search_box", "augment")
+    tensors = {name: torch.from_numpy(batch[name]) for name in names}
     template, search, template_box, search_box = augment(tensors)
     masks = foreground_mask(template_box, variant).numpy()
     rows = []
-    for i in range(num_pairs):
+    for i, caption in enumerate(captions):
         masked = _tint(_restore(template[i].numpy()), masks[i])
         pictures = [
             _with_box(batch["template"][i], batch["template_box"][i]),
@@ -49,9 +62,6 @@ def draw_pairs(index: FrameIndex, variant: Variant, *, num_pairs: int, seed: int
             _with_box(masked, template_box[i].numpy()),
             _with_box(_restore(search[i].numpy()), search_box[i].numpy()),
         ]
-        spec = sampler.sample(i)
-        numbers = index.frame_number[[spec.template_row, spec.search_row]]
-        caption = f"{index.sequence(spec.track)}  frames {numbers[0]} and {numbers[1]}"
         rows.append(_join(pictures, caption, variant.search_size))
     heading = _join([], "   |   ".join(_TITLES), 0, rows[0].shape[1])
     return np.concatenate([heading, *rows])

@@ -37,6 +37,9 @@ SHIPPED = {"T-112": Path(__file__).parents[1] / "assets" / "t112_backbone.safete
 TOKEN_TYPE_KEY = "token_type_embed"
 """Key of the token types in the file of a backbone that was pretrained by tracking."""
 
+HEAD_PREFIX = "tracking_head."
+"""What the keys of such a tracker's head begin with, where the file has it, too."""
+
 BERNOULLI_UP_TO = 0.1
 """Drop-path rates above this one skip samples of the batch instead of zeroing them (DINOv2)."""
 
@@ -314,14 +317,18 @@ def write_backbone(
     ffn: str,
     dtype: torch.dtype = torch.float32,
     token_type: Tensor | None = None,
+    head: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the transformer in DINOv2's key layout (safetensors), and token types (3, D) if given.
+    """Write the transformer in DINOv2's key layout (safetensors).
+
+    Token types (3, D) and the weights of a head go along if they are given.
 
     The class token, its position and the mask token, which the tracker does not have, are zeros.
     """
     weights = plain_weights(backbone)
     if token_type is not None:
         weights[TOKEN_TYPE_KEY] = token_type
+    weights |= {f"{HEAD_PREFIX}{name}": value for name, value in (head or {}).items()}
     weights = {k: v.detach().cpu().to(dtype).contiguous() for k, v in weights.items()}
     if ffn == "swiglu":
         weights = {

@@ -13,6 +13,7 @@ from lorat.config.training import Adaptation, LoraConfig, TrainConfig
 from lorat.config.variants import Variant
 from lorat.errors import UserError
 from lorat.model.backbone import (
+    HEAD_PREFIX,
     TOKEN_TYPE_KEY,
     build_backbone,
     fit_position,
@@ -182,7 +183,8 @@ def assemble(
         config: as for :func:`build_model`, apart from ``variant`` and ``backbone``.
         variant: sizes.
         weights: the backbone's, under timm's keys, with a position grid of any size; token types
-            too if it was pretrained by tracking.
+            too if it was pretrained by tracking, and the head, which is used if its depth is the
+            configuration's.
         source: where they came from, kept as ``model.backbone_source``.
 
     Raises:
@@ -191,6 +193,8 @@ def assemble(
     drop_path = variant.drop_path if config.drop_path is None else config.drop_path
     fitted = {} if weights is None else dict(fit_position(weights, variant.search_grid))
     token_type = fitted.pop(TOKEN_TYPE_KEY, None)
+    names = [name for name in fitted if name.startswith(HEAD_PREFIX)]
+    head = {name.removeprefix(HEAD_PREFIX): fitted.pop(name) for name in names}
     what = f"the backbone of {variant.name}"
     if weights is not None:  # before anything is made of a size that a file only claims to have
         plan = build_backbone(variant, initialise=False, device="meta")
@@ -213,6 +217,8 @@ def assemble(
                 load_weights(
                     model.embedding, {"token_type": token_type}, what=f"the types of {variant.name}"
                 )
+            if len(head) == len(model.head.state_dict()):
+                load_weights(model.head, head, what=f"the head of {variant.name}")
         model.adapt(config.adaptation, config.lora)
     model.backbone_source = source
     model.config = config

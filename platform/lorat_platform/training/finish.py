@@ -109,6 +109,8 @@ def finish(
         log.info("MLflow      %s, experiment %s, run %s", tracking_uri(),
                  options.experiment, run_id)  # fmt: skip
         log.info("open it     %s", ui_command())
+    for line in next_steps(config, version):
+        log.info("%s", line)
     return dataclasses.replace(result, mlflow_run_id=run_id, model_version=version, scores=scores)
 
 
@@ -172,6 +174,22 @@ def ui_command() -> str:
     if not is_sqlite(uri):
         return uri
     return f"mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000   then http://127.0.0.1:5000"
+
+
+def next_steps(config: TrainConfig, version: str | None) -> list[str]:
+    """Say how to try a registered tracker, and how to go on from one of the small variants."""
+    lines = []
+    if version:
+        lines.append(
+            f"try it      python jobs/track.py VIDEO --select --model models:/lorat/{version}   "
+            "(without a screen: --box LEFT,TOP,WIDTH,HEIGHT)"
+        )
+    if config.model_variant.timm_name is None:
+        lines.append(
+            "go on       python jobs/train.py --variant S-224 --data URI   or B-224: DINOv2's "
+            "weights, where a GPU and a network are; jobs/ingest.py makes URI of a dataset"
+        )
+    return lines
 
 
 def reference_set(val_data: str | None, datasets: Datasets) -> list[str]:

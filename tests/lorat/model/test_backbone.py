@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lorat.checkpoint.folder import save_backbone
+from lorat.config.training import HeadConfig
 from lorat.config.variants import VARIANTS, Variant
 from lorat.errors import UserError
 from lorat.model import backbone as backbone_module
@@ -224,6 +225,20 @@ def test_written_backbone_has_dinov2_keys_and_its_token_types_and_loads_again(
         assert torch.equal(plain_weights(again.backbone)[name], value), name
     assert torch.equal(types, model.embedding.token_type)
     assert torch.equal(again.embedding.token_type, types)
+
+
+def test_a_head_that_goes_along_is_taken_unless_its_depth_is_another(tmp_path: Path) -> None:
+    source = shake(tiny_model(adaptation="full"))
+    file = tmp_path / "backbone.safetensors"
+    save_backbone(source, file, with_head=True)
+    head = source.head.state_dict()
+    for adaptation in ("lora", "full", "head"):
+        again = tiny_model(backbone=str(file), adaptation=adaptation).head.state_dict()
+        assert all(torch.equal(again[name], value) for name, value in head.items())
+    deeper = tiny_model(backbone=str(file), head=HeadConfig(depth=4)).head.state_dict()
+    assert len(deeper) > len(head)
+    fresh = tiny_model(backbone="none", head=HeadConfig(depth=4)).head.state_dict()
+    assert deeper.keys() == fresh.keys()
 
 
 def test_a_lora_trained_backbone_is_written_merged(tmp_path: Path) -> None:

@@ -115,3 +115,13 @@ def test_the_end_without_mlflow_shows_the_checkpoint_and_no_link(
     assert f"wait in {journal}. " in said
     assert f"MLFLOW_TRACKING_URI={uri} " in said
     assert said.endswith(f"replay {journal}")
+
+
+def test_the_last_lines_say_how_to_try_the_tracker_and_how_to_go_on() -> None:
+    small = resolve(TrainConfig(variant="N-112"))
+    try_it, go_on = finish.next_steps(small, "3")
+    assert "python jobs/track.py VIDEO --select --model models:/lorat/3 " in try_it
+    assert "python jobs/train.py --variant S-224 --data URI " in go_on
+    assert finish.next_steps(small, None) == [go_on]
+    large = resolve(TrainConfig(variant="B-224", data="/data/train"))
+    assert finish.next_steps(large, "3") == [try_it]
