@@ -58,6 +58,7 @@ def test_what_has_no_living_owner_is_removed(home: Path, tmp_path: Path) -> None
     for folder in dead:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "file").write_bytes(b"f")
+    (tmp_path / "crops" / "crops-search" / "users").write_text("")
     (tmp_path / "crops" / "crops-search" / f"driver{GONE}abc").write_text("")
     left_overs.sweep()
     assert not [folder for folder in dead if folder.exists()]
