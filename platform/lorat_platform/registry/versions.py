@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -244,7 +245,7 @@ def _download(uri: str) -> Path:
         "says; if that folder was moved, with the home folder perhaps, put a link there, else "
         "register the model again."
     )
-    if "://" not in bundle or bundle.startswith("file:"):
+    if urllib.parse.urlsplit(bundle).scheme in ("", "file"):
         place = Path(locate(bundle).path)
         if not place.is_dir():
             raise UserError(lost)
