@@ -145,12 +145,12 @@ class Processes:
                             found.setdefault(name, set()).add(address)
         return found
 
-    def stop(self, *, seconds: float = 15.0) -> None:
-        """Ask everything to end; kill what has not after that time, and every descendant."""
+    def stop(self) -> None:
+        """Ask everything to end; kill what has not after 15 s, and every descendant."""
         members = [pid for process in self.running.values() for pid in family(process.pid)]
         for process in reversed(self.running.values()):
             process.terminate()
-        end = time.monotonic() + seconds
+        end = time.monotonic() + 15
         for process in self.running.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=max(0.0, end - time.monotonic()))

@@ -62,12 +62,12 @@ class Sizing:
     """Of the paper's recipe on 8 GPUs."""
 
 
-def size(name: str, *, peak_flops: float = PEAK_FLOPS[FORECAST_GPU]) -> Sizing:
-    """Compute one row, for a GPU of that peak."""
+def size(name: str) -> Sizing:
+    """Compute one row."""
     config = resolve(TrainConfig(variant=name))
     about = describe(config.model_variant, config)
     memory = training_memory(config, about, BATCH_PER_GPU)
-    pairs_per_s = peak_flops * ASSUMED_MFU / about.train_flops
+    pairs_per_s = PEAK_FLOPS[FORECAST_GPU] * ASSUMED_MFU / about.train_flops
     decoding = DECODING[config.model_variant.search_size]
     recipe = RECIPES["paper"]
     total = recipe["epochs"] * recipe["pairs_per_epoch"]

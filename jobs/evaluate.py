@@ -11,7 +11,6 @@ import bootstrap
 import dataclasses
 import json
 import logging
-import os
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -93,7 +92,7 @@ def main() -> int:
         open_run(
             options.experiment,
             f"{subject.name} {stamp}",
-            folder=home() / "journals" / f"evaluate-{stamp}-{os.getpid()}",
+            folder=home() / "journals" / f"evaluate-{unique}",
             tags={
                 "job": "evaluate",
                 "git_revision": command.git_revision(bootstrap.ROOT) or "unknown",
@@ -110,10 +109,11 @@ def main() -> int:
         record(run, subject, datasets, folder)
         log.info("\n%s", text)
         log.info("files   %s", folder)
-    log.info(
-        "MLflow  %s, experiment %s, run %s",
-        tracking_uri(), options.experiment, run.run_id,
-    )  # fmt: skip
+    if run.run_id is not None:  # else the end of the run has said what waits, and where
+        log.info(
+            "MLflow  %s, experiment %s, run %s",
+            tracking_uri(), options.experiment, run.run_id,
+        )  # fmt: skip
     return 0
 
 

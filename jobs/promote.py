@@ -10,7 +10,7 @@ from __future__ import annotations
 import bootstrap
 
 import logging
-import os
+import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +85,7 @@ def compare_and_promote(options: Options) -> int:
         open_run(
             "promotion",
             f"{label} {stamp}",
-            folder=home() / "journals" / f"promote-{stamp}-{os.getpid()}",
+            folder=home() / "journals" / f"promote-{stamp}-{secrets.token_hex(4)}",
             tags={"job": "promote", "git_revision": revision},
         ) as run,
     ):

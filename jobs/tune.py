@@ -20,7 +20,6 @@ import tyro
 
 from lorat.config.training import TrainConfig
 from lorat_platform import cluster
-from lorat_platform.recording.store import tracking_uri
 from lorat_platform.search.driver import resume_search, run_search
 from lorat_platform.search.plan import (
     SearchOptions,
@@ -31,7 +30,7 @@ from lorat_platform.search.plan import (
     read_plan,
 )
 from lorat_platform.search.results.final import train_winner
-from lorat_platform.search.results.outcome import SearchOutcome, search_description
+from lorat_platform.search.results.outcome import SearchOutcome, say_where_it_is, search_description
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +101,7 @@ def _conclude(outcome: SearchOutcome) -> int:
     log.info("table   %s", outcome.plan.folder / "results" / "trials.csv")
     if outcome.best_config_file is not None:
         log.info("best    python jobs/train.py --config %s", outcome.best_config_file)
-    log.info(
-        "MLflow  %s, experiment %s, run %s",
-        tracking_uri(), outcome.plan.options.experiment, outcome.run_id,
-    )  # fmt: skip
+    say_where_it_is(outcome)
     if outcome.interrupted:
         storage = outcome.plan.options.storage
         where = f" --storage {storage}" if storage else ""

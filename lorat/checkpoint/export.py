@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+import json
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +24,12 @@ from torch import Tensor, nn
 from lorat.checkpoint.folder import load_merged, save_merged
 from lorat.checkpoint.official import export_official, import_official
 from lorat.config.json_files import write_json
+from lorat.config.tracking import MIN_OBJECT_SIZE, WINDOW_PENALTY
 from lorat.errors import UserError
 from lorat.files.checksums import seal
 from lorat.files.outputs import as_text, check_file, check_folder
 from lorat.model.network import LoRAT
+from lorat.model.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 FORMATS = ("bundle", "onnx", "program", "official")
 INPUTS = ("template", "search", "foreground_mask")
@@ -196,6 +200,7 @@ def _onnx(model: LoRAT, folder: Path) -> Parity:
                 external_data=size > MAX_ONNX_BYTES,
                 verbose=False,
             )
+        _describe(Path(scratch, path.name), model)
         files = [Path(scratch, name) for name in os.listdir(scratch)]
         size = sum(file.stat().st_size for file in files)
         for file in files:
@@ -210,6 +215,36 @@ def _onnx(model: LoRAT, folder: Path) -> Parity:
         return np.asarray(scores), np.asarray(boxes)
 
     return _compare("onnx", path, size, model, run)
+
+
+def contract(model: LoRAT) -> dict[str, Any]:
+    """Return what a program has to know that tracks with the ONNX file alone.
+
+    The file carries it as JSON under the metadata key ``lorat``.
+    """
+    variant = model.variant
+    return {
+        "variant": variant.name,
+        "template": {"size": variant.template_size, "area_factor": variant.template_area_factor},
+        "search": {"size": variant.search_size, "area_factor": variant.search_area_factor},
+        "patch_size": variant.patch_size,
+        "channels": "RGB",
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "foreground_mask": "1 for the template's patches that the box touches, else 0",
+        "score_map": "logits",
+        "boxes": "xyxy, 0 to 1 of the search crop",
+        "window_penalty": WINDOW_PENALTY,
+        "min_object_size": MIN_OBJECT_SIZE,
+    }
+
+
+def _describe(path: Path, model: LoRAT) -> None:
+    import onnx
+
+    content = onnx.load(str(path), load_external_data=False)
+    onnx.helper.set_model_props(content, {"lorat": json.dumps(contract(model))})
+    onnx.save(content, str(path))
 
 
 def _program(model: LoRAT, folder: Path) -> Parity:

@@ -5,7 +5,7 @@ Everything is safetensors and JSON; nothing is pickled.  A checkpoint folder hol
 - ``config.json``: format, variant, training configuration, origin of the frozen weights;
 - ``head.safetensors``: head and token types;
 - ``adapter/adapter_config.json`` and ``adapter/adapter_model.safetensors`` with LoRA, as peft
-  writes them;
+  writes and opens them for a plain timm model: one adapter for the fused q, k and v;
 - ``backbone.safetensors``: the transformer, with the full backbone trained or where it cannot be
   had again (random, shipped with the package).
 
@@ -51,7 +51,9 @@ __all__ = [
     "warm_start",
 ]
 
-FORMAT, MERGED_FORMAT, VERSION = "lorat", "lorat-merged", 1
+FORMAT, MERGED_FORMAT = "lorat", "lorat-merged"
+VERSIONS = {FORMAT: 2, MERGED_FORMAT: 1}
+"""Of each format, written and read; version 1 of the first had an adapter of q, k and v apart."""
 CONFIG_FILE, HEAD_FILE, BACKBONE_FILE = "config.json", "head.safetensors", "backbone.safetensors"
 ADAPTER_FILE = "adapter/adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter/adapter_config.json"
@@ -67,17 +69,13 @@ _HEADERS: dict[str, Any] = {
 """What a header says, by format."""
 
 
-def save(
-    model: LoRAT, config: TrainConfig, folder: Path | str, *, include_backbone: bool | None = None
-) -> None:
-    """Write what was trained.
+def save(model: LoRAT, config: TrainConfig, folder: Path | str) -> None:
+    """Write what was trained, and those frozen weights that no public or user's file gives again.
 
     Args:
         model: unmerged, as :func:`lorat.model.network.build_model` made it.
         config: what it was built from.
         folder: made if needed; ``config.json`` is written last.
-        include_backbone: also write frozen weights; none means only those that a public file or
-            a file of the user does not give again.
 
     Raises:
         UserError: if the model is a deployable one.
@@ -85,22 +83,18 @@ def save(
     folder = Path(folder)
     if model.adaptation is None:
         raise UserError("A merged model has nothing left to train; write it with save_merged.")
-    if include_backbone is None:
-        include_backbone = model.backbone_source in {"none", "shipped"}
-    include_backbone = include_backbone or model.adaptation == "full"
+    include_backbone = model.backbone_source in {"none", "shipped"} or model.adaptation == "full"
     if model.lora is not None:
-        from lorat.model.adapter import adapter_weights, peft_config
+        from lorat.model.adapter import adapter_weights, fused_peft_config
 
         write_tensors(adapter_weights(model.backbone), folder / ADAPTER_FILE)
-        peft = peft_config(model.lora)
-        peft.inference_mode = True
-        peft.save_pretrained(str(folder / "adapter"))
+        fused_peft_config(model.lora).save_pretrained(str(folder / "adapter"))
     write_tensors(_head_weights(model), folder / HEAD_FILE)
     if include_backbone:
         write_tensors(plain_weights(model.backbone), folder / BACKBONE_FILE)
     content = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[FORMAT],
         "variant": dataclasses.asdict(model.variant),
         "config": to_dict(config),
         "backbone": {
@@ -136,10 +130,10 @@ def _read_header(folder: Path, *formats: str) -> dict[str, Any]:
         raise UserError(
             f"{folder} has the format {shown(found)}; give a folder with {' or '.join(formats)}."
         )
-    if content.get("version") != VERSION:
+    if content.get("version") != VERSIONS[found]:
         raise UserError(
             f"{folder} was written in version {content.get('version')} of the format, this program "
-            f"reads version {VERSION}; use the program that wrote it."
+            f"reads version {VERSIONS[found]}; use the program that wrote it."
         )
     check_shape(content, str(file), remedy, _HEADERS[found])
     return content
@@ -198,9 +192,14 @@ def _load_own(folder: Path, header: dict[str, Any], backbone: str | None) -> LoR
         )
     tensors = _read_weights(folder, HEAD_FILE)
     if model.lora is not None:
+        from lorat.model.adapter import own_adapter_weights
+
         adapter = _read_weights(folder, ADAPTER_FILE)
         checksums.check(folder, ADAPTER_CONFIG_FILE)  # of those who load the adapter elsewhere
-        tensors |= {_own_adapter_name(name): value for name, value in adapter.items()}
+        tensors |= {
+            f"backbone.{name}": value
+            for name, value in own_adapter_weights(adapter, model.lora).items()
+        }
     own = model.state_dict()
     learnt = {n: v for n, v in own.items() if ".lora_" in n or not n.startswith("backbone.")}
     problems = differences(
@@ -217,11 +216,6 @@ def _read_weights(folder: Path, name: str) -> dict[str, Tensor]:
     if (folder / name).exists():
         checksums.check(folder, name)
     return read_safetensors(folder / name)
-
-
-def _own_adapter_name(name: str) -> str:
-    stem, _, leaf = name.removeprefix("base_model.model.").rpartition(".")
-    return f"backbone.{stem}.default.{leaf}"
 
 
 def warm_start(
@@ -261,23 +255,20 @@ def _alike(a: LoRAT, b: LoRAT) -> bool:
     return same and set(a.lora.targets) == set(b.lora.targets)
 
 
-def save_merged(model: LoRAT, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
+def save_merged(model: LoRAT, folder: Path | str) -> None:
     """Write the deployable form: adapters folded in, one safetensors file and its JSON.
 
     Args:
         model: unmerged or merged.
         folder: made if needed.
-        dtype: floating-point type of the weights; none keeps theirs.
     """
     folder = Path(folder)
     merged = model.merge() if model.adaptation is not None else model
     state = merged.state_dict()
-    if dtype is not None:
-        state = {n: v.to(dtype) for n, v in state.items()}
     write_tensors(state, folder / MODEL_FILE)
     content = {
         "format": MERGED_FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[MERGED_FORMAT],
         "variant": dataclasses.asdict(model.variant),
         "head_depth": model.head_depth,
         "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),

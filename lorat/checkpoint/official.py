@@ -113,35 +113,23 @@ def import_official(
     variant: Variant,
     *,
     backbone: str = "auto",
-    alpha: float | None = None,
-    rslora: bool | None = None,
-    config: TrainConfig | None = None,
 ) -> LoRAT:
     """Build a model from a released checkpoint.
 
-    Rank, targets and head depth are read off the tensors.
+    Rank, targets and head depth are read off the tensors.  A file without an alpha was trained
+    with alpha 1; as in the published merge, LoRA is then scaled by 1.
 
     Args:
         source: a file (``.bin`` and ``.safetensors`` are safetensors) or its tensors.
         variant: the sizes of the model, which a file does not say completely.
         backbone: where frozen weights that the file lacks come from; as in the configuration.
-        alpha: LoRA's alpha, instead of the file's.  A file has none if it was trained with
-            alpha 1; without either, the published merge scales by 1.
-        rslora: with ``alpha``: scale by alpha / sqrt(rank), instead of what the file says.
-        config: training configuration, of which LoRA, head and variant are replaced.
 
     Raises:
         UserError: with every missing, unexpected and misshapen tensor at once.
     """
     state = source if isinstance(source, Mapping) else read_tensors(Path(source))
     weights = sort_weights(state)
-    if alpha is not None:
-        in_file = weights.scalars.get("use_rslora", torch.tensor(False))
-        weights.scalars = {
-            "alpha": torch.tensor(float(alpha)),
-            "use_rslora": in_file if rslora is None else torch.tensor(rslora),
-        }
-    config = _configuration(weights, variant, config or TrainConfig(backbone=backbone))
+    config = _configuration(weights, variant, backbone)
     model = _skeleton(config, variant)
     expected = _expected_shapes(model)
     frozen = {n for n in expected if not n.startswith(("head.", "token_type_embed"))}
@@ -165,7 +153,8 @@ def import_official(
     return _fill(config, variant, weights, given, origin)
 
 
-def _configuration(weights: OfficialWeights, variant: Variant, config: TrainConfig) -> TrainConfig:
+def _configuration(weights: OfficialWeights, variant: Variant, backbone: str) -> TrainConfig:
+    config = TrainConfig(backbone=backbone)
     changes: dict[str, object] = {"head": HeadConfig(depth=weights.head_depth)}
     if variant.name in VARIANTS:
         changes["variant"] = variant.name
@@ -256,14 +245,11 @@ def _fill(
     return model
 
 
-def official_state(
-    model: LoRAT, *, trainable_only: bool = False, scalars: bool = True
-) -> dict[str, Tensor]:
+def official_state(model: LoRAT, *, scalars: bool = True) -> dict[str, Tensor]:
     """Return the weights in the released layout: unmerged, or merged for a deployable model.
 
     Args:
         model: any model.
-        trainable_only: leave out what LoRA keeps frozen, as the released ``.bin`` files do.
         scalars: write ``lora_alpha`` and ``use_rslora``.
     """
     state: dict[str, Tensor] = {}
@@ -273,8 +259,6 @@ def official_state(
         value = value.detach()
         is_backbone = name.startswith("backbone.")
         is_adapter = ".lora_" in name
-        if is_backbone and trainable_only and lora is not None and not is_adapter:
-            continue
         name = name.removeprefix("backbone.")
         name = name.replace("embedding.token_type", "token_type_embed")
         if swiglu and is_backbone:
@@ -299,7 +283,7 @@ def official_state(
     return state
 
 
-def export_official(model: LoRAT, path: Path | str, *, trainable_only: bool = False) -> None:
+def export_official(model: LoRAT, path: Path | str) -> None:
     """Write the released layout (safetensors, whatever the name)."""
-    state = official_state(model, trainable_only=trainable_only)
+    state = official_state(model)
     write_tensors({k: v.clone() for k, v in state.items()}, Path(path))  # none shares memory

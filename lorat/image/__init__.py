@@ -1,1 +1,1 @@
-"""Boxes, crops and the pixels of images, in NumPy and OpenCV."""
+"""Boxes in images, crops of images, images as bytes and arrays, and where frames come from."""

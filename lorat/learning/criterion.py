@@ -60,7 +60,7 @@ class Criterion(nn.Module):
     def __init__(
         self, *, cls_weight: float = 1.0, reg_weight: float = 1.0, iou_aware: bool = True
     ) -> None:
-        """Set the weights of the two parts.
+        """Set the weights of the two parts; the recipe leaves all as the published loss has them.
 
         Args:
             cls_weight: factor of the classification loss.
@@ -73,14 +73,9 @@ class Criterion(nn.Module):
         self.iou_aware = iou_aware
 
     @staticmethod
-    def count_positives(
-        box_norm_B4: Tensor, map_size: int, valid_B: Tensor | None = None
-    ) -> Tensor:
+    def count_positives(box_norm_B4: Tensor, map_size: int) -> Tensor:
         """Count the positive cells of a batch, float32 scalar, to be averaged over the workers."""
-        mask_BSS = positive_mask(box_norm_B4, 1.0, map_size)
-        if valid_B is not None:
-            mask_BSS = mask_BSS & valid_B[:, None, None]
-        return mask_BSS.sum(dtype=torch.float32)
+        return positive_mask(box_norm_B4, 1.0, map_size).sum(dtype=torch.float32)
 
     def forward(
         self,
@@ -89,7 +84,6 @@ class Criterion(nn.Module):
         *,
         num_positive: Tensor | None = None,
         positive_BHW: Tensor | None = None,
-        valid_B: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return ``loss``, ``loss_cls``, ``loss_reg`` (weighted) and ``num_positive``, float32.
 
@@ -99,13 +93,10 @@ class Criterion(nn.Module):
             num_positive: divisor of both parts, the mean over the workers of
                 :meth:`count_positives`; none means that of this batch.
             positive_BHW: :func:`positive_mask`; none means that of ``box_norm_B4``.
-            valid_B: rows that count; none means all (padding rows do not).
         """
         score_BHW, boxes_BHW4 = outputs["score_map"].float(), outputs["boxes"].float()
         if positive_BHW is None:
             positive_BHW = positive_mask(box_norm_B4, 1.0, score_BHW.shape[-1])
-        if valid_B is not None:
-            positive_BHW = positive_BHW & valid_B[:, None, None]
         if num_positive is None:
             num_positive = positive_BHW.sum(dtype=torch.float32)
         divisor = num_positive.clamp(min=1)
@@ -115,8 +106,6 @@ class Criterion(nn.Module):
         positive = positive_BHW.to(score_BHW.dtype)
         score_target_BHW = positive * iou_BHW.detach() if self.iou_aware else positive
         bce_BHW = F.binary_cross_entropy_with_logits(score_BHW, score_target_BHW, reduction="none")
-        if valid_B is not None:
-            bce_BHW = bce_BHW * valid_B[:, None, None]
         loss_cls = self.cls_weight * bce_BHW.sum() / divisor
         loss_reg = self.reg_weight * ((1 - giou_BHW) * positive).sum() / divisor
         return {

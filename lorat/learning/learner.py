@@ -72,7 +72,6 @@ class Learner:
         config: resolved.
         world: this worker's place; DDP is used where there are several.
         model: instead of the one that ``config`` describes.
-        clock: where the parts of a step are timed.
         resume: checkpoint folder with a training state to go on from.
         start_weights: checkpoint folder or file to start from, warm; frozen weights that it lacks
             come from the configuration's backbone, if that is a file or ``hub``.
@@ -87,14 +86,13 @@ class Learner:
         *,
         world: World | None = None,
         model: LoRAT | None = None,
-        clock: StepClock | None = None,
         resume: Path | str | None = None,
         start_weights: Path | str | None = None,
     ) -> None:
         self.config = config
         self.world = world or World()
         self.device = self.world.device
-        self.clock = clock or StepClock(self.device)
+        self.clock = StepClock(self.device)
         self.amp_dtype = resolve_precision(config, self.device)
         if resume is not None and model is None:
             model = checkpoint.load(resume)

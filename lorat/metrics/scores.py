@@ -17,7 +17,6 @@ overlap, success rates at 0.5 and 0.75; all in 0 to 1."""
 
 PRECISION_AT_PX = 20.0
 NORM_PRECISION_AT = 0.2
-PRECISION_THRESHOLDS_PX = np.arange(51.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,21 +105,6 @@ def evaluate(
         sequences=sequences,
         attributes=by_attribute,
     )
-
-
-def score_sequence(
-    name: str,
-    predicted: np.ndarray,
-    truth: GroundTruth,
-    *,
-    dialect: str = "compatible",
-    dataset: str = "",
-    seconds: np.ndarray | None = None,
-) -> SequenceScores:
-    """Score one sequence; see :func:`evaluate`."""
-    rules = _dialect(dialect)
-    boxes = _checked({name: predicted}, {name: truth}, rules)[name]
-    return _score(name, rules.frames(truth, boxes, dataset), rules, seconds)
 
 
 def _dialect(name: str) -> Dialect:

@@ -4,14 +4,19 @@ timm keeps q, k and v in one linear layer.  Each gets its own adapter here (the 
 that way) while the frozen product stays fused: the base layer of such an adapter is a slice that
 owns no weights, and :class:`lorat.model.backbone.Attention` adds the low-rank part to its third of
 the fused product.  So LoRA on q, k and v costs one frozen product and the adapters' own.
+
+On disk the adapters of q, k and v are one of the fused layer (n of rank r are one of rank n r: the
+rows of A stacked, B block-diagonal; exact), so that peft opens the file on a plain timm model.
+Adapters of q, k and v would load there in part, without a word: timm has no such layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
@@ -19,6 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lorat.config.training import LoraConfig
+from lorat.errors import UserError
 
 ADAPTER = "default"
 """peft's name of the only adapter."""
@@ -49,9 +55,31 @@ class LinearSlice(nn.Linear):
 
 
 def peft_config(lora: LoraConfig) -> PeftLoraConfig:
-    """Return peft's form of a LoRA configuration, as ``adapter_config.json`` keeps it."""
-    attention = "|".join(t for t in lora.targets if t in {"q", "k", "v", "proj"})
-    ffn = "|".join(t for t in lora.targets if t in {"fc1", "fc2"})
+    """Return peft's form of a LoRA configuration, for a backbone with separate q, k and v."""
+    return _peft_config(lora, lora.targets)
+
+
+def fused_peft_config(lora: LoraConfig) -> PeftLoraConfig:
+    """Return peft's form for a plain timm model, as ``adapter_config.json`` keeps it."""
+    parts = _fused_parts(lora)
+    targets = tuple(t for t in lora.targets if t not in parts)
+    config = _peft_config(lora, (*targets, "qkv") if parts else targets)
+    if parts:
+        # The scaling, alpha over the rank or its root, has to stay that of one part.
+        growth = math.sqrt(len(parts)) if lora.rslora else len(parts)
+        config.rank_pattern = {"attn.qkv": lora.rank * len(parts)}
+        config.alpha_pattern = {"attn.qkv": lora.resolved_alpha * growth}
+    config.inference_mode = True
+    return config
+
+
+def _fused_parts(lora: LoraConfig) -> tuple[str, ...]:
+    return tuple(name for name in "qkv" if name in lora.targets)
+
+
+def _peft_config(lora: LoraConfig, targets: tuple[str, ...]) -> PeftLoraConfig:
+    attention = "|".join(t for t in targets if t not in {"fc1", "fc2"})
+    ffn = "|".join(t for t in targets if t in {"fc1", "fc2"})
     parts = [
         f"{room}\\.(?:{names})" for room, names in (("attn", attention), ("mlp", ffn)) if names
     ]
@@ -146,9 +174,61 @@ def merged_weights(backbone: VisionTransformer) -> dict[str, Tensor]:
 
 
 def adapter_weights(backbone: VisionTransformer) -> dict[str, Tensor]:
-    """Return A and B under the names of peft's ``adapter_model.safetensors``."""
+    """Return A and B under the names of peft's ``adapter_model.safetensors`` for plain timm."""
     weights: dict[str, Tensor] = {}
+    fused: dict[str, list[PeftLinear]] = {}
     for name, layer in adapted_layers(backbone):
-        for matrix, value in zip(("lora_A", "lora_B"), matrices(layer), strict=True):
-            weights[f"base_model.model.{name}.{matrix}.weight"] = value.detach()
+        if isinstance(layer.get_base_layer(), LinearSlice):
+            fused.setdefault(name.rpartition(".")[0], []).append(layer)
+            continue
+        a, b = matrices(layer)
+        weights |= {_peft_name(name, "A"): a.detach(), _peft_name(name, "B"): b.detach()}
+    for attention, layers in fused.items():
+        pairs = [matrices(layer) for layer in layers]
+        rank, dim = pairs[0][0].shape[0], pairs[0][1].shape[0]
+        b_outR = pairs[0][1].new_zeros(3 * dim, rank * len(pairs))
+        for place, (layer, (_, b)) in enumerate(zip(layers, pairs, strict=True)):
+            base: Any = layer.get_base_layer()
+            b_outR[base._rows, place * rank : (place + 1) * rank] = b.detach()
+        name = f"{attention}.qkv"
+        weights[_peft_name(name, "A")] = torch.cat([a.detach() for a, _ in pairs])
+        weights[_peft_name(name, "B")] = b_outR
     return weights
+
+
+def _peft_name(layer: str, matrix: str) -> str:
+    return f"base_model.model.{layer}.lora_{matrix}.weight"
+
+
+def own_adapter_weights(weights: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]:
+    """Return what :func:`adapter_weights` gave under the names of the backbone's own adapters.
+
+    A matrix of a fused layer that has not the shape of its parts keeps its name.
+
+    Raises:
+        UserError: if q, k and v of a fused layer share a rank, so that they cannot be told apart.
+    """
+    parts, rank = _fused_parts(lora), lora.rank
+    own: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        stem, _, leaf = name.removeprefix("base_model.model.").rpartition(".")
+        layer, _, matrix = stem.rpartition(".")
+        ranks = value.shape[0 if matrix == "lora_A" else -1]
+        if not layer.endswith(".qkv") or value.ndim != 2 or ranks != len(parts) * rank:
+            own[f"{stem}.{ADAPTER}.{leaf}"] = value
+            continue
+        kept = torch.zeros_like(value)
+        for place, part in enumerate(parts):
+            columns = slice(place * rank, (place + 1) * rank)
+            dim = value.shape[0] // 3
+            rows = slice("qkv".index(part) * dim, ("qkv".index(part) + 1) * dim)
+            where = (columns,) if matrix == "lora_A" else (rows, columns)
+            kept[where] = value[where]
+            stem = f"{layer.removesuffix('qkv')}{part}.{matrix}"
+            own[f"{stem}.{ADAPTER}.{leaf}"] = value[where].clone()
+        if not torch.equal(kept.nan_to_num(), value.nan_to_num()):
+            raise UserError(
+                f"The adapter's {name} mixes q, k and v, which are adapted apart here; give an "
+                "adapter as it was saved, or fold this one into the weights with peft."
+            )
+    return own

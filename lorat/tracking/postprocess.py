@@ -10,11 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorat.config.tracking import WINDOW_PENALTY
 from lorat.image.boxes import Box, intersects
 from lorat.image.crops import CropParams
-
-WINDOW_PENALTY = 0.45
-"""Weight of the Hann window against the score."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorat.config.tracking import MIN_OBJECT_SIZE
 from lorat.errors import UserError
 from lorat.image.boxes import Box, clip_box, enlarge_to_minimum, intersects
 from lorat.image.codec import mean_rgb
@@ -26,9 +27,6 @@ from lorat.image.crops import CropParams, crop_params, foreground_mask, resample
 from lorat.model.network import LoRAT
 from lorat.model.normalisation import normalize_
 from lorat.tracking.postprocess import box_in_frame, find_peak, hann_window, next_box
-
-MIN_OBJECT_SIZE = 10.0
-"""Smallest side of the box that the search crop is computed from, in frame pixels."""
 
 
 @dataclass(kw_only=True)

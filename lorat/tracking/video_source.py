@@ -110,9 +110,9 @@ class VideoSource:
         if told.others:
             others = [named(os.path.basename(path)) for path in told.others]
             log.warning(
-                "%s: %d images of other names than the frames (%s) are left out: %s.",
-                self.source, len(others), named(os.path.basename(told.frames[0])),
-                ", ".join(others[:3]) + (", ..." if others[3:] else ""),
+                "%s: left out, since not named as the frames (%s, ...): %s.",
+                self.source, named(os.path.basename(told.frames[0])),
+                ", ".join(others[:3]) + (f", ... ({len(others)} images)" if others[3:] else ""),
             )  # fmt: skip
         num_missing, first = missing_numbers(told.frames)
         if num_missing:

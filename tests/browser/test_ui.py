@@ -81,7 +81,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         data = make_shards(folder / "val")
         versions = []
         for model in (shrinking_tracker(), staying_tracker()):
-            with open_run("lorat", "training", description="# A training") as run:
+            with open_run("lorat", "training") as run:
+                run.set_description("# A training")
                 for step in range(40):
                     run.log_metrics({"train/loss": 1 / (step + 1), "val/ao": step / 80}, step)
                 run.log_params({"lora": {"rank": 8}})

@@ -1,11 +1,23 @@
-"""Models and variants of the fixture sets, from their scalars and shapes alone."""
+"""Weights and variants of the fixture sets, from their scalars and shapes alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from lorat.config.variants import Variant
+
+
+def with_scaling(weights: Path | Mapping[str, Tensor], io: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return weights with the set's alpha: a file without one was trained with the scalar's."""
+    state = load_file(weights) if isinstance(weights, Path) else dict(weights)
+    alpha, rslora = float(io["meta_lora_alpha"]), bool(io["meta_use_rslora"])
+    return state | {"lora_alpha": torch.tensor(alpha), "use_rslora": torch.tensor(rslora)}
 
 
 def variant_of(io: Mapping[str, Any], *, pretrain_grid: int = 37) -> Variant:

@@ -15,7 +15,7 @@ from lorat.checkpoint.folder import load_merged, save_merged
 from lorat.checkpoint.official import import_official, official_state
 from lorat.model.network import LoRAT
 from tests.golden.fixture_files import beside, golden, name_of
-from tests.golden.official_sets import variant_of
+from tests.golden.official_sets import variant_of, with_scaling
 
 COVERS = (
     "*_model_*_io.npz",
@@ -34,14 +34,10 @@ def inputs(io: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def unmerged(path: Path, io: Any, **options: Any) -> LoRAT:
-    """Import the set's checkpoint; a file without an alpha was trained with the scalar's."""
-    return import_official(
-        options.pop("source", beside(path, "_io.npz", "_checkpoint.safetensors")),
-        variant_of(io),
-        backbone=options.pop("backbone", "none"),
-        alpha=float(io["meta_lora_alpha"]),
-        rslora=bool(io["meta_use_rslora"]),
-    ).eval()
+    """Import the set's checkpoint."""
+    source = options.pop("source", beside(path, "_io.npz", "_checkpoint.safetensors"))
+    backbone = options.pop("backbone", "none")
+    return import_official(with_scaling(source, io), variant_of(io), backbone=backbone).eval()
 
 
 def assert_outputs(model: LoRAT, io: Any, suffix: str = "") -> None:

@@ -10,10 +10,11 @@ import pytest
 from safetensors import safe_open
 
 from lorat.checkpoint.official import import_official
+from lorat.config.tracking import MIN_OBJECT_SIZE, WINDOW_PENALTY
 from lorat.config.variants import Variant
-from lorat.tracking.postprocess import WINDOW_PENALTY
-from lorat.tracking.tracker import MIN_OBJECT_SIZE, Tracker
+from lorat.tracking.tracker import Tracker
 from tests.golden.fixture_files import beside, golden, name_of
+from tests.golden.official_sets import with_scaling
 
 COVERS = ("*_track.npz", "*_track_checkpoint.safetensors")
 
@@ -42,13 +43,8 @@ def test_boxes_and_scores_of_whole_videos(path: Path, batched: bool) -> None:
     assert float(data["window_penalty"]) == WINDOW_PENALTY
     assert float(data["min_object_size"]) == MIN_OBJECT_SIZE
     checkpoint = beside(path, "_track.npz", "_track_checkpoint.safetensors")
-    model = import_official(
-        checkpoint,
-        variant_of_track(data, checkpoint),
-        backbone="none",
-        alpha=float(data["meta_lora_alpha"]),
-        rslora=bool(data["meta_use_rslora"]),
-    )
+    weights, variant = with_scaling(checkpoint, data), variant_of_track(data, checkpoint)
+    model = import_official(weights, variant, backbone="none")
     tracker = Tracker(model, device="cpu")
     frames, init_boxes = data["frames_uint8"], data["init_boxes_xyxy"]
     num_videos, num_frames = frames.shape[:2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from lorat.checkpoint.official import import_official, official_state
-from lorat.config.training import TrainConfig
+from lorat.config.training import HeadConfig, TrainConfig
 from lorat.learning.learner import Learner
 from lorat.learning.optimisation import build_optimizer
-from lorat.model.network import LoRAT
+from lorat.model.network import LoRAT, build_model
 from tests.golden.fixture_files import beside, golden, name_of
-from tests.golden.official_sets import variant_of
+from tests.golden.official_sets import variant_of, with_scaling
+from tests.lorat.tiny_models import released_state
 
 COVERS = (
     "*_train_io.npz",
@@ -44,20 +46,20 @@ def recipe(io: Any) -> TrainConfig:
 
 
 def initial_model(path: Path, io: Any) -> LoRAT:
-    return import_official(
-        beside(path, "_io.npz", "_init_checkpoint.safetensors"),
-        variant_of(io),
-        backbone="none",
-        alpha=float(io["meta_lora_alpha"]),
-        rslora=bool(io["meta_use_rslora"]),
-        config=recipe(io),
-    )
+    weights = with_scaling(beside(path, "_io.npz", "_init_checkpoint.safetensors"), io)
+    released = import_official(weights, variant_of(io), backbone="none")
+    assert released.lora is not None
+    head = HeadConfig(depth=released.head_depth)
+    config = dataclasses.replace(recipe(io), backbone="none", lora=released.lora, head=head)
+    model = build_model(config, variant=variant_of(io))
+    model.load_state_dict(released.state_dict())
+    return model
 
 
 def official_names(model: LoRAT) -> dict[str, str]:
     """Map our parameter names to the released ones."""
     tensors = {n: p.data for n, p in model.named_parameters() if p.requires_grad}
-    released = {v.data_ptr(): n for n, v in official_state(model, trainable_only=True).items()}
+    released = {v.data_ptr(): n for n, v in official_state(model, scalars=False).items()}
     return {name: released[value.data_ptr()] for name, value in tensors.items()}
 
 
@@ -111,7 +113,7 @@ def test_training_steps(path: Path) -> None:
             gradient, published[names[name]], err_msg=name, rtol=1e-4, atol=1e-6
         )
     published = load_file(beside(path, "_io.npz", "_final_trainable.safetensors"))
-    final = official_state(model, trainable_only=True, scalars=False)
+    final = released_state(model, scalars=False)
     assert final.keys() == published.keys()
     for name, value in published.items():
         np.testing.assert_allclose(final[name], value, err_msg=name, rtol=0, atol=5e-3)

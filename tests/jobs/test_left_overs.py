@@ -50,7 +50,7 @@ def test_what_has_no_living_owner_is_removed(home: Path, tmp_path: Path) -> None
         home / "datasets" / "upload" / f".index{GONE}abc",
         home / "datasets" / "index" / f".part-{GONE}abc",
         tmp_path / "temporary" / f"lorat{GONE}abc",
-        tmp_path / "crops" / "search",
+        tmp_path / "crops" / "crops-search",
     ]
     driven = half_checkpoint(home / "runs" / "driven")
     announce(locate(driven.parent), FOREIGN)
@@ -58,7 +58,8 @@ def test_what_has_no_living_owner_is_removed(home: Path, tmp_path: Path) -> None
     for folder in dead:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "file").write_bytes(b"f")
-    (tmp_path / "crops" / "search" / f"driver{GONE}abc").write_text("")
+    (tmp_path / "crops" / "crops-search" / "users").write_text("")
+    (tmp_path / "crops" / "crops-search" / f"driver{GONE}abc").write_text("")
     left_overs.sweep()
     assert not [folder for folder in dead if folder.exists()]
     assert driven.exists()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorat.checkpoint.official import official_state
 from lorat.config.training import LoraConfig, TrainConfig
 from lorat.config.variants import VARIANTS, Variant
 from lorat.model.network import LoRAT, build_model
@@ -26,6 +27,13 @@ def tiny_config(**fields: Any) -> TrainConfig:
 def tiny_model(variant: Variant = MLP_VARIANT, **fields: Any) -> LoRAT:
     """Build a tiny model with random weights."""
     return build_model(tiny_config(**fields), variant=variant)
+
+
+def released_state(model: LoRAT, *, scalars: bool = True) -> dict[str, Tensor]:
+    """Return what the released ``.bin`` files hold: the tensors that are trained."""
+    state = official_state(model, scalars=scalars)
+    parts = ("head.", "token_type_embed", ".lora.", "lora_alpha", "use_rslora")
+    return {n: v for n, v in state.items() if any(part in n for part in parts)}
 
 
 def batch(variant: Variant = MLP_VARIANT, size: int = 3, seed: int = 0) -> tuple[Tensor, ...]:

@@ -28,10 +28,8 @@ class Finding:
 class Findings:
     """Anomalies in the order they were met; frames of one kind are gathered in one finding."""
 
-    def __init__(self, findings: Iterable[Finding] = ()):
+    def __init__(self) -> None:
         self._frames: dict[tuple[str, Action, str], list[int]] = {}
-        for finding in findings:
-            self.add(finding.sequence, finding.action, finding.why, finding.frames)
 
     def add(self, sequence: str, action: Action, why: str, frames: Iterable[int] = ()) -> None:
         """Note an anomaly."""

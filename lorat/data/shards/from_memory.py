@@ -18,6 +18,8 @@ from lorat.data.shards.windows import WindowLaw
 from lorat.files import storage
 from lorat.image.boxes import usable
 
+_QUALITY = 92
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryTrack:
@@ -45,7 +47,6 @@ def write_dataset(
     stored: Storage = "full",
     law: WindowLaw | None = None,
     tracks_per_shard: int = 16,
-    quality: int = 92,
 ) -> FrameIndex:
     """Write a whole dataset from tracks in memory and open it.
 
@@ -64,7 +65,7 @@ def write_dataset(
         file = shard_name(len(tables))
         with shards.ShardWriter(location, file, info) as writer:
             for track in pending:
-                _append(writer, track, law, quality)
+                _append(writer, track, law)
             tables.append(writer.close())
         size = location.filesystem.get_file_info(location.file(file)).size
         rows = tables[-1].num_rows
@@ -89,9 +90,7 @@ def write_dataset(
     )
 
 
-def _append(
-    writer: shards.ShardWriter, track: MemoryTrack, law: WindowLaw | None, quality: int
-) -> None:
+def _append(writer: shards.ShardWriter, track: MemoryTrack, law: WindowLaw | None) -> None:
     box = np.asarray(track.box, np.float64)
     visible: np.ndarray = np.logical_and.reduce(np.isfinite(box), axis=1)
     if track.visible is not None:
@@ -108,6 +107,6 @@ def _append(
                 valid=bool(visible[number] and usable(box[number], size_wh)),
                 visible=bool(visible[number]),
                 law=law,
-                quality=quality,
+                quality=_QUALITY,
             )
         )

@@ -37,16 +37,18 @@ def check_address(address: str) -> None:
             f"{address} is the address of a dashboard, which takes jobs; give the cluster's own, "
             "host:port with the port 6379 unless it was started with another."
         )
+    let_in = True
     try:
         place = ray_internals.address_of(address)
         host, _, port = place.rpartition(":")
         reason = _why_silent(host.strip("[]"), int(port))
+        let_in = bool(reason) or ray_internals.lets_in(place)
     except (ValueError, ConnectionError) as error:
         lines = str(error).strip().splitlines()
         reason = lines[0].rstrip(".") if lines else type(error).__name__
     if reason:
         raise UserError(f"No Ray cluster answers at {address} ({reason}); {REMEDY}.")
-    if not ray_internals.lets_in(place):
+    if not let_in:
         raise UserError(
             f"The Ray cluster at {address} does not let this user in: its token is another, or is "
             "missing here; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."

@@ -117,7 +117,6 @@ def connect(
     address: str | None = None,
     *,
     num_cpus: int | None = None,
-    num_gpus: int | None = None,
     env: dict[str, str] | None = None,
 ) -> Cluster:
     """Connect this process to Ray.
@@ -126,7 +125,6 @@ def connect(
         address: host:port of a running cluster, ``auto``, or ``local``; none means
             ``RAY_ADDRESS``, and where that is not set an embedded Ray of this process.
         num_cpus: CPUs of an embedded Ray; none means those that this process may use.
-        num_gpus: GPUs of an embedded Ray; none means those that are there.
         env: More environment variables for the workers.
 
     An embedded Ray listens on the loopback address only and answers only who has its token, which
@@ -152,7 +150,6 @@ def connect(
         _ask_for_a_token()
         options = {
             "num_cpus": num_cpus or len(os.sched_getaffinity(0)),
-            "num_gpus": num_gpus,
             "include_dashboard": False,
             "_node_ip_address": LOOPBACK,
         }
@@ -178,7 +175,8 @@ def connect(
     except OSError as error:
         if "AF_UNIX path length" not in str(error):
             raise
-        folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+        named_by = ("RAY_TMPDIR", "TMPDIR")
+        folder = next(filter(None, map(os.environ.get, named_by)), tempfile.gettempdir())
         raise UserError(
             f"The folder for temporary files {named(folder)} has {len(os.fsencode(folder))} bytes "
             f"in its name, too many for the sockets of Ray, which takes some {SOCKET_FOLDER}; set "

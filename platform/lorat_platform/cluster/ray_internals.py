@@ -57,9 +57,13 @@ def address_of(address: str) -> str:
 
 
 def lets_in(place: str) -> bool:
-    """Tell whether a cluster, which must be there, takes this user's token."""
+    """Tell whether a cluster, which must be there, takes this user's token.
+
+    Raises:
+        ConnectionError: if what answers there is none.
+    """
     from ray import _raylet
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import AuthenticationError, RpcError
 
     client: Any = _raylet
     with _silent_stderr():  # what Ray's C++ says of a wrong token
@@ -67,6 +71,8 @@ def lets_in(place: str) -> bool:
             client.GcsClient(address=place)
         except AuthenticationError:
             return False
+        except RpcError as error:
+            raise ConnectionError(str(error)) from error
     return True
 
 

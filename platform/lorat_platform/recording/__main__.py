@@ -1,4 +1,4 @@
-"""Deliver what MLflow has not taken: ``python -m lorat_platform.recording replay [FOLDER ...]``."""
+"""Deliver or list what MLflow has not taken: ``python -m lorat_platform.recording replay|list``."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import tenacity
@@ -20,7 +21,7 @@ from lorat_platform.recording.delivery import (
 )
 from lorat_platform.recording.journal import Journal
 from lorat_platform.recording.store import tracking_uri
-from lorat_platform.recording.trouble import replay_command
+from lorat_platform.recording.trouble import recording_command, replay_command
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,23 @@ def waiting() -> list[Path]:
     return folders
 
 
+def waiting_here() -> tuple[list[Path], int]:
+    """List the waiting journals of the MLflow in use, and count those of other ones.
+
+    A journal whose header cannot be read is among the former: delivering it says why.
+    """
+    here, store = [], store_name(tracking_uri())
+    folders = waiting()
+    for folder in folders:
+        try:
+            is_other = Journal(folder).header()["store"] != store
+        except (UserError, OSError):
+            is_other = False
+        if not is_other:
+            here.append(folder)
+    return here, len(folders) - len(here)
+
+
 def replay(folder: Path, *, rejected: bool = False) -> int | None:
     """Deliver what a journal still holds and return the number of records.
 
@@ -110,16 +128,19 @@ def replay(folder: Path, *, rejected: bool = False) -> int | None:
         if left := len(journal.postponed()):
             raise UserError(
                 f"{left} artefacts cannot be uploaded ({delivery.artifact_error}); mend that and "
-                f"give '{replay_command(folder)}' again."
+                f"give '{replay_command(uri, folder)}' again."
             )
     forget(journal)
     return total - delivery.num_rejected
 
 
 def deliver_quietly() -> None:
-    """Deliver what earlier runs left, as far as it can be; never raises."""
+    """Deliver what earlier runs left for the MLflow in use, as far as it can be; never raises.
+
+    Journals of other ones are no news to whoever runs this job; the list command has them.
+    """
     try:
-        folders = waiting()
+        folders, _ = waiting_here()
     except Exception as error:
         log.info("The journals of earlier runs cannot be listed: %s", error)
         return
@@ -134,13 +155,23 @@ def deliver_quietly() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run ``python -m lorat_platform.recording replay [FOLDER ...]``."""
-    if not arguments or arguments[0] != "replay":
-        print(f"usage: {replay_command()} [FOLDER ...]")
-        print("Delivers what MLflow could not take, or refused, when it was recorded.")
-        return 2
+    """Run ``python -m lorat_platform.recording replay [FOLDER ...]`` or ``list``."""
+    match arguments:
+        case ["replay", *folders]:
+            return _replay_all([Path(folder).absolute() for folder in folders])
+        case ["list"]:
+            return _list()
+    print(f"usage: {recording_command()} replay [FOLDER ...] | list")
+    print("replay  delivers what MLflow could not take, or refused, when it was recorded")
+    print("list    shows what waits on this machine for this MLflow or another")
+    return 2
+
+
+def _replay_all(given: list[Path]) -> int:
+    """Deliver the given journals, or all of the MLflow in use."""
+    folders, num_others = (given, 0) if given else waiting_here()
     failed = 0
-    for folder in [Path(a).absolute() for a in arguments[1:]] or waiting():
+    for folder in folders:
         try:
             sent = replay(folder, rejected=True)
         except Exception as error:
@@ -148,4 +179,31 @@ def main(arguments: list[str]) -> int:
             print(f"error: {folder}: {first_line(error)}", file=sys.stderr)
         else:
             print(f"{folder}: " + ("still in use" if sent is None else f"{sent} records delivered"))
+    if num_others:
+        print(
+            f"{num_others} {'journals wait' if num_others > 1 else 'journal waits'} for another "
+            f"MLflow than {tracking_uri()}; listed by: {recording_command('list')}"
+        )
+    return 1 if failed else 0
+
+
+def _list() -> int:
+    """Print every waiting journal under the MLflow it waits for, and what delivers them."""
+    rows: dict[str, list[str]] = defaultdict(list)
+    failed = 0
+    for folder in waiting():
+        journal = Journal(folder)
+        try:
+            header, num_records = journal.header(), journal.num_pending()
+        except (UserError, OSError) as error:
+            failed += 1
+            print(f"error: {folder}: {first_line(error)}", file=sys.stderr)
+            continue
+        run = f"{header['experiment']}/{header['name']}"
+        rows[header["tracking_uri"]].append(f"  {num_records:6d} records  {run}  {folder}")
+    for store in sorted(rows):
+        print(f"MLflow at {store}", *rows[store], sep="\n")
+        print(f"  delivered by: {replay_command(store)}")
+    if not rows and not failed:
+        print("Nothing waits on this machine.")
     return 1 if failed else 0

@@ -170,7 +170,7 @@ class Delivery:
             "MLflow refuses a record: %s (kept in %s; sent again by: %s)",
             first_line(error),
             self._journal.folder / REJECTED,
-            replay_command(self._journal.folder),
+            replay_command(self._uri, self._journal.folder),
         )
 
     def _upload_or_postpone(self, run_id: str, record: dict[str, Any]) -> bool:

@@ -136,9 +136,10 @@ class RemoteRun(Recorder):
         except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
             log.warning(
                 "The process that writes to MLflow does not answer (%s); records may wait in its "
-                "journal. The next job on this machine delivers them, or now: %s",
+                "journal. The next job on this machine that uses this MLflow delivers them, or "
+                "now: %s",
                 type(error).__name__,
-                replay_command(),
+                replay_command(tracking_uri()),
             )
             return False
         finally:
@@ -200,8 +201,7 @@ def open_remote_run(
         experiment: name of the experiment.
         name: name of the run.
         console: where the actor says that MLflow or the disk does not take what is recorded.
-        options: ``folder`` (on this node), ``run_id``, ``parent_run_id``, ``tags``,
-            ``description``.
+        options: ``folder`` (on this node), ``run_id``, ``parent_run_id``, ``tags``.
     """
     if options.get("folder") is not None:
         options["folder"] = str(Path(options["folder"]).absolute())

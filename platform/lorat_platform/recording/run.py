@@ -140,7 +140,7 @@ class Run(Recorder):
         """End the run as :meth:`close` does, but leave it to the caller to say what is left."""
         store, folder = self.uri, self.journal.folder
         if self._stop.is_set():
-            return Ending(True, 0, 0, 0, folder, store, "")
+            return Ending(True, True, 0, 0, 0, folder, store, "")
         self._record("status", status=status)
         self._closing.set()
         delivered = self.flush(timeout_s)
@@ -149,11 +149,12 @@ class Run(Recorder):
         self._thread.join(timeout=1.0)
         for trouble in (UNREACHABLE[self.uri], NOT_WRITTEN, LOST):
             trouble.end(self)
-        reason, waiting, disk = "", 0, self.journal.disk_error
+        arrived, reason, waiting, disk = True, "", 0, self.journal.disk_error
         if delivered:
             backlog.forget(self.journal)
         else:
             try:
+                arrived = self.run_id is not None
                 waiting = self.journal.num_pending()
                 reason = self._delivery.artifact_error if self.journal.is_read() else ""
             except OSError as error:  # a disk that cannot be written may not be readable either
@@ -162,7 +163,7 @@ class Run(Recorder):
         if disk:
             reason = disk.strerror or str(disk)
         lost, refused = self.journal.num_lost(), self._delivery.num_rejected
-        return Ending(delivered, waiting, lost, refused, folder, store, reason[:300])
+        return Ending(delivered, arrived, waiting, lost, refused, folder, store, reason[:300])
 
     def __enter__(self) -> Self:
         return self
@@ -288,7 +289,6 @@ def open_run(
     run_id: str | None = None,
     parent_run_id: str | None = None,
     tags: Mapping[str, Any] | None = None,
-    description: str | None = None,
 ) -> Run:
     """Open an MLflow run, or go on with the one that ``folder`` already has.  Never waits.
 
@@ -300,7 +300,6 @@ def open_run(
         run_id: continue this MLflow run.
         parent_run_id: an MLflow run id, or another run's :attr:`Run.reference`.
         tags: tags of the run.
-        description: Markdown shown at the top of the run's page.
     """
     uri = tracking_uri()
     key = uuid.uuid4().hex
@@ -331,8 +330,7 @@ def open_run(
         "mlflow.source.name": sys.argv[0],
         "mlflow.source.type": "JOB",
     }
-    note = {"mlflow.note.content": description} if description else {}
-    run.set_tags(about | dict(tags or {}) | note)
+    run.set_tags(about | dict(tags or {}))
     return run
 
 

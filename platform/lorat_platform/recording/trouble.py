@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import threading
@@ -55,6 +56,8 @@ class Ending(NamedTuple):
 
     delivered: bool
     """Whether MLflow has everything."""
+    arrived: bool
+    """Whether MLflow has the run at all."""
     waiting: int
     """Records that wait in the journal."""
     lost: int
@@ -74,14 +77,21 @@ def say_what_is_left(endings: Sequence[Ending]) -> None:
     waiting = [ending for ending in endings if ending.waiting]
     if waiting:
         first, several = waiting[0], len(waiting) > 1
+        # In one form for all reasons: a server that refuses the password has answered.
+        what = (
+            f"MLflow at {first.store} did not take everything"
+            if any(ending.arrived for ending in endings)
+            else f"Nothing of {'these runs' if several else 'this run'} has arrived in MLflow at "
+            f"{first.store}"
+        )
         log.warning(
-            "MLflow at %s did not take everything%s: %d records wait in %s. The next job on this "
-            "machine delivers them, or now: %s",
-            first.store,
+            "%s%s: %d records wait in %s. The next job on this machine that uses this MLflow "
+            "delivers them, or now: %s",
+            what,
             f" ({first.reason})" if first.reason else "",
             sum(ending.waiting for ending in waiting),
             f"{len(waiting)} journals, the first one {first.folder}" if several else first.folder,
-            replay_command() if several else replay_command(first.folder),
+            replay_command(first.store, *([] if several else [first.folder])),
         )
     lost = [ending for ending in endings if ending.lost]
     if lost:
@@ -97,17 +107,30 @@ def say_what_is_left(endings: Sequence[Ending]) -> None:
             "MLflow refused %d records; they are in %s. Sent again by: %s",
             sum(ending.refused for ending in refused),
             " ".join(str(ending.folder / REJECTED) for ending in refused),
-            replay_command(*(ending.folder for ending in refused)),
+            replay_command(refused[0].store, *(ending.folder for ending in refused)),
         )
 
 
-def replay_command(*folders: Path) -> str:
-    """Return the command that delivers what waits, in some journals or all of this machine."""
+def replay_command(store: str, *folders: Path) -> str:
+    """Return the command that delivers what waits, whatever MLFLOW_TRACKING_URI is then.
+
+    Args:
+        store: address of the MLflow to which the journals belong.
+        folders: of the journals; none means all of this machine that belong to the store.
+    """
+    fixed = {"MLFLOW_TRACKING_URI": store}
+    if not folders and (place := os.environ.get("LORAT_HOME")):  # it has the list of the journals
+        fixed["LORAT_HOME"] = str(Path(place).absolute())
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in fixed.items())
+    return f"{variables} {recording_command('replay', *map(str, folders))}"
+
+
+def recording_command(*arguments: str) -> str:
+    """Return how ``python -m lorat_platform.recording`` is called, from wherever it is."""
     try:
         metadata.distribution("lorat")
         path = ""
     except metadata.PackageNotFoundError:  # run from a checkout
         platform = Path(lorat_platform.__file__).parents[1]
         path = f"PYTHONPATH={shlex.quote(f'{platform.parent}:{platform}')} "
-    command = [sys.executable, "-m", "lorat_platform.recording", "replay", *map(str, folders)]
-    return path + shlex.join(command)
+    return path + shlex.join([sys.executable, "-m", "lorat_platform.recording", *arguments])

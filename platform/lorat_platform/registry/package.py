@@ -32,7 +32,7 @@ def requirements() -> list[str]:
 def signature() -> Any:
     """Return the documented input and output of the pyfunc model."""
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema, TensorSpec
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
     inputs = Schema(
         [
@@ -41,7 +41,8 @@ def signature() -> Any:
         ]
     )
     outputs = Schema([ColSpec("double", name) for name in ("x1", "y1", "x2", "y2", "score")])
-    return ModelSignature(inputs=inputs, outputs=outputs)
+    params = ParamSchema([ParamSpec("box_form", "string", "xyxy")])
+    return ModelSignature(inputs=inputs, outputs=outputs, params=params)
 
 
 def input_example() -> dict[str, np.ndarray]:

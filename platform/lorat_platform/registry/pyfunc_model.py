@@ -17,9 +17,10 @@ from mlflow.pyfunc import PythonModel
 class VideoTracker(PythonModel):
     """Track one object through a video.
 
-    Input: ``frames``, uint8 RGB (n, height, width, 3), and ``box``, float64 (4,): x1, y1, x2, y2
-    of the object in the first frame, in pixels.  Output: one row per frame with the box and a
-    score in [0, 1]; the first row is the box as given.
+    Input: ``frames``, uint8 RGB (n, height, width, 3), and ``box``, float64 (4,): the object in
+    the first frame, in pixels.  The parameter ``box_form`` says whether that is ``xyxy`` (x1, y1,
+    x2, y2; the default) or ``ltwh`` (left, top, width, height).  Output: one row per frame with
+    the box as x1, y1, x2, y2 and a score in [0, 1]; the first row is the given box.
     """
 
     _skip_type_hint_validation = True
@@ -34,8 +35,15 @@ class VideoTracker(PythonModel):
 
     def predict(self, context, model_input, params=None):
         """Return columns x1, y1, x2, y2 and score, one row per frame."""
+        from lorat.errors import UserError
+        from lorat.image.boxes import xyxy_from_xywh
+
         frames = np.asarray(model_input["frames"], dtype=np.uint8)
-        box = [float(value) for value in np.asarray(model_input["box"]).reshape(-1)]
+        given = np.asarray(model_input["box"], dtype=np.float64).reshape(-1)
+        form = (params or {}).get("box_form", "xyxy")
+        if form not in {"xyxy", "ltwh"}:
+            raise UserError(f"The box_form is {form!r}; give xyxy or ltwh.")
+        box = (given if form == "xyxy" else xyxy_from_xywh(given)).tolist()
         targets = self._tracker.start([frames[0]], [box])
         rows = [[*box, 1.0]]
         for frame in frames[1:]:

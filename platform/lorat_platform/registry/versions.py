@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,7 @@ def version_description(name: str, about: Mapping[str, str]) -> str:
         "import mlflow\n"
         f'model = mlflow.pyfunc.load_model("models:/{name}@{CHAMPION}")\n'
         'table = model.predict({"frames": frames_uint8_rgb, "box": xyxy_of_first_frame})\n'
+        '# or left, top, width, height: predict({...}, params={"box_form": "ltwh"})\n'
         "```\n"
     )
 
@@ -243,7 +245,7 @@ def _download(uri: str) -> Path:
         "says; if that folder was moved, with the home folder perhaps, put a link there, else "
         "register the model again."
     )
-    if "://" not in bundle or bundle.startswith("file:"):
+    if urllib.parse.urlsplit(bundle).scheme in ("", "file"):
         place = Path(locate(bundle).path)
         if not place.is_dir():
             raise UserError(lost)

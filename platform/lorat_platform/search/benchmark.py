@@ -25,12 +25,13 @@ from lorat_platform.search.plan import (
     SearchOptions,
     SearchPlan,
     check_data,
+    check_unchanged,
     default_config,
     make_plan,
     read_plan,
 )
 from lorat_platform.search.results.board import Leaderboard
-from lorat_platform.search.results.outcome import SearchOutcome
+from lorat_platform.search.results.outcome import SearchOutcome, say_where_it_is
 from lorat_platform.search.rungs import OBJECTIVES
 
 log = logging.getLogger(__name__)
@@ -92,13 +93,19 @@ def benchmark_search(benchmark: SearchBenchmark) -> dict[str, Any]:
 def _run_or_go_on(
     plan: SearchPlan, points: Sequence[Mapping[str, Any]] | None = None
 ) -> SearchOutcome:
-    """Run a part of the benchmark, or go on with it after an interruption."""
+    """Run a part of the benchmark, or go on with it after an interruption.
+
+    Raises:
+        UserError: if it is gone on with and anything asked for differs.
+    """
     try:
-        read_plan(plan.name, plan.options.storage)
+        begun = read_plan(plan.name, plan.options.storage)
     except UserError:
         outcome = run_search(plan, points=points)
     else:
+        check_unchanged(begun, plan.space.base, plan.options, also=("trials",))
         outcome = resume_search(plan.name, plan.options.storage)
+    say_where_it_is(outcome)
     if outcome.interrupted:
         raise KeyboardInterrupt
     return outcome

@@ -255,13 +255,16 @@ def read_plan(
     return dataclasses.replace(plan, identity=request["identity"])
 
 
-def check_unchanged(plan: SearchPlan, config: TrainConfig, options: SearchOptions) -> None:
+def check_unchanged(
+    plan: SearchPlan, config: TrainConfig, options: SearchOptions, *, also: tuple[str, ...] = ()
+) -> None:
     """Refuse what cannot be changed when a search is gone on with: everything but ``--trials``.
 
     Args:
         plan: of the search.
         config: of its trials, as asked for now.
         options: of the search, as asked for now.
+        also: of :data:`RESUMED_WITH`, what may not differ either.
 
     Raises:
         UserError: with every option that differs, and what the search has.
@@ -269,7 +272,8 @@ def check_unchanged(plan: SearchPlan, config: TrainConfig, options: SearchOption
     had = _flat({"": to_dict(plan.space.base) | dataclasses.asdict(plan.options)})
     asked = _flat({"": to_dict(with_whole_paths(config)) | dataclasses.asdict(options)})
     asked["name"] = asked["name"] or plan.name
-    changed = [name for name in had if asked.get(name) != had[name] and name not in RESUMED_WITH]
+    free = set(RESUMED_WITH) - set(also)
+    changed = [name for name in had if asked.get(name) != had[name] and name not in free]
     if changed:
         what = ", ".join(f"{flag(name)} {had[name]}" for name in changed)
         raise UserError(

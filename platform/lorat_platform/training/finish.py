@@ -92,6 +92,9 @@ def finish(
         _log_report(model, results[MODEL], run)
     else:
         run.set_description(run_description(config, result, {}))
+    # Before the model is registered, which fails where MLflow does not answer.
+    log.info("trained %d steps, %s in all", result.step, duration(time.perf_counter() - began))
+    log.info("checkpoint  %s", result.folder.child(result.checkpoint).uri)
     run_id: str | None
     version: str | None = None
     if options.register:
@@ -100,13 +103,12 @@ def finish(
         run_id, version = _register(model, result, datasets, run, record, scores)
     else:
         run_id = _id_of(run)
-    log.info("trained %d steps, %s in all", result.step, duration(time.perf_counter() - began))
-    log.info("checkpoint  %s", result.folder.child(result.checkpoint).uri)
     if version:
         log.info("model       models:/lorat/%s, alias candidate", version)
-    log.info("MLflow      %s, experiment %s, run %s", tracking_uri(),
-             options.experiment, run_id)  # fmt: skip
-    log.info("open it     %s", ui_command())
+    if run_id is not None:  # else the end of the run says what waits, and where
+        log.info("MLflow      %s, experiment %s, run %s", tracking_uri(),
+                 options.experiment, run_id)  # fmt: skip
+        log.info("open it     %s", ui_command())
     for line in next_steps(config, version):
         log.info("%s", line)
     return dataclasses.replace(result, mlflow_run_id=run_id, model_version=version, scores=scores)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from lorat.checkpoint.export import FORMATS, INPUTS, TOLERANCE, export, random_i
 from lorat.checkpoint.folder import load, load_merged
 from lorat.errors import UserError
 from lorat.model.network import LoRAT
+from lorat.tracking.tracker import Tracker
 from tests.constant_trackers import random_tracker
 
 
@@ -77,10 +81,33 @@ def test_onnx_agrees_for_any_batch(folder: Path, model: LoRAT, batch: int) -> No
     np.testing.assert_allclose(boxes, outputs["boxes"].numpy(), atol=1e-4)
 
 
-def test_program_loads_without_our_code(folder: Path, model: LoRAT) -> None:
-    import subprocess
-    import sys
+def test_the_onnx_example_tracks_a_video_as_the_tracker_does(
+    folder: Path, model: LoRAT, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 80, (6, 96, 128, 3), dtype=np.uint8)
+    for t, frame in enumerate(frames):
+        frame[30:54, 40 + 3 * t : 70 + 3 * t] = (220, 120, 30)
+        cv2.imwrite(str(tmp_path / f"{t:04d}.png"), frame[:, :, ::-1])
+    box = (40.0, 30.0, 70.0, 54.0)
+    tracker = Tracker(model, device="cpu")
+    tracker.init(frames[0], box)
+    expected = [[*box, 1.0]]
+    for frame in frames[1:]:
+        found, score = tracker.update(frame)
+        expected.append([*found, score])
+    example = Path(__file__).parents[3] / "infra" / "track_onnx.py"
+    code = "import runpy, sys; sys.modules |= {'lorat': None, 'torch': None}; sys.argv.pop(0); "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(example), str(folder / "model.onnx")]
+    command += [str(tmp_path / "%04d.png"), *map(str, box)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    rows = [[float(value) for value in line.split(",")] for line in done.stdout.splitlines()]
+    assert np.ptp(np.array(expected)[:, 0]) > 1
+    np.testing.assert_allclose(rows, expected, atol=0.05)
 
+
+def test_program_loads_without_our_code(folder: Path, model: LoRAT) -> None:
     inputs, outputs = expected(model, 4)
     np.savez(folder / "inputs.npz", *[value.numpy() for value in inputs])
     code = (

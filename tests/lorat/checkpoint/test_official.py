@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lorat.checkpoint.official import export_official, import_official, official_state
 from lorat.config.training import HeadConfig, LoraConfig
@@ -14,7 +15,14 @@ from lorat.config.variants import VARIANTS, Variant
 from lorat.errors import UserError
 from lorat.model.backbone import write_backbone
 from lorat.model.network import LoRAT
-from tests.lorat.tiny_models import BOTH_FFNS, MLP_VARIANT, batch, shake, tiny_config, tiny_model
+from tests.lorat.tiny_models import (
+    BOTH_FFNS,
+    MLP_VARIANT,
+    batch,
+    released_state,
+    shake,
+    tiny_model,
+)
 
 FFNS = pytest.mark.parametrize("variant", BOTH_FFNS, ids=lambda v: v.ffn)
 
@@ -77,14 +85,14 @@ def test_released_key_list_of_b224() -> None:
 def test_trainable_file_of_b224_has_the_published_size() -> None:
     model = LoRAT(VARIANTS["B-224"], device="meta", initialise=False)
     model.adapt("lora", LoraConfig())
-    state = official_state(model, trainable_only=True, scalars=False)
+    state = released_state(model, scalars=False)
     assert sum(v.numel() for v in state.values()) == 12_985_349
 
 
 @FFNS
 def test_trained_tensors_alone_need_the_backbone(variant: Variant, tmp_path: Path) -> None:
     model = shake(tiny_model(variant))
-    export_official(model, tmp_path / "model.bin", trainable_only=True)
+    save_file(released_state(model), tmp_path / "model.bin")
     with pytest.raises(UserError) as caught:
         import_official(tmp_path / "model.bin", variant, backbone="none")
     message = str(caught.value)
@@ -116,7 +124,7 @@ def test_every_wrong_key_is_named_at_once() -> None:
 
 
 def test_wrong_keys_are_found_before_the_hub_is_asked() -> None:
-    state = official_state(tiny_model(), trainable_only=True) | {"odd": torch.zeros(1)}
+    state = released_state(tiny_model()) | {"odd": torch.zeros(1)}
     variant = dataclasses.replace(MLP_VARIANT, timm_name="not_a_model")
     with pytest.raises(UserError, match="unexpected odd"):
         import_official(state, variant, backbone="hub")
@@ -145,12 +153,3 @@ def test_integer_alpha_is_read() -> None:
     state = official_state(tiny_model()) | {"lora_alpha": torch.tensor(64)}
     model = import_official(state, MLP_VARIANT, backbone="none")
     assert model.lora is not None and model.lora.resolved_alpha == 64
-
-
-def test_training_settings_are_kept() -> None:
-    config = tiny_config(drop_path=0.4, lora=LoraConfig(rank=9, dropout=0.3))
-    state = official_state(tiny_model())
-    model = import_official(state, MLP_VARIANT, backbone="none", config=config)
-    assert model.lora is not None
-    assert model.lora.rank == 4 and model.lora.dropout == 0.3
-    assert model.backbone.blocks[0].drop_path == 0.4

@@ -54,16 +54,6 @@ def test_workers_with_the_mean_count_add_up_to_the_global_batch() -> None:
         torch.testing.assert_close(sum(p[name] for p in parts) / 2, whole[name])
 
 
-def test_padding_rows_do_not_count() -> None:
-    outputs, criterion = random_outputs(), Criterion()
-    valid = torch.tensor([True, True, True, False])
-    padded = criterion(outputs, BOXES, valid_B=valid)
-    short = criterion({k: v[:3] for k, v in outputs.items()}, BOXES[:3])
-    for name in ("loss", "loss_cls", "loss_reg", "num_positive"):
-        torch.testing.assert_close(padded[name], short[name])
-    assert Criterion.count_positives(BOXES, 8, valid) == short["num_positive"]
-
-
 def test_without_positives_the_box_loss_is_zero_and_differentiable() -> None:
     outputs = {k: v.requires_grad_() for k, v in random_outputs(1).items()}
     losses = Criterion()(outputs, torch.zeros(1, 4))

@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import save_file
 
 from lorat.checkpoint.folder import save_backbone
-from lorat.checkpoint.official import export_official, import_official
+from lorat.checkpoint.official import import_official
 from lorat.config.training import HeadConfig, LoraConfig, TrainConfig, resolve
 from lorat.data.pairs.augment_draws import AUGMENT_FIELDS
 from lorat.data.pairs.batches import Batch
@@ -26,6 +27,7 @@ from lorat.learning.loop import Hooks, run
 from lorat.learning.replay import dump, replay
 from lorat.model.network import build_model
 from lorat_platform.data.layout import local_range
+from tests.lorat.tiny_models import released_state
 from tests.lorat_platform.local_source import LocalSource
 
 CONFIG = resolve(
@@ -218,7 +220,7 @@ def test_a_loss_that_is_not_finite_takes_no_step_though_its_gradients_are(
 def test_a_warm_start_takes_frozen_weights_from_the_given_backbone(tmp_path: Path) -> None:
     """A released file of trained weights alone works without a network."""
     trained = build_model(dataclasses.replace(CONFIG, seed=5))
-    export_official(trained, tmp_path / "released.bin", trainable_only=True)
+    save_file(released_state(trained), tmp_path / "released.bin")
     save_backbone(build_model(dataclasses.replace(CONFIG, seed=9)), tmp_path / "b.safetensors")
     given = dataclasses.replace(CONFIG, backbone=str(tmp_path / "b.safetensors"))
     learner = Learner(given, start_weights=tmp_path / "released.bin")

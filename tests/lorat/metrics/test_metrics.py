@@ -19,7 +19,7 @@ import pytest
 
 from lorat.errors import UserError
 from lorat.image.boxes import xyxy_from_xywh
-from lorat.metrics import DIALECTS, SCORE_NAMES, Evaluation, GroundTruth, evaluate, score_sequence
+from lorat.metrics import DIALECTS, SCORE_NAMES, Evaluation, GroundTruth, SequenceScores, evaluate
 from lorat.metrics.overlap import iou
 from tests.real_data import REAL_DATA
 
@@ -270,9 +270,13 @@ def shifted(pixels: float) -> np.ndarray:
     return boxes
 
 
+def score_one(predicted: np.ndarray, truth: GroundTruth, **rules: str) -> SequenceScores:
+    return evaluate({"one": predicted}, {"one": truth}, **rules).sequences["one"]
+
+
 def test_scores_of_a_hand_made_sequence() -> None:
     # Shifted by 2 px: IoU 80/120; three of four frames, the first is exact.
-    scores = score_sequence("one", shifted(2), GroundTruth(boxes=TRUTH)).scores
+    scores = score_one(shifted(2), GroundTruth(boxes=TRUTH)).scores
     overlap = 80 / 120
     above = np.linspace(0, 1, 21)
     expected = np.mean(0.25 * (above < 1) + 0.75 * (overlap > above))
@@ -284,12 +288,12 @@ def test_scores_of_a_hand_made_sequence() -> None:
 
 def test_thresholds_are_strict_or_not_as_the_toolkit_says() -> None:
     exact = GroundTruth(boxes=TRUTH)
-    assert score_sequence("one", TRUTH, exact).success_curve[-1] == 0
-    assert score_sequence("one", TRUTH, exact, dialect="plain").success_curve[-1] == 1
-    assert score_sequence("one", TRUTH, exact, dialect="trackingnet").success_curve[-1] == 1
+    assert score_one(TRUTH, exact).success_curve[-1] == 0
+    assert score_one(TRUTH, exact, dialect="plain").success_curve[-1] == 1
+    assert score_one(TRUTH, exact, dialect="trackingnet").success_curve[-1] == 1
     twenty = shifted(20.0)
-    assert score_sequence("one", twenty, exact).scores["P"] == 1.0
-    assert score_sequence("one", shifted(20.001), exact).scores["P"] == 0.25
+    assert score_one(twenty, exact).scores["P"] == 1.0
+    assert score_one(shifted(20.001), exact).scores["P"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -304,10 +308,10 @@ def test_an_absent_target_counts_as_each_data_set_has_it(
     predicted = shifted(0)
     predicted[3] += 500
     truth = GroundTruth(boxes=boxes, visible=np.array([True, True, False, True]))
-    scores = score_sequence("one", predicted, truth, dataset=dataset).scores
+    scores = score_one(predicted, truth, dataset=dataset).scores
     assert (scores["P"], scores["P_norm"]) == (precision, norm)
     assert scores["AO"] == 0.5
-    assert score_sequence("one", predicted, truth, dialect="plain").scores["AO"] == 2 / 3
+    assert score_one(predicted, truth, dialect="plain").scores["AO"] == 2 / 3
 
 
 @pytest.mark.parametrize("dialect", sorted(DIALECTS))

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.layers import Mlp, SwiGLUPacked
+from timm.models.vision_transformer import VisionTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorat.checkpoint.folder import save
+from lorat.checkpoint.folder import load, save
 from lorat.config.training import LoraConfig
 from lorat.config.variants import Variant
-from lorat.model.adapter import ADAPTER, adapted_layers, attach_slices, matrices, peft_config
+from lorat.errors import UserError
+from lorat.model.adapter import ADAPTER, adapted_layers, matrices, peft_config
+from lorat.model.backbone import plain_weights
 from lorat.model.network import LoRAT
 from tests.lorat.tiny_models import BOTH_FFNS, MLP_VARIANT, batch, shake, tiny_config, tiny_model
 
@@ -144,30 +153,69 @@ def test_dropout_acts_on_training_alone_and_on_the_adapters_alone() -> None:
     )
 
 
-def base_of(model: LoRAT) -> torch.nn.Module:
-    """Return the frozen transformer of a LoRA model, with the places that peft can adapt."""
-    base = tiny_model(model.variant, adaptation="head").backbone
-    attach_slices(base)
-    return base
+def plain_timm(model: LoRAT) -> VisionTransformer:
+    """Return timm's own transformer with the frozen weights of a model; no class of ours."""
+    variant, swiglu = model.variant, model.variant.ffn == "swiglu"
+    plain = VisionTransformer(
+        img_size=variant.search_size,
+        patch_size=variant.patch_size,
+        num_classes=0,
+        global_pool="",
+        embed_dim=variant.dim,
+        depth=variant.depth,
+        num_heads=variant.num_heads,
+        mlp_ratio=(variant.ffn_hidden * (2 if swiglu else 1) + 0.5) / variant.dim,
+        init_values=1.0,
+        class_token=False,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        act_layer=torch.nn.SiLU if swiglu else torch.nn.GELU,
+        mlp_layer=SwiGLUPacked if swiglu else Mlp,
+    )
+    plain.load_state_dict(plain_weights(model.backbone))
+    return plain.eval()
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("targets", [("q", "k", "v", "proj", "fc1", "fc2"), ("v", "q"), ("fc1",)])
 @FFNS
-def test_peft_loads_the_saved_adapter(variant: Variant, tmp_path: Path) -> None:
-    config = tiny_config(lora=LoraConfig(rank=4, alpha=6.0))
+def test_peft_opens_the_saved_adapter_on_a_plain_timm_model(
+    variant: Variant, targets: Any, rslora: bool, tmp_path: Path
+) -> None:
+    config = tiny_config(lora=LoraConfig(rank=4, alpha=6.0, targets=targets, rslora=rslora))
     model = tiny_model(variant, lora=config.lora).eval()
     save(model, config, tmp_path)
     stored = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert stored["r"] == 4 and stored["lora_alpha"] == 6 and stored["peft_type"] == "LORA"
-    peft_model = PeftModel.from_pretrained(base_of(model), str(tmp_path / "adapter")).eval()
-    x = torch.randn(2, 6, variant.dim)
-    expected = model.backbone.blocks(x)
-    torch.testing.assert_close(peft_model.base_model.model.blocks(x), expected)
-    # peft's own merge, which works on the slices, agrees with ours.
-    theirs = peft_model.merge_and_unload()
-    torch.testing.assert_close(theirs.blocks(x), expected, rtol=1e-4, atol=1e-5)
+    images = torch.randn(2, 3, variant.search_size, variant.search_size)
+    base = plain_timm(model)
+    without = base(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # peft warns of keys that are missing
+        theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    expected = model.backbone(images)
+    assert (expected - without).abs().max() > 1e-3
+    torch.testing.assert_close(theirs(images), expected, rtol=1e-5, atol=1e-5)
+    # Every stored matrix is in use: nothing was left out on the way.
+    with safe_open(tmp_path / "adapter/adapter_model.safetensors", "pt") as file:
+        assert len(file.keys()) == sum(".lora_" in name for name in theirs.state_dict())
     ours = model.merge().backbone.state_dict()
-    for name, value in theirs.state_dict().items():
+    for name, value in theirs.merge_and_unload().state_dict().items():
         torch.testing.assert_close(ours[name], value, rtol=1e-6, atol=1e-6, msg=name)
+    again = load(tmp_path).state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(again[name], value), name
+
+
+def test_an_adapter_that_mixes_q_k_and_v_is_refused(tmp_path: Path) -> None:
+    config = tiny_config()
+    save(tiny_model(), config, tmp_path)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    weights = load_file(file)
+    weights["base_model.model.blocks.0.attn.qkv.lora_B.weight"][0, -1] = 1.0
+    save_file(weights, file)
+    (tmp_path / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match="mixes q, k and v"):
+        load(tmp_path)
 
 
 def test_copies_and_casts_keep_the_slices_on_their_own_fused_weight() -> None:

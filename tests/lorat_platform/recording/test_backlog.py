@@ -118,11 +118,19 @@ def test_dead_server_leaves_a_journal_for_the_documented_command(
     run.log_bytes(b"picture", "plots/a.txt")
     assert not run.close()
     assert time.monotonic() - start < 30
-    said = re.search(r"(\d+) records wait in (\S+)\. .* or now: (.+)", caplog.text)
+    said = re.search(
+        r"Nothing of this run has arrived in MLflow at (?:\S+) \(.+\): "
+        r"(\d+) records wait in (\S+)\. .* or now: (.+)",
+        caplog.text,
+    )
     assert said, caplog.text
     assert (int(said[1]), said[2]) == (run.journal.num_pending(), str(run.journal.folder))
     command = ["sh", "-c", said[3]]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}"}
+    # By then the shell has another MLflow.
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}",
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}",
+    }
     failed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert failed.returncode == 1
     late = Server(server.folder.parent / "late", port=port)
@@ -166,3 +174,46 @@ def test_replay_refuses_a_journal_of_another_store(
         backlog.replay(run.journal.folder)
     with pytest.raises(UserError, match="no journal"):
         backlog.replay(tmp_path)
+
+
+def test_journals_of_another_mlflow_are_listed_on_request_and_else_left_alone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def leave(name: str, uri: str) -> recording.Run:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        run = recording.open_run("lorat", name, folder=tmp_path / name)
+        run.log_metrics({"loss": 1.0}, step=0)
+        wait_until("an attempt", lambda: run._failed_attempts > 0)
+        assert not run.close(timeout_s=0.0)
+        return run
+
+    here, gone = f"sqlite:///{tmp_path}/here.db", f"http://127.0.0.1:{free_port()}"
+    (tmp_path / "here.db").write_text("no database yet")
+    mine, other = leave("mine", here), leave("other", gone)
+    (tmp_path / "here.db").unlink()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", here)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        backlog.deliver_quietly()
+    assert str(mine.journal.folder) in caplog.text
+    assert str(other.journal.folder) not in caplog.text
+    assert history(mine.wait_for_id(), "loss") == {0: 1.0}
+
+    assert backlog.main(["replay"]) == 0, "what waits for another MLflow is no failure"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"1 journal waits for another MLflow than {here}; listed by: ")
+    assert line.endswith("-m lorat_platform.recording list")
+
+    assert backlog.main(["list"]) == 0
+    server, row, command = capsys.readouterr().out.splitlines()
+    assert server == f"MLflow at {gone}"
+    assert row.split() == ["3", "records", "lorat/other", str(other.journal.folder)]
+    assert f"MLFLOW_TRACKING_URI={gone} " in command
+    assert command.endswith("-m lorat_platform.recording replay")
+    backlog.forget(other.journal)
+    assert backlog.main(["list"]) == 0
+    assert capsys.readouterr().out == "Nothing waits on this machine.\n"
+    assert backlog.main(["lists"]) == 2

@@ -40,8 +40,9 @@ def test_store_of_the_environment_is_used(
 
 def test_metrics_params_tags_and_status_arrive(tmp_path: Path) -> None:
     with recording.open_run(
-        "lorat", "first", folder=tmp_path / "run", tags={"variant": "N-112"}, description="# Hello"
+        "lorat", "first", folder=tmp_path / "run", tags={"variant": "N-112"}
     ) as run:
+        run.set_description("# Hello")
         run.log_metrics({"train/loss": 2.0, "val/P@20": 0.5}, step=3)
         run.log_params({"lora": {"rank": 8, "targets": ("q", "k")}, "lr": 1e-3, "init": None})
     stored = connect().get_run(run.wait_for_id())

@@ -184,6 +184,11 @@ def test_input_example_runs_through_the_signature(registered: dict[str, str]) ->
     model = mlflow.pyfunc.load_model(str(files_of(registered["version"])))
     table = model.predict(input_example())
     assert table.shape == (3, 5)
+    x1, y1, x2, y2 = input_example()["box"]
+    sides = input_example() | {"box": np.array([x1, y1, x2 - x1, y2 - y1])}
+    assert model.predict(sides, params={"box_form": "ltwh"}).equals(table)
+    with pytest.raises(UserError, match="give xyxy or ltwh"):
+        model.predict(sides, params={"box_form": "cxcywh"})
     with pytest.raises(mlflow.MlflowException, match="box"):
         model.predict({"frames": input_example()["frames"]})
 

@@ -7,11 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ray.tune.experiment import Experiment
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search.search_generator import SearchGenerator
 
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
-from lorat_platform.search.algorithms import SLOTS, SlotLimiter, build_scheduler, build_searcher
+from lorat_platform.search.algorithms import (
+    SLOTS,
+    SlotLimiter,
+    build_scheduler,
+    build_searcher,
+    extend,
+    take_back,
+)
 from lorat_platform.search.rungs import Rungs, pareto_fronts, pareto_order
 from lorat_platform.search.space import build_space
 
@@ -195,3 +204,52 @@ def test_a_searcher_read_back_from_json_proposes_what_it_would_have(
     file.write_text('{"trials": 7}')
     with pytest.raises(ValueError, match="no state of a searcher"):
         after.restore_from_dir(str(tmp_path))
+
+
+@pytest.mark.parametrize("taken", [2, 3])
+@pytest.mark.parametrize("name", ["tpe", "random"])
+def test_a_restored_search_proposes_as_many_trials_as_are_wanted_now(name: Any, taken: int) -> None:
+    space = build_space(TrainConfig())
+
+    def build() -> Any:
+        made: Any = build_searcher(name, space, ["ao"], num_trials=3, seed=0, max_concurrent=0)
+        return made if name == "random" else SearchGenerator(SlotLimiter(made, max_concurrent=9))
+
+    before = build()
+    param_space = space.to_tune() if name == "random" else {}
+    before.add_configurations(
+        [Experiment("some", run=lambda _: None, config=param_space, num_samples=3)]
+    )
+    ids = [before.next_trial().trial_id for _ in range(taken)]
+    if taken == 3:
+        assert before.next_trial() is None
+    after = build()
+    after.set_state(before.get_state())
+    extend(after, 5)
+    take_back(after, ids[0])
+    ids += [after.next_trial().trial_id for _ in range(5 - taken)]
+    assert after.next_trial() is None
+    assert after.is_finished()
+    assert len(set(ids)) == 5
+    live = after._live_trials if name == "random" else after.searcher.live_trials
+    assert ids[0] in live, "it is tried again, and counts among those that run"
+
+
+def test_tpe_learns_from_a_trial_that_failed_and_was_tried_again(tmp_path: Path) -> None:
+    space = build_space(TrainConfig(variant="B-224"))
+
+    def build() -> Any:
+        made: Any = build_searcher("tpe", space, ["ao"], num_trials=4, seed=3, max_concurrent=0)
+        return made
+
+    before = build()
+    values = before.suggest("t0")
+    before.on_trial_complete("t0", None, error=True)
+    before.save_to_dir(str(tmp_path), "now")
+    after = build()
+    after.restore_from_dir(str(tmp_path))
+    after.on_trial_complete("t0", None, error=True)
+    assert [trial.state.name for trial in after._ot_study.get_trials()] == ["FAIL"]
+    after.on_trial_complete("t0", {"ao": 0.25})
+    assert after._ot_study.best_value == 0.25
+    assert after._ot_study.best_params == values

@@ -1,8 +1,21 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from lorat_platform.search.benchmark import compare, in_order, overhead_seconds, table, verdict
+from lorat.config.training import TrainConfig
+from lorat.errors import UserError
+from lorat_platform.search.benchmark import (
+    _run_or_go_on,
+    compare,
+    in_order,
+    overhead_seconds,
+    table,
+    verdict,
+)
+from lorat_platform.search.plan import REQUEST_FILE, SearchOptions, make_plan
 from lorat_platform.search.results.board import Leaderboard
 from lorat_platform.search.rungs import Rungs
 
@@ -64,3 +77,16 @@ def test_the_report_names_every_trial_and_what_was_wanted() -> None:
     assert "overhead per trial: median 1.00 s" in text
     assert "overhead of the first trial of a process" in text
     assert "longest 7.00 s" in text
+
+
+def test_a_benchmark_goes_on_only_with_what_it_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAT_HOME", str(tmp_path))
+    config, folder = TrainConfig(variant="N-112"), tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True, mode=0o700)
+    begun = make_plan(config, SearchOptions(name="mine", trials=16))
+    (folder / REQUEST_FILE).write_text(json.dumps(begun.request()))
+    other = make_plan(config, SearchOptions(name="mine", trials=17, reduction=3))
+    with pytest.raises(UserError, match="--trials and --reduction cannot be changed"):
+        _run_or_go_on(other)

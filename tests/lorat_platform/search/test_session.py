@@ -34,7 +34,7 @@ class BlackHole:
     def end(self, status: str, timeout_s: float) -> Ending:
         self.status = status
         time.sleep(timeout_s)
-        return Ending(False, 1, 0, 0, Path(), "", "")
+        return Ending(False, True, 1, 0, 0, Path(), "", "")
 
 
 def _session(

@@ -5,16 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+import pytest
+
+from infra.processes import free_port
+from lorat.checkpoint import save_merged
 from lorat.config.fields import to_dict
 from lorat.config.training import TrainConfig, resolve
+from lorat.errors import UserError
 from lorat.files.storage import locate
 from lorat_platform.data.sources import Datasets
 from lorat_platform.recording.remote import RemoteRun
 from lorat_platform.recording.run import open_run
 from lorat_platform.recording.store import connect
+from lorat_platform.runs import checkpoints
 from lorat_platform.runs.record import RunRecord
 from lorat_platform.training import finish
 from lorat_platform.training.finish import TrainingResult
+from lorat_platform.training.options import RunOptions
 from tests.constant_trackers import random_tracker
 
 
@@ -57,6 +64,57 @@ def test_a_model_that_was_registered_before_a_kill_is_not_registered_again(
     assert register() == "1"
     assert len(client.search_model_versions("name='lorat'")) == 1
     assert str(client.get_model_version_by_alias("lorat", "candidate").version) == "1"
+
+
+@pytest.mark.usefixtures("own_store")
+@pytest.mark.parametrize("register", [True, False])
+def test_the_end_without_mlflow_shows_the_checkpoint_and_no_link(
+    register: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    save_merged(random_tracker(), tmp_path / "bundle")
+    checkpoints.upload(tmp_path / "bundle", locate(tmp_path), "step-00000001")
+    config = to_dict(resolve(TrainConfig(variant="N-112", data="/data/train")))
+    record = RunRecord(name="run", config=config, data={}, created="")
+    result = TrainingResult(
+        name="run",
+        folder=locate(tmp_path),
+        checkpoint="step-00000001",
+        step=1,
+        metrics={},
+        seconds=0.0,
+    )
+    opened = open_run("lorat", "run", folder=tmp_path)
+
+    def end() -> TrainingResult:
+        return finish.finish(
+            result,
+            RunOptions(register=register),
+            Datasets(train=(), val=(), fingerprints={}),
+            cast(RemoteRun, opened),
+            record,
+            began=0.0,
+        )
+
+    with caplog.at_level("INFO"):
+        if register:
+            with pytest.raises(UserError, match=r"does not take the model .*step-00000001: give"):
+                end()
+        else:
+            assert end().mlflow_run_id is None
+        opened.close(timeout_s=0.0)
+    assert f"checkpoint  {tmp_path}/step-00000001" in caplog.text
+    assert "MLflow      " not in caplog.text
+    assert "open it" not in caplog.text
+    (said,) = (line for line in caplog.messages if "Nothing of this run has arrived" in line)
+    journal = opened.journal.folder
+    assert f"wait in {journal}. " in said
+    assert f"MLFLOW_TRACKING_URI={uri} " in said
+    assert said.endswith(f"replay {journal}")
 
 
 def test_the_last_lines_say_how_to_try_the_tracker_and_how_to_go_on() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -19,12 +19,10 @@ MAX_ROWS = 24
 class SearchConsole:
     """Shows a leaderboard while it changes."""
 
-    def __init__(
-        self, board: Leaderboard, *, num_trials: int, stream: TextIO | None = None
-    ) -> None:
+    def __init__(self, board: Leaderboard, *, num_trials: int) -> None:
         self.board = board
         self.num_trials = num_trials
-        self._stream = stream or sys.stdout
+        self._stream = sys.stdout
         self._console = Console(file=self._stream)
         self._live: Live | None = None
         self._started_at = time.monotonic()

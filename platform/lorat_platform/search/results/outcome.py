@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,13 @@ from pathlib import Path
 from lorat.config.fields import to_dict
 from lorat.config.training import TrainConfig
 from lorat_platform.recording.run import Run
+from lorat_platform.recording.store import tracking_uri
 from lorat_platform.recording.trouble import Ending, say_what_is_left
 from lorat_platform.search.plan import SearchPlan
 from lorat_platform.search.results.board import Leaderboard, TrialRow
 from lorat_platform.search.results.plots import write_plots
+
+log = logging.getLogger(__name__)
 
 BEST_FILE = "best_config.json"
 
@@ -29,6 +33,8 @@ class SearchOutcome:
     best_config_file: Path | None
     run_id: str | None
     interrupted: bool
+    endings: tuple[Ending, ...]
+    """What the runs of the search and of its trials left for MLflow."""
 
 
 def write_outcome(
@@ -41,7 +47,7 @@ def write_outcome(
 ) -> SearchOutcome:
     """Write table, plots, best configuration and cost, here and to the parent run.
 
-    ``endings`` are what the trials' runs left behind, which is said with the parent's.
+    ``endings`` are what the trials' runs left behind.
     """
     cost = board.cost()
     best = board.best()
@@ -74,7 +80,7 @@ def write_outcome(
         cost.steps,
     )
     parent.set_description(search_description(plan, board))
-    say_what_is_left([*endings, parent.end("KILLED" if interrupted else "FINISHED")])
+    ending = parent.end("KILLED" if interrupted else "FINISHED")
     return SearchOutcome(
         plan=plan,
         board=board,
@@ -83,7 +89,18 @@ def write_outcome(
         best_config_file=best_file,
         run_id=parent.run_id,
         interrupted=interrupted,
+        endings=(*endings, ending),
     )
+
+
+def say_where_it_is(outcome: SearchOutcome) -> None:
+    """Say where MLflow has the search, and what of it waits for MLflow."""
+    if outcome.run_id is not None:  # else all of it waits
+        log.info(
+            "MLflow  %s, experiment %s, run %s",
+            tracking_uri(), outcome.plan.options.experiment, outcome.run_id,
+        )  # fmt: skip
+    say_what_is_left(outcome.endings)
 
 
 def search_description(plan: SearchPlan, board: Leaderboard) -> str:

@@ -19,8 +19,8 @@ from lorat.files.scratch import sweep
 from lorat.learning.learner import Learner, World
 from lorat.learning.tail_average import TailAverage
 from lorat_platform.data.sources import fingerprints, open_pairs, resolve_sources
+from lorat_platform.search.trial.cached_source import CachedSource
 from lorat_platform.search.trial.crop_cache import (
-    CachedSource,
     CropCache,
     cache_folder,
     content_key,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,9 @@ def test_console_shows_trials_best_and_time_left(kind: Any, monkeypatch: Any) ->
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
     stream = kind()
+    monkeypatch.setattr(sys, "stdout", stream)
     board = _board()
-    console = SearchConsole(board, num_trials=20, stream=stream)
+    console = SearchConsole(board, num_trials=20)
     console.start()
     row = board.add("new", {"lora.rank": 8, "lr": 1e-3, "head.depth": 2})
     row.status = "running"

@@ -20,9 +20,9 @@ import pytest
 from lorat.config.training import TrainConfig
 from lorat_platform.search.plan import SearchOptions, SearchPlan, make_plan
 from lorat_platform.search.trial import crop_cache
+from lorat_platform.search.trial.cached_source import CachedSource
 from lorat_platform.search.trial.crop_cache import (
     BLOCK,
-    CachedSource,
     CropCache,
     cache_folder,
     content_key,
