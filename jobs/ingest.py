@@ -15,7 +15,7 @@ import logging
 
 import command
 import flags
-from ingest_commands import COMMANDS, Preview, Reindex, Verify
+from ingest_commands import Preview, Reindex, Verify, commands
 
 from lorat.config.variants import get_variant
 from lorat.data.datasets import RawDataset
@@ -77,7 +77,7 @@ def run_preview(options: Preview) -> int:
 
 def main() -> int:
     """Run the chosen command."""
-    chosen = flags.parse(COMMANDS, description=__doc__)
+    chosen = flags.parse(commands(), description=__doc__)
     if isinstance(chosen, Verify):
         return run_verify(chosen.uri, chosen.address)
     if isinstance(chosen, Reindex):

@@ -71,12 +71,9 @@ def _ingest_command(name: str, source: type[RawDataset]) -> Any:
     return Annotated[kind, tyro.conf.subcommand(name=name)]
 
 
-COMMANDS = Union[  # noqa: UP007
-    tuple(
-        [_ingest_command(name, source) for name, source in DATASETS.items()]
-        + [
-            Annotated[kind, tyro.conf.subcommand(name=name)]
-            for name, kind in (("verify", Verify), ("reindex", Reindex), ("preview", Preview))
-        ]
-    )
-]
+def commands() -> Any:
+    """Return the union of all commands, one for each dataset that there is now."""
+    checks = (("verify", Verify), ("reindex", Reindex), ("preview", Preview))
+    kinds = [_ingest_command(name, source) for name, source in DATASETS.items()]
+    kinds += [Annotated[kind, tyro.conf.subcommand(name=name)] for name, kind in checks]
+    return Union[tuple(kinds)]  # noqa: UP007
