@@ -20,6 +20,7 @@ from ingest_commands import Preview, Reindex, Verify, commands
 from lorat.config.variants import get_variant
 from lorat.data.datasets import RawDataset
 from lorat.data.shards.frame_index import FrameIndex, summary
+from lorat.errors import named
 from lorat_platform import cluster
 from lorat_platform.data.ingestion import IngestConfig, format_report, ingest, map_tasks
 
@@ -71,7 +72,7 @@ def run_preview(options: Preview) -> int:
     variant = get_variant(options.variant)
     picture = draw_pairs(index, variant, num_pairs=options.num_pairs, seed=options.seed)
     write_picture(picture, options.output)
-    log.info("%d pairs of %s: %s", options.num_pairs, options.uri, options.output)
+    log.info("%d pairs of %s: %s", options.num_pairs, options.uri, named(options.output))
     return 0
 
 
