@@ -59,9 +59,13 @@ def run(main: Callable[[], int | None], *, goes_on: bool = False) -> None:
 
 def _same_command() -> str:
     """Return the command that was given, but for what would make it begin anew."""
-    given = ["auto" if word == "never" else word for word in sys.argv[1:]]
-    given = ["--resume=auto" if word == "--resume=never" else word for word in given]
-    return shlex.join(["python", *sys.argv[:1], *given])
+    given = ["python", *sys.argv]
+    for place, word in enumerate(given):
+        if word == "--resume=never":
+            given[place] = "--resume=auto"
+        elif word == "never" and given[place - 1] == "--resume":
+            given[place] = "auto"
+    return shlex.join(given)
 
 
 def _exit_code(main: Callable[[], int | None], interrupted: Callable[[], bool]) -> int:

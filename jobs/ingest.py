@@ -12,6 +12,7 @@ import bootstrap  # noqa: F401
 
 import functools
 import logging
+import sys
 
 import command
 import flags
@@ -89,4 +90,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    command.run(main, goes_on=True)
+    # What looks at shards begins anew.
+    command.run(main, goes_on=not {"verify", "reindex", "preview"} & set(sys.argv[1:2]))

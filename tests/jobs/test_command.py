@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import command
 import pytest
 from flags import parse
 from output import CleanStream
@@ -160,3 +161,17 @@ def test_an_address_with_a_secret_is_refused_wherever_it_is_given(
             refused = run_script("return 0")
         assert refused.returncode == 2
         assert refused.stderr.startswith(f"error: {name} http://127.0.0.1:1 was given with")
+
+
+@pytest.mark.parametrize(
+    ("given", "again"),
+    [
+        (["--resume", "never", "--name", "never"], "--resume auto --name never"),
+        (["--resume=never", "--data", "a b"], "--resume=auto --data 'a b'"),
+    ],
+)
+def test_the_command_that_goes_on_is_the_one_given_but_for_beginning_anew(
+    given: list[str], again: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["jobs/train.py", *given])
+    assert command._same_command() == f"python jobs/train.py {again}"

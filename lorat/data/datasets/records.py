@@ -169,7 +169,7 @@ def _usable_names(entries: list[Entry], where: Path, findings: Findings) -> list
     if not kept:
         raise UserError(
             f"No name of a sequence in {named(where)} can be used, as "
-            f"{named(entries[0].name)!r}; give names of one file or folder each, in UTF-8, without "
+            f"'{named(entries[0].name)}'; give names of one file or folder each, in UTF-8, without "
             "separators and control characters."
         )
     return list(kept.values())

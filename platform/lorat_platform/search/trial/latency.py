@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 FOLDER = "latencies"
 """Where a search's folder keeps what was measured, a file per architecture."""
-REFERENCE = {"small": "T-112", "paper": "S-224"}
+REFERENCE = {"small": "T-112", "brief": "T-112", "paper": "S-224"}
 """Variant of the reference network, by the recipe of the search's base configuration."""
 FRAMES = 12
 """Most frames of one sequence, which are taken again and again."""

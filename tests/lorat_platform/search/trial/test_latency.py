@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from lorat.config.training import LoraConfig, TrainConfig
+from lorat.config.variants import VARIANTS
 from lorat.data.shards.frame_index import FrameIndex
 from lorat.data.shards.images import ImageReader
 from lorat.errors import UserError
@@ -180,3 +181,7 @@ def test_damaged_frames_are_left_out(index: FrameIndex, monkeypatch: pytest.Monk
     damaged |= set(range(index.num_frames))
     with pytest.raises(UserError, match="two frames that can be read"):
         latency.steps((counting,), index)
+
+
+def test_every_variant_has_a_reference_network() -> None:
+    assert {variant.recipe for variant in VARIANTS.values()} == latency.REFERENCE.keys()
