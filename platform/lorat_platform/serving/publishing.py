@@ -1,0 +1,65 @@
+"""The figures of a replica as Ray's metrics, for Prometheus."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from lorat_platform.serving.engine import Engine
+
+PERIOD_S = 2.0
+COUNTERS = ("frames", "skipped", "sessions", "refused", "swaps", "moved", "refused_models")
+
+
+class Publishing:
+    """Publishes what an engine counts and measures, every two seconds, from a thread.
+
+    Counters are ``lorat_serve_NAME_total``, the present state ``lorat_serve_NAME``; quantiles of
+    the seconds of each stage have the tags ``stage`` and ``quantile``.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        from ray.util.metrics import Counter, Gauge
+
+        self._engine = engine
+        self._counters = {
+            name: Counter(f"lorat_serve_{name}_total", description=name) for name in COUNTERS
+        }
+        self._seen: dict[str, int] = {}
+        keys = {"sessions": ("model",), "batch": ("quantile",), "seconds": ("stage", "quantile")}
+        self._gauges: dict[str, Any] = {
+            name: Gauge(f"lorat_serve_{name}", description=name, tag_keys=tags)
+            for name, tags in keys.items()
+        }
+        self._models: set[str] = set()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="publishing", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(PERIOD_S):
+            self.publish()
+
+    def publish(self) -> None:
+        """Publish the figures as they are now."""
+        counts = self._engine.statistics.counts()
+        for name, counter in self._counters.items():
+            more = counts.get(name, 0) - self._seen.get(name, 0)
+            if more:
+                counter.inc(more)
+        self._seen = counts
+        sessions = {self._engine.model.name: 0} | self._engine.models_in_use()
+        for model in self._models | sessions.keys():
+            self._gauges["sessions"].set(sessions.get(model, 0), tags={"model": model})
+        self._models |= sessions.keys()
+        for stage, (median, high) in self._engine.statistics.quantiles(0.5, 0.99).items():
+            for quantile, value in (("0.5", median), ("0.99", high)):
+                tags = {"quantile": quantile}
+                if stage == "batch":
+                    self._gauges["batch"].set(value, tags=tags)
+                else:
+                    self._gauges["seconds"].set(value, tags=tags | {"stage": stage})
