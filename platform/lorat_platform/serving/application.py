@@ -15,6 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
@@ -22,6 +23,8 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, R
 from lorat.config import fields
 from lorat.config.bounds import Bounds, check_bounds
 from lorat.errors import UserError
+from lorat_platform.cluster import ray_internals
+from lorat_platform.cluster.connection import LOOPBACK
 from lorat_platform.registry import versions
 from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.following import Following
@@ -86,6 +89,8 @@ class Replica:
     """A process that tracks for many sessions."""
 
     def __init__(self, settings: dict[str, Any], token_sha256: str | None) -> None:
+        if ray.util.get_node_ip_address() == LOOPBACK:
+            ray_internals.keep_replica_to_loopback()
         self.token_sha256 = token_sha256
         self.settings = ServingSettings(**settings)
         uri = versions.pinned(self.settings.model)
@@ -189,8 +194,6 @@ def application(settings: ServingSettings, scale: Scale, token: str | None) -> s
 
 
 def _has_gpus() -> bool:
-    import ray
-
     return ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
 
 

@@ -76,7 +76,7 @@ class Client:
 
     def say(self, command: Mapping[str, Any]) -> None:
         """Send a command; see :mod:`lorat_platform.serving.messages`."""
-        self._socket.send(json.dumps(command))
+        self._send(json.dumps(command))
 
     def add(self, name: str, box: Sequence[float], at: Sequence[float] | None = None) -> None:
         """Follow a target that is at ``box`` (left, top, width, height) in the next frame."""
@@ -88,11 +88,24 @@ class Client:
         self.say({"drop": name})
 
     def send(self, frame: np.ndarray | bytes) -> int:
-        """Send a frame, RGB uint8 (H, W, 3) or an encoded image; return its number."""
+        """Send a frame, RGB uint8 (H, W, 3) or an encoded image; return its number.
+
+        Raises:
+            UserError: if the session is over.
+        """
         image = frame if isinstance(frame, bytes) else encode_jpeg(frame, self._quality)
         number, self._number = self._number, self._number + 1
-        self._socket.send(HEADER.pack(number, self._read) + image)
+        self._send(HEADER.pack(number, self._read) + image)
         return number
+
+    def _send(self, message: str | bytes) -> None:
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            self._socket.send(message)
+        except ConnectionClosed:
+            while True:  # the last answer says why
+                self._receive()
 
     def receive(self) -> dict[str, Any]:
         """Wait for the next answer.
