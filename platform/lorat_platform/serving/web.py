@@ -35,6 +35,13 @@ SESSION_HEADER = "x-session-id"
 BAD_MESSAGE, TRY_LATER = 1008, 1013
 """Codes with which a WebSocket is closed.  Source: RFC 6455, section 7.4, and IANA's registry."""
 IDLE_CHECK_S = 1.0
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; media-src blob:; img-src 'self' data:; "
+    "frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+"""Of the page: it loads nothing from elsewhere, and no other page may show it."""
 
 
 def make_app(
@@ -51,7 +58,7 @@ def make_app(
     """
     web = _Web(engine, token_sha256, status)
     routes = [
-        Route("/", lambda request: FileResponse(PAGE / "index.html")),
+        Route("/", lambda request: FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)),
         Route("/status", web.guarded(web.status)),
         WebSocketRoute("/track", web.track),
         Route("/sessions", web.guarded(web.begin), methods=["POST"]),

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.image.codec import encode_jpeg
+from lorat.model.network import build_model
 from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.messages import HEADER
 from lorat_platform.serving.session import Session
@@ -107,14 +109,15 @@ def test_another_model_goes_on_from_the_first_view_and_the_last_box(engine: Engi
     video = frames(8)
     talk = Talk(engine, ADD)
     boxes = []
+    larger = build_model(TrainConfig(variant="T-168", backbone="none"))  # crops of another size
     for number, frame in enumerate(video):
         if number == 4:
-            engine.use(served(2))
+            engine.use(served(2, larger))
         talk.send(frame)
         answer = talk.receive()
         assert answer["model"] == ("lorat/1" if number < 4 else "lorat/2")
         boxes.append(answer["targets"]["it"]["box"])
-    first, second = served(1), served(2)
+    first, second = served(1), served(2, larger)
     np.testing.assert_allclose(boxes[:4], expected(first, video)[:4], atol=0.02)
     (target,) = second.tracker.start([video[0]], [(60, 50, 100, 80)])
     first.tracker.init(video[0], (60, 50, 100, 80))

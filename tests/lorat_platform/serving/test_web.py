@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import socket
-import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import requests
-import uvicorn
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -24,31 +20,10 @@ from lorat_platform.serving.client import Client
 from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.messages import HEADER
 from lorat_platform.serving.settings import ServingSettings
-from lorat_platform.serving.web import SESSION_HEADER, make_app
+from lorat_platform.serving.web import SESSION_HEADER
 from tests.served_models import BOX, expected, frames, served
+from tests.served_web import TOKEN, web
 from tests.waiting import wait_until
-
-TOKEN = "a-token-that-nobody-guesses"
-
-
-@contextlib.contextmanager
-def web(settings: ServingSettings, token: str | None = TOKEN) -> Iterator[tuple[Engine, str]]:
-    engine = Engine(served(1), settings)
-    hashed = hashlib.sha256(token.encode()).hexdigest() if token else None
-    app = make_app(engine, hashed, lambda: {"model": engine.model.name})
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="websockets-sansio"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        wait_until("server", lambda: server.started)
-        yield engine, f"127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        engine.stop()
-        server.should_exit = True
-        thread.join()
-        listening.close()
 
 
 @pytest.fixture(scope="module")
