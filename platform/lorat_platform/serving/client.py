@@ -74,6 +74,11 @@ class Client:
         if order != "strict":
             self.say({"order": order})
 
+    @property
+    def sent(self) -> int:
+        """Frames that were sent."""
+        return self._number
+
     def say(self, command: Mapping[str, Any]) -> None:
         """Send a command; see :mod:`lorat_platform.serving.messages`."""
         self._send(json.dumps(command))

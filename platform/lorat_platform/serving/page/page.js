@@ -135,7 +135,7 @@ async function open(source) {
   state.scale = Math.min(1, LONGEST_SIDE / longest);
   view.width = Math.round(video.videoWidth * state.scale);
   view.height = Math.round(video.videoHeight * state.scale);
-  element("empty").hidden = true;
+  view.style.setProperty("--aspect", view.width / view.height);
   element("empty").style.display = "none";
   state.running = true;
   state.paused = false;
