@@ -156,6 +156,13 @@ def test_what_all_jobs_need_is_not_on_spot_nodes(whole: Path, provider: str) -> 
         assert _goes_to(pods[name], {}), name
 
 
+def test_only_training_tolerates_the_taints_of_gpu_pools(whole: Path) -> None:
+    taints = {"nvidia.com/gpu", "sku"}
+    for name, pod in _pods(overlays.build(whole)).items():
+        tolerated = {toleration["key"] for toleration in pod.get("tolerations", [])}
+        assert tolerated & taints == (taints if name == "train" else set())
+
+
 def test_every_label_of_gpu_nodes_is_thought_of_everywhere(tmp_path: Path) -> None:
     pods = _pods(overlays.build(with_components(tmp_path, "services")))
     for name in set(pods) - {"train"}:
@@ -231,17 +238,29 @@ def test_every_service_selects_pods_that_listen_on_its_port() -> None:
         assert [port["containerPort"]] == [p["port"] for p in service["spec"]["ports"]]
 
 
-def test_the_services_are_confined_and_keep_what_they_store() -> None:
-    parts = _services()
-    for name, pod in _pods(parts).items():
+def test_every_pod_meets_the_restricted_standard(whole: Path) -> None:
+    """Kubernetes' Pod Security Standard; the operator's own containers copy these contexts."""
+    parts = overlays.build(whole)
+    (cluster,) = [part for part in parts if part["kind"] == "RayCluster"]
+    contexts = [cluster["spec"]["autoscalerOptions"]["securityContext"]]
+    for pod in _pods(parts).values():
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+        assert pod["securityContext"]["runAsUser"] > 0
+        volumes = {kind for volume in pod.get("volumes", []) for kind in set(volume) - {"name"}}
+        assert volumes <= {"emptyDir"}
         for container in [*pod["containers"], *pod.get("initContainers", [])]:
-            context = container["securityContext"]
-            assert context["runAsNonRoot"] is True, name
-            assert context["allowPrivilegeEscalation"] is False
-            assert context["capabilities"] == {"drop": ["ALL"]}
-            assert context["seccompProfile"] == {"type": "RuntimeDefault"}
-            assert pod["securityContext"]["runAsUser"] > 0
+            contexts.append(container["securityContext"])
             assert set(container["resources"]) == {"requests", "limits"}
+            assert not any("hostPort" in port for port in container.get("ports", []))
+    for context in contexts:
+        assert context["runAsNonRoot"] is True
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+
+
+def test_the_stores_keep_what_they_have() -> None:
+    parts = _services()
     kept = {
         p["metadata"]["name"]: {c["metadata"]["name"] for c in p["spec"]["volumeClaimTemplates"]}
         for p in parts
