@@ -169,7 +169,8 @@ def ask(need: Need) -> Part | None:
     """Return the object from the cluster of kubectl; None where it is not there.
 
     Raises:
-        UserError: if the cluster does not answer, or not this user.
+        PermissionError: if this user may not ask for it.
+        UserError: if the cluster does not answer.
     """
     where = ["--namespace", need.namespace] if need.namespace else []
     text = _kubectl(
@@ -192,7 +193,13 @@ def report(parts: list[Part], find: Callable[[Need], Part | None] | None) -> tup
         if find is None:
             keys = f" with {', '.join(sorted(need.keys))}" if need.keys else ""
             lines.append(f"{'May' if need.optional else 'Must'} be there: {need}{keys}.")
-        elif text := missing(need, find(need)):
+            continue
+        try:
+            text = missing(need, find(need))
+        except PermissionError:
+            lines.append(f"Not known, since you may not ask for it: {need}.")
+            continue
+        if text:
             ready &= need.optional
             lines.append(f"May be so: {text}" if need.optional else text)
     return lines, ready
@@ -326,6 +333,8 @@ def _kubectl(*arguments: str, absent: str | None = None) -> str:
         return result.stdout
     if absent and absent in result.stderr:
         return ""
+    if "(Forbidden)" in result.stderr:
+        raise PermissionError(result.stderr)
     said = result.stderr.strip().splitlines()[-1:] or ["nothing"]
     raise UserError(
         f"kubectl {arguments[0]} failed and said: {said[0]}; choose a cluster with "
@@ -344,7 +353,8 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(*lines, "Nothing is missing." if ready else "Not ready to be applied.", sep="\n")
+    nothing = "Nothing else is missing." if lines else "Nothing is missing."
+    print(*lines, nothing if ready else "Not ready to be applied.", sep="\n")
     return 0 if ready else 1
 
 

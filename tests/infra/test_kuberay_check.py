@@ -242,10 +242,12 @@ class Kubernetes(BaseHTTPRequestHandler):
     }  # fmt: skip
 
     def do_GET(self) -> None:
-        found = self.ANSWERS.get(self.path.partition("?")[0])
-        gone = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 404}
-        body = json.dumps(found or gone | {"reason": "NotFound", "message": "not found"}).encode()
-        self.send_response(200 if found else 404)
+        path = self.path.partition("?")[0]
+        found = self.ANSWERS.get(path)
+        code, reason = (403, "Forbidden") if path.endswith("registry") else (404, "NotFound")
+        refusal = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code}
+        body = json.dumps(found or refusal | {"reason": reason, "message": "no"}).encode()
+        self.send_response(200 if found else code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -299,6 +301,7 @@ def test_the_command_asks_the_cluster(tmp_path: Path, cluster: dict[str, str]) -
     assert code == 1
     assert "Secret lorat-services in namespace lorat is named by" in text
     assert "LocalQueue lorat in namespace lorat is named by" in text  # a cluster without Kueue
+    assert "Not known, since you may not ask for it: Secret lorat-registry" in text
     assert "lorat-credentials" not in text
     assert "rayclusters.ray.io" not in text
     assert text.endswith("Not ready to be applied.\n")
