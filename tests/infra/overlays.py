@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 Part = dict[str, Any]
+
+EVERYWHERE = {"PriorityClass"}
+"""Kinds without a namespace."""
 
 
 class Strict(BaseModel):
@@ -21,26 +25,44 @@ class Strict(BaseModel):
 class Operation(Strict):
     """An operation of a JSON patch."""
 
-    op: Literal["replace"]
-    path: str = Field(pattern="^/spec/")
+    op: Literal["add", "replace", "test"]
+    path: str = Field(pattern="^/(spec/|metadata/labels$|metadata/annotations$)")
     value: Any
 
     def apply(self, part: Part) -> None:
-        """Replace what is there; a path that is not there is an error, as in kustomize."""
+        """Change a part; a path that is not there is an error, as in kustomize.
+
+        One that is there already, or of another type, is an error of the manifests.
+        """
         *parents, last = self.path.strip("/").split("/")
         holder: Any = part
         for key in parents:
             holder = holder[int(key)] if isinstance(holder, list) else holder[key]
-        before = holder[last]
-        assert type(before) is type(self.value), self.path
-        holder[last] = self.value
+        if self.op == "test":
+            assert holder[last] == self.value, self.path
+        elif self.op == "add" and isinstance(holder, list):
+            assert last == "-", self.path
+            holder.append(_unshared(self.value))
+        elif self.op == "add":
+            assert last not in holder, self.path
+            holder[last] = _unshared(self.value)
+        else:
+            assert type(holder[last]) is type(self.value), self.path
+            holder[last] = _unshared(self.value)
 
 
 class Patch(Strict):
-    """Operations on one part, as YAML in a string."""
+    """Operations on every part of a kind, or of a kind and name, as YAML in a string."""
 
     target: dict[Literal["kind", "name"], str]
+    """Regular expressions."""
     patch: str
+
+    def meets(self, part: Part) -> bool:
+        """Tell whether a part is changed."""
+        kind, name = identity(part)
+        wanted = self.target.get("name", ".*")
+        return bool(re.fullmatch(self.target["kind"], kind) and re.fullmatch(wanted, name))
 
 
 class Image(Strict):
@@ -66,6 +88,15 @@ class Base(Strict):
     resources: list[str]
 
 
+class Component(Strict):
+    """The kustomization.yaml of a component."""
+
+    apiVersion: Literal["kustomize.config.k8s.io/v1alpha1"]
+    kind: Literal["Component"]
+    resources: list[str] = []
+    patches: list[Patch] = []
+
+
 class Overlay(Base):
     """The kustomization.yaml of an overlay."""
 
@@ -73,6 +104,7 @@ class Overlay(Base):
     images: list[Image]
     generatorOptions: dict[Literal["disableNameSuffixHash"], Literal[True]]
     configMapGenerator: list[ConfigMapGenerator]
+    components: list[str] = []
     patches: list[Patch] = []
 
 
@@ -80,10 +112,14 @@ def build(folder: Path) -> list[Part]:
     """Return the parts of an overlay, as ``kustomize build`` would print them."""
     overlay = Overlay.model_validate(yaml.safe_load((folder / "kustomization.yaml").read_text()))
     parts = [part for name in overlay.resources for part in _base(folder / name)]
-    for patch in overlay.patches:
-        (target,) = [part for part in parts if identity(part) == _wanted(patch)]
-        for operation in yaml.safe_load(patch.patch):
-            Operation.model_validate(operation).apply(target)
+    for name in overlay.components:
+        path = folder / name
+        component = Component.model_validate(
+            yaml.safe_load((path / "kustomization.yaml").read_text())
+        )
+        parts += [part for file in component.resources for part in _parts(path / file)]
+        _change(parts, component.patches)
+    _change(parts, overlay.patches)
     for part in parts:
         _rename_images(part, {image.name: image for image in overlay.images})
     parts += [
@@ -96,7 +132,8 @@ def build(folder: Path) -> list[Part]:
         for generator in overlay.configMapGenerator
     ]
     for part in parts:
-        part["metadata"]["namespace"] = overlay.namespace
+        if part["kind"] not in EVERYWHERE:
+            part["metadata"]["namespace"] = overlay.namespace
     return parts
 
 
@@ -105,14 +142,24 @@ def identity(part: Part) -> tuple[str, str]:
     return part["kind"], part["metadata"]["name"]
 
 
-def _wanted(patch: Patch) -> tuple[str, str]:
-    return patch.target["kind"], patch.target["name"]
+def _change(parts: list[Part], patches: list[Patch]) -> None:
+    for patch in patches:
+        targets = [part for part in parts if patch.meets(part)]
+        # Without a name a patch is for whatever of the kind there is, which may be nothing.
+        assert targets or "name" not in patch.target, patch.target
+        for operation in yaml.safe_load(patch.patch):
+            for target in targets:
+                Operation.model_validate(operation).apply(target)
 
 
 def _base(folder: Path) -> list[Part]:
     base = Base.model_validate(yaml.safe_load((folder / "kustomization.yaml").read_text()))
+    return [part for name in base.resources for part in _parts(folder / name)]
+
+
+def _parts(path: Path) -> list[Part]:
     # YAML's aliases are one object in Python; a patch must not reach what is elsewhere.
-    return [_unshared(yaml.safe_load((folder / name).read_text())) for name in base.resources]
+    return [_unshared(part) for part in yaml.safe_load_all(path.read_text())]
 
 
 def _unshared(value: Any) -> Any:

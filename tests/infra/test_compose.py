@@ -67,6 +67,7 @@ class Service(Strict):
     volumes: list[str | Bind] = Field(default_factory=list)
     configs: list[dict[Literal["source", "target"], str]] = Field(default_factory=list)
     network_mode: Literal["host"] | None = None
+    logging: dict[Literal["driver"], Literal["local"]]  # which drops old lines
     healthcheck: Healthcheck | None = None
     depends_on: dict[str, Dependency] = Field(default_factory=dict)
 

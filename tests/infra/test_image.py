@@ -138,6 +138,7 @@ def test_every_command_of_the_mlflow_image_runs(tmp_path: Path, environment: Pat
 def test_every_command_of_the_ray_image_runs(context: Path, environment: Path) -> None:
     commands = _commands("lorat")
     assert len(commands) == 2
+    assert any("ray drain-node --help" in command for command in commands)
     for command in commands:
         _run(command, environment, context)
     _run(_health("lorat"), environment, context.parent)  # the project itself, not this folder
