@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 MODEL_NAME = "lorat"
 CONFIG_FILE = "config.json"
 CANDIDATE = "candidate"
+SCORE_HISTOGRAM = "score_histogram"
+"""Tag with the tracker's scores in its evaluation, counted in bins, as JSON."""
 CHAMPION = "champion"
 MAX_DESCRIPTION = 5000
 """Characters of a version's description that every database of MLflow takes."""
@@ -156,6 +158,16 @@ def version_of(uri: str) -> tuple[str, str]:
         else:
             version = client.get_model_version(name, number)
     return name, str(version.version)
+
+
+def tags_of(name: str, version: str) -> dict[str, str]:
+    """Return the tags of a version.
+
+    Raises:
+        UserError: if there is none, or MLflow cannot be reached.
+    """
+    with _user_errors(f"models:/{name}/{version}"):
+        return dict(connect().get_model_version(name, version).tags)
 
 
 def pinned(uri: str) -> str:

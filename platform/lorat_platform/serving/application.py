@@ -15,6 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import numpy as np
 import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
@@ -26,11 +27,13 @@ from lorat.errors import UserError
 from lorat_platform.cluster import ray_internals
 from lorat_platform.cluster.connection import LOOPBACK
 from lorat_platform.registry import versions
+from lorat_platform.serving.drift import Drift, stored_reference
 from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.following import Following
 from lorat_platform.serving.publishing import Publishing
 from lorat_platform.serving.served_model import load_served
 from lorat_platform.serving.settings import ServingSettings
+from lorat_platform.serving.shadow import Shadow
 from lorat_platform.serving.web import make_app
 
 log = logging.getLogger(__name__)
@@ -106,11 +109,29 @@ class Replica:
             if uri != self.settings.model
             else None
         )
-        self.publishing = Publishing(self.engine)
+        self.drift = Drift(_reference, self._drifted)
+        self.engine.observe(self.drift.observe)
+        self.shadow = self._load_shadow()
+        self.publishing = Publishing(self.engine, self.drift, self.shadow)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the web side; Ray Serve calls it in the event loop of the replica."""
         return make_app(self.engine, self.token_sha256, self.status)
+
+    def _load_shadow(self) -> Shadow | None:
+        settings = self.settings
+        if settings.shadow is None:
+            return None
+        model = load_served(
+            versions.pinned(settings.shadow), variant=None, max_latency_ms=settings.max_latency_ms
+        )
+        shadow = Shadow(model, settings.shadow_share)
+        self.engine.observe(shadow.observe)
+        return shadow
+
+    def _drifted(self, sentence: str) -> None:
+        log.error("ALARM: %s", sentence)
+        self.engine.statistics.count("drifts")
 
     def _refused(self, name: str, why: str) -> None:
         self.engine.statistics.count("refused_models")
@@ -128,9 +149,15 @@ class Replica:
             "device": str(engine.model.tracker.device),
             "sessions": engine.num_sessions,
             "models": engine.models_in_use(),
+            "drift": self.drift.index(engine.model.name),
             "counts": engine.statistics.counts(),
             "seconds_p50_p99": engine.statistics.quantiles(0.5, 0.99),
         }
+        if self.shadow is not None:
+            shown["shadow"] = {
+                beside: {"model": self.shadow.model.name} | agreement.metrics()
+                for beside, agreement in self.shadow.agreements.items()
+            }
         if following is not None:
             shown |= {"refused": following.refusals, "trouble": following.trouble}
         return shown
@@ -151,6 +178,18 @@ class Replica:
                 self.following.stop()
             self.publishing.stop()
             self.engine.stop()
+
+
+def _reference(model: str) -> np.ndarray | None:
+    """Return the histogram of scores that a registered version was evaluated with."""
+    name, _, version = model.partition("/")
+    if not version.isdigit():
+        return None
+    try:
+        return stored_reference(versions.tags_of(name, version).get(versions.SCORE_HISTOGRAM))
+    except UserError as error:
+        log.warning("What the scores of %s were cannot be read: %s", model, error)
+        return None
 
 
 def application(settings: ServingSettings, scale: Scale, token: str | None) -> serve.Application:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from lorat.config import fields
-from lorat.config.bounds import Bounds, check_bounds
+from lorat.config.bounds import Bounds, Share, check_bounds
 
 Seconds = Annotated[float, Bounds(0, 86_400, above=True)]
 Milliseconds = Annotated[float, Bounds(0, 60_000, above=True)]
@@ -26,6 +26,10 @@ class ServingSettings:
     """Time between two looks at the alias, more than 0, at most 86,400 seconds."""
     max_latency_ms: Milliseconds = 1000.0
     """A new version that needs longer for one target is refused, more than 0, at most 60,000."""
+    shadow: str | None = None
+    """Model that tracks beside and never answers; what both found is compared in an MLflow run."""
+    shadow_share: Share = 0.1
+    """Share of the sessions that the shadow sees, 0 to 1."""
     batch_wait_ms: Annotated[float, Bounds(0, 1000)] = 3.0
     """Longest wait of a frame for those of other sessions, 0 to 1000 milliseconds."""
     max_batch: Few = 64
