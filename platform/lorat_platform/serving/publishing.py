@@ -18,6 +18,14 @@ COUNTERS = (
     "frames", "skipped", "sessions", "refused", "swaps", "moved", "refused_models", "drifts",
 )  # fmt: skip
 
+GAUGES = {
+    "sessions": ("model",),
+    "drift": ("model",),
+    "batch": ("quantile",),
+    "seconds": ("stage", "quantile"),
+}
+"""Names and tags of what is shown as it is now."""
+
 
 class Publishing:
     """Publishes what an engine counts and measures, every two seconds, from a thread.
@@ -35,15 +43,9 @@ class Publishing:
             name: Counter(f"lorat_serve_{name}_total", description=name) for name in COUNTERS
         }
         self._seen: dict[str, int] = {}
-        keys = {
-            "sessions": ("model",),
-            "drift": ("model",),
-            "batch": ("quantile",),
-            "seconds": ("stage", "quantile"),
-        }
         self._gauges: dict[str, Any] = {
             name: Gauge(f"lorat_serve_{name}", description=name, tag_keys=tags)
-            for name, tags in keys.items()
+            for name, tags in GAUGES.items()
         }
         self._models: set[str] = set()
         self._stopped = threading.Event()
