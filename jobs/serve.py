@@ -53,7 +53,8 @@ class Options:
 def main() -> None:
     """Run the job."""
     options = flags.parse(Options, description=__doc__)
-    token = (os.environ.get(TOKEN) or secrets.token_urlsafe(24)) if options.token else None
+    own = os.environ.get(TOKEN)
+    token = (own or secrets.token_urlsafe(24)) if options.token else None
     subject = load_subject(options.settings.model, variant=options.settings.variant)
     with (
         connected(options.address) as cluster,
@@ -62,7 +63,9 @@ def main() -> None:
         ) as url,
     ):
         log.info("%s (%s) on %s", subject.name, subject.variant, cluster)
-        log.info("Page: %s\nCtrl-C ends it.", url)
+        # A token of the environment may be one for long, and is not printed.
+        page = f"{url}#ticket={token}" if token and not own else url
+        log.info("Page: %s\nCtrl-C ends it.", page)
         while True:
             time.sleep(3600)
 

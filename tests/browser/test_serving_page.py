@@ -87,8 +87,8 @@ def test_draw_follow_change_the_model_and_take_the_boxes(
     from selenium.webdriver import ActionChains, Keys
 
     engine, address = engine_and_place
-    browser.get(f"http://{address}/#token={TOKEN}")
-    assert "token" not in browser.current_url  # it stays in no history
+    browser.get(f"http://{address}/#ticket={TOKEN}")
+    assert "ticket" not in browser.current_url  # it stays in no history
 
     def by_id(name: str) -> Any:
         return browser.find_element("id", name)
@@ -154,4 +154,10 @@ def test_without_the_token_the_page_says_what_to_do(
         "a sentence",
         lambda: "open the address that it printed" in browser.find_element("id", "state").text,
         seconds=60,
+    )
+    browser.find_element("id", "given").send_keys(TOKEN)
+    browser.find_element("css selector", "#ask button").click()
+    browser.find_element("id", "file").send_keys(str(video))
+    wait_until(
+        "video", lambda: "Drag a box" in browser.find_element("id", "state").text, seconds=60
     )

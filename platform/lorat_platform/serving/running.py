@@ -29,7 +29,7 @@ def serving(
         token: that clients must give; none serves everybody.
 
     Yields:
-        The URL of the page, with the token.
+        The URL of the page.
 
     Raises:
         UserError: if the port is taken, or no replica can start.
@@ -47,8 +47,7 @@ def serving(
             serve.run(application(settings, scale, token), name=NAME, route_prefix="/")
         except RuntimeError as error:
             raise UserError(f"No replica could start: {_cause()}") from error
-        query = f"/#token={token}" if token else "/"
-        yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}{query}"
+        yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/"
     finally:
         serve.shutdown()
 

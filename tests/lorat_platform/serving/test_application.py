@@ -61,7 +61,7 @@ def place(home: Path) -> Iterator[str]:
             settings, Scale(replicas=2, cpus=0.5), host="127.0.0.1", port=port, token=TOKEN
         ) as url,
     ):
-        assert url == f"http://127.0.0.1:{port}/#token={TOKEN}"
+        assert url == f"http://127.0.0.1:{port}/"
         yield f"127.0.0.1:{port}"
 
 

@@ -21,7 +21,7 @@ function say(text, bad = false) {
 }
 
 function takeToken() {
-  const given = new URLSearchParams(location.hash.slice(1)).get("token");
+  const given = new URLSearchParams(location.hash.slice(1)).get("ticket");
   if (given) {
     sessionStorage.setItem("token", given);
     history.replaceState(null, "", location.pathname);
@@ -65,7 +65,8 @@ function connect() {
       state.socket = null;
       if (!hello && !state.retries) {
         stop();
-        say("The server lets nobody in without its token: open the address that it printed.", true);
+        say("The server asks for its token: open the address that it printed, or give it here.", true);
+        element("ask").showModal();
         resolve(false);
       } else if (!failed && state.running && state.retries < 20) {
         state.retries += 1;
@@ -411,4 +412,11 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
     if (kind === "drop" && event.dataTransfer.files.length) open(event.dataTransfer.files[0]);
   });
 }
+element("ask").addEventListener("close", () => {
+  const given = element("given").value.trim();
+  if (!given) return;
+  sessionStorage.setItem("token", given);
+  state.token = given;
+  say("Choose the video again.");
+});
 takeToken();
