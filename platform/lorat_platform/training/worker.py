@@ -110,13 +110,13 @@ def _train(setup: WorkerSetup) -> None:
     sweep(Path(tempfile.gettempdir()))  # what killed workers left on this machine
     # Before the imports for the model, which take seconds, as the processes that decode do.
     source = _open_stream(setup, rank, size, start)
+    if rank == 0:
+        setup.console.phase("building the model")
     from lorat.learning.learner import World
     from lorat.learning.loop import Hooks, run
 
     device = ray.train.torch.get_device() if setup.threads is None else torch.device("cpu")
     world = World(rank=rank, size=size, device=device)
-    if rank == 0:
-        setup.console.phase("building the model")
     learner = make_learner(setup, world, last)
     if learner.step != start:
         raise UserError(
