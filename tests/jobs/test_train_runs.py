@@ -109,7 +109,9 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
     trained: Trained, shards: tuple[str, str]
 ) -> None:
     (data, val), out, home = shards, trained.output, trained.home
-    assert re.search(r"^step +10/10  loss \d+\.\d+ .* samples/s .* left \d+ s$", out, re.MULTILINE)
+    assert re.search(
+        r"^step +10/10  loss \d+\.\d+ .* samples/s .* left (\d+ min )?\d+ s$", out, re.MULTILINE
+    )
     assert re.search(r"^validation of step 10: loss \d", out, re.MULTILINE)
     for tracker in ("LoRAT", "static", "mil"):
         assert re.search(rf"^val +{tracker} +[01]\.\d+", out, re.MULTILINE), out
