@@ -158,6 +158,33 @@ def version_of(uri: str) -> tuple[str, str]:
     return name, str(version.version)
 
 
+def usual() -> str:
+    """Return the model that is meant where none is named, and say which: champion, or candidate.
+
+    Raises:
+        UserError: if there is neither, or MLflow cannot be reached.
+    """
+    from mlflow.exceptions import MlflowException
+
+    with _user_errors(f"models:/{MODEL_NAME}"):
+        try:
+            aliases = connect().get_registered_model(MODEL_NAME).aliases
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            aliases = {}
+    for alias in (CHAMPION, CANDIDATE):
+        if version := aliases.get(alias):
+            uri = f"models:/{MODEL_NAME}/{version}"
+            why = "" if alias == CHAMPION else f"; there is no {CHAMPION} yet"
+            log.info("model       %s, the %s%s", uri, alias, why)
+            return uri
+    raise UserError(
+        f"There is no {MODEL_NAME}@{CHAMPION} and no {MODEL_NAME}@{CANDIDATE} in MLflow at "
+        f"{tracking_uri()}; train one with jobs/train.py, or give --model."
+    )
+
+
 def pinned(uri: str) -> str:
     """Return an address that means the same model later too: an alias becomes its version.
 
