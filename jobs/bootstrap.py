@@ -34,3 +34,7 @@ if os.path.exists(os.path.join(ROOT, "lorat", "__init__.py")):
         if folder in sys.path:
             sys.path.remove(folder)
         sys.path.insert(0, folder)
+
+from loading import LOADING  # noqa: E402  (found by the paths above)
+
+LOADING.begin("loading libraries", quiet=True)

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from loading import LOADING
 from output import cleaned_output
 
 from lorat.errors import UserError
@@ -39,6 +40,7 @@ def run(main: Callable[[], int | None], *, goes_on: bool = False) -> None:
     2; an interrupt or a request to end becomes code 130; anything else keeps its traceback and code
     1.  Nothing is printed with the secrets of addresses.
     """
+    LOADING.end()
     with interruptible() as interrupted, cleaned_output():
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
         for name in ("ray", "mlflow", "alembic", "urllib3", "botocore", "httpx"):

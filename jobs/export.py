@@ -1,5 +1,6 @@
 """Export a tracker's network: safetensors bundle, ONNX, torch.export, released layout; compared.
 
+python jobs/export.py
 python jobs/export.py --model models:/lorat@champion --output export
 """
 
@@ -30,8 +31,9 @@ log = logging.getLogger(__name__)
 class Options:
     """Write deployable files of a model and compare each with PyTorch."""
 
-    model: str = "models:/lorat@champion"
-    """Registered model, run, checkpoint folder, or released file."""
+    model: str | None = None
+    """Registered model, run, checkpoint folder, or released file; none means
+    models:/lorat@champion, or else models:/lorat@candidate."""
     variant: str | None = None
     """Variant of a released file, which does not name it."""
     output: Path = Path("export")
@@ -49,7 +51,8 @@ def main() -> int:
     check_place(options.output, options.formats)
     if options.backbone is not None:
         check_file(options.backbone)
-    model = versions.load(options.model, variant=options.variant)
+    uri = options.model or versions.usual()
+    model = versions.load(uri, variant=options.variant)
     if options.backbone is not None:
         options.backbone.parent.mkdir(parents=True, exist_ok=True)
         save_backbone(model, options.backbone, dtype=torch.float16)
@@ -60,7 +63,7 @@ def main() -> int:
         for r in reports
     ]  # fmt: skip
     header = ["format", "file", "MB", "score error", "box error", "ms per pair", "same"]
-    text = f"{options.model} ({model.variant.name}), tolerance {TOLERANCE:g}\n\n"
+    text = f"{uri} ({model.variant.name}), tolerance {TOLERANCE:g}\n\n"
     text += markdown_table(header, rows) + "\n"
     (options.output / "parity.md").write_text(without_surrogates(text))
     log.info("%s\nfiles   %s", text, options.output)

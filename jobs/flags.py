@@ -32,6 +32,9 @@ def parse(
             one sentence.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if description is not None:
+        # Lines that begin with a letter would be joined; each example has its own.
+        description = re.sub("\n+(?=python )", "\n  ", description)
     refuse_secrets_in(given)
     printed = io.StringIO()
     try:

@@ -24,6 +24,7 @@ from lorat.config import fields
 from lorat.config.bounds import Bounds, check_bounds
 from lorat_platform.cluster.connection import connected
 from lorat_platform.evaluation.subject import load_subject
+from lorat_platform.registry import versions
 from lorat_platform.serving.application import TOKEN, Scale
 from lorat_platform.serving.running import serving
 from lorat_platform.serving.settings import ServingSettings
@@ -55,7 +56,8 @@ def main() -> None:
     options = flags.parse(Options, description=__doc__)
     own = os.environ.get(TOKEN)
     token = (own or secrets.token_urlsafe(24)) if options.token else None
-    subject = load_subject(options.settings.model, variant=options.settings.variant)
+    model = options.settings.model or versions.usual()
+    subject = load_subject(model, variant=options.settings.variant)
     with (
         connected(options.address) as cluster,
         serving(

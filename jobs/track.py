@@ -30,6 +30,7 @@ from lorat.tracking.trajectory import Trajectory
 from lorat.tracking.video_source import VideoSource
 from lorat.tracking.window import need_screen, select_box, show
 from lorat_platform.evaluation.subject import load_subject
+from lorat_platform.registry import versions
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +45,9 @@ class Options:
     """The object in the first frame: left,top,width,height in pixels."""
     select: bool = False
     """Draw the box in a window instead."""
-    model: str = "models:/lorat@champion"
+    model: str | None = None
     """Registered model, checkpoint folder or released file; or static, mil, or csrt (where
-    OpenCV has it)."""
+    OpenCV has it); none means models:/lorat@champion, or else models:/lorat@candidate."""
     variant: str | None = None
     """Variant of a released file, which does not name it."""
     output: Path = Path("tracked.mp4")
@@ -81,7 +82,7 @@ def main() -> int:
         from lorat.tracking.tracker import resolve_device
 
         resolve_device(device)
-    subject = load_subject(options.model, variant=options.variant)
+    subject = load_subject(options.model or versions.usual(), variant=options.variant)
     tracker = subject.tracker(device)
     box = select_box(first.image) if given is None else given
 

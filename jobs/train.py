@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import bootstrap
 
+import importlib
 import logging
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -20,10 +22,12 @@ import tyro
 
 from lorat.config.fields import from_dict
 from lorat.config.json_files import read_json
+from lorat.config.summary import summary
 from lorat.config.training import TrainConfig, resolve
 from lorat_platform import cluster
+from lorat_platform.cluster.phases import Phases
 from lorat_platform.data.sources import open_datasets, with_whole_paths
-from lorat_platform.training.driver import resolved_text, train
+from lorat_platform.training.driver import train
 from lorat_platform.training.options import RunOptions
 
 log = logging.getLogger(__name__)
@@ -40,7 +44,7 @@ class Options:
     config: Path | None = None
     """A config.json as saved with every run; options on the command line go before it."""
     dry_run: bool = False
-    """Print the resolved configuration, sizes, memory and work, and exit."""
+    """Print the resolved configuration, sizes, memory, work and the device at hand, and exit."""
     replay: str | None = None
     """Run a batch again that gave a loss that is not finite, as the message names it."""
 
@@ -65,7 +69,7 @@ def parse(arguments: list[str]) -> Options:
         if name == "--config":
             following = arguments[position + 1 : position + 2]
             default = read_config(Path(value or (following[0] if following else "")))
-    return flags.parse(Options, arguments, default=Options(train=default))
+    return flags.parse(Options, arguments, default=Options(train=default), description=__doc__)
 
 
 def main() -> int:
@@ -80,11 +84,15 @@ def main() -> int:
     if options.dry_run:
         from lorat_platform.training.estimate import estimate
 
-        print(resolved_text(config))
+        print(summary(config))
         print(estimate(config, options.run))
         return 0
-    log.info("%s", resolved_text(config))
-    datasets = open_datasets(config)
+    log.info("%s", summary(config))
+    with Phases() as phases:
+        phases.begin("opening the data")
+        datasets = open_datasets(config)
+    # Torch loads while Ray starts; the driver needs it right after.
+    threading.Thread(target=importlib.import_module, args=("torch",), daemon=True).start()
     revision = command.git_revision(bootstrap.ROOT)
     with cluster.connected(options.run.address) as ray_cluster:
         train(config, options.run, ray_cluster, datasets=datasets, git_revision=revision)

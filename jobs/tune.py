@@ -20,6 +20,7 @@ import tyro
 
 from lorat.config.training import TrainConfig
 from lorat_platform import cluster
+from lorat_platform.cluster.phases import Phases
 from lorat_platform.search.driver import resume_search, run_search
 from lorat_platform.search.plan import (
     SearchOptions,
@@ -77,7 +78,9 @@ def main() -> int:
     log.info("%s", plan.text())
     if options.dry_run:
         return 0
-    check_data(plan)
+    with Phases() as phases:
+        phases.begin("opening the data")
+        check_data(plan)
     revision = command.git_revision(bootstrap.ROOT)
     with cluster.connected(options.address) as ray_cluster:
         log.info("Searching with %s.", ray_cluster)

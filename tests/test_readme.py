@@ -186,7 +186,7 @@ def test_a_submitted_job_of_the_readme_runs(
     output = workspace.run(
         f"{command} {added}", RAY_API_SERVER_ADDRESS=local_run.dashboard, **EXPORTED
     )
-    assert '"variant": "T-168"' in output
+    assert "T-168, recipe brief, on synthetic" in output
 
 
 def test_the_install_command_of_the_readme_resolves(workspace: Workspace) -> None:

@@ -220,7 +220,7 @@ class Learner:
                 lines[0] if lines else "",
             )
             self.compiled = False
-            self.model._compiled_call_impl = None
+            self.model.uncompile()
             self.optimizer.zero_grad(set_to_none=True)
             losses = self._forward_backward(part, num_positive)
         self._proven = True

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.in_process import run_in_process
+from tests.jobs.in_process import ROOT, run_in_process
 
 SMALL = (
     "--variant", "N-112", "--backbone", "none", "--batch-size", "8", "--pairs-per-epoch", "40",
     "--epochs", "2", "--lora.rank", "2", "--val-sequences", "2", "--val-pairs", "16",
 )  # fmt: skip
+
+
+JOBS = ("train", "evaluate", "export", "ingest", "pretrain", "promote", "track", "tune")
 
 
 def wrong(capsys: pytest.CaptureFixture[str], *options: object) -> str:
@@ -64,11 +67,15 @@ def test_a_dry_run_says_what_will_be_needed(
     code = run_in_process("train", "--dry-run", "--config", file, "--epochs", "3", "--workers", "8")
     out = capsys.readouterr().out
     assert code == 0
-    config = json.loads(out[: out.index("\nL-224")])
-    assert (config["variant"], config["epochs"], config["lora"]["rank"]) == ("L-224", 3, 32)
-    assert (config["batch_size"], config["recipe"]) == (128, "paper")
+    first, *_, last = screen = out[: out.index("\nL-224\n")].splitlines()
+    assert first == "L-224, recipe paper, on synthetic, validated on synthetic"
+    assert [line.split() for line in screen[2:4]] == [
+        ["lora.rank", "32", "(recipe:", "64)"], ["epochs", "3", "(recipe:", "170)"]
+    ]  # fmt: skip
+    assert "batch_size 128" in out
+    assert last.endswith("seed 42")
     assert "3,072 of 128 pairs" in out
-    for word in ("memory", "activations", "TFLOP a step", "kB per pair", "GMACs"):
+    for word in ("device", "memory", "activations", "TFLOP a step", "kB per pair", "GMACs"):
         assert word in out
 
 
@@ -78,3 +85,14 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     for flag in ("--lora.rank", "--epochs", "--batch-size", "--workers", "--dry-run", "--replay"):
         assert flag in out
     assert "Rank r of every adapter" in out
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_has_one_example_a_line(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    about = (ROOT / "jobs" / f"{job}.py").read_text().split('"""')[1]
+    examples = [line.split() for line in about.splitlines() if line.startswith("python ")]
+    assert examples
+    assert run_in_process(job, "--help") == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    begun = [line for line in lines if line[:1] == ["python"]]
+    assert [line[:4] for line in begun] == [example[:4] for example in examples]

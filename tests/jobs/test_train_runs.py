@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +71,8 @@ class Trained:
     """Options that name its data."""
     ray: Path
     """Where its Ray wrote logs."""
+    said_at: list[float]
+    """When each of its lines came, in seconds from its start."""
 
 
 @pytest.fixture(scope="module")
@@ -77,24 +81,44 @@ def trained(shards: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -
     data = ("--data", shards[0], "--val-data", shards[1])
     # A short name, since those of sockets have a limit.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as ray:
-        done = train(
-            home, *SMALL, *data, "--name", "small", "--checkpoint-every", "1", "--keep", "2",
-            "--workers", "2", "--cpus-per-worker", "1", RAY_TMPDIR=ray, **PLANTED,
+        make_home(home)
+        began = time.monotonic()
+        job = subprocess.Popen(
+            [
+                sys.executable, str(ROOT / "jobs" / "train.py"), *SMALL, *data, "--name", "small",
+                "--checkpoint-every", "1", "--keep", "2", "--workers", "2", "--cpus-per-worker",
+                "1", "--log-every", "1",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=home,
+            env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+            | {"LORAT_HOME": str(home), "RAY_TMPDIR": ray, "PYTHONUNBUFFERED": "1"}
+            | PLANTED,
         )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        yield Trained(home=home, output=done.stdout + done.stderr, data=data, ray=Path(ray))
+        assert job.stdout is not None
+        lines = [(line, time.monotonic() - began) for line in job.stdout]
+        output = "".join(line for line, _ in lines)
+        assert job.wait() == 0, output
+        said_at = [at for _, at in lines]
+        yield Trained(home=home, output=output, data=data, ray=Path(ray), said_at=said_at)
 
 
 def test_a_training_ends_with_a_registered_tracker_and_says_where(
     trained: Trained, shards: tuple[str, str]
 ) -> None:
     (data, val), out, home = shards, trained.output, trained.home
-    assert re.search(r"^step +10/10  loss \d+\.\d+ .* samples/s .* left 0 s$", out, re.MULTILINE)
+    assert re.search(
+        r"^step +10/10  loss \d+\.\d+ .* samples/s .* left (\d+ min )?\d+ s$", out, re.MULTILINE
+    )
     assert re.search(r"^validation of step 10: loss \d", out, re.MULTILINE)
     for tracker in ("LoRAT", "static", "mil"):
         assert re.search(rf"^val +{tracker} +[01]\.\d+", out, re.MULTILINE), out
     assert "model       models:/lorat/1, alias candidate" in out
     assert "mlflow server --backend-store-uri" in out
+    assert re.search(r"^promote it +python jobs/promote.py --candidate models:/lorat/1$", out, re.M)
+    assert "jobs/track.py VIDEO --select --model models:/lorat/1 " in out
     # The best are kept; only those that were validated, one an epoch, have a score.
     kept = sorted(path.name for path in (home / "runs" / "small").glob("step-*"))
     assert kept == ["step-00000005", "step-00000010"]
@@ -127,6 +151,25 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
     assert {"success.png", "precision.png", "sequences.csv", "report.md"} <= set(report)
     assert {name.split("-")[0] for name in report if name.endswith(".mp4")} == {"best", "worst"}
     assert json.loads(version.tags["reference_set"]) == [val]
+
+
+def test_a_person_always_knows_what_goes_on(trained: Trained) -> None:
+    lines = trained.output.splitlines()
+    phases = (
+        "N-112, recipe small, on ", "  lora.rank ", "opening the data", "starting Ray on ",
+        "beginning run small in ", "its configuration: ", "opening the run in MLflow",
+        "starting the training workers", "starting the stream of pairs", "building the model",
+        "training on cpu", "taking the first step", "step  1/10 ", "step 10/10 ",
+        "storing the last checkpoint and validating it", "uploading the checkpoint of step 10 ",
+        "evaluating LoRAT on ", "evaluating static on ", "evaluating mil on ", "reporting ",
+        "registering the model", "model       models:/lorat/1",
+    )  # fmt: skip
+    at = [next(n for n, line in enumerate(lines) if line.startswith(text)) for text in phases]
+    assert at == sorted(at), trained.output
+    # Ten seconds, and what a busy machine adds.
+    times = [0.0, *trained.said_at]
+    silences = [after - before for before, after in itertools.pairwise(times)]
+    assert max(silences) < 20.0, list(zip(silences, lines, strict=False))
 
 
 def test_no_file_page_or_log_of_a_run_holds_a_secret(trained: Trained) -> None:

@@ -16,6 +16,7 @@ import pytest
 from mlflow.entities import Run
 
 from lorat.config.fields import from_dict
+from lorat.config.summary import summary
 from lorat.config.training import TrainConfig
 from lorat_platform.recording.store import connect
 from tests.jobs.in_process import run_in_process
@@ -247,8 +248,8 @@ def test_the_winner_is_trained_in_full_and_registered(
     assert f"python jobs/train.py --config {best}" in resumed.output
     capsys.readouterr()
     assert run_in_process("train", "--config", str(best), "--dry-run") == 0
-    printed, _ = json.JSONDecoder().raw_decode(capsys.readouterr().out)
-    assert printed == json.loads(best.read_text())
+    config = from_dict(TrainConfig, json.loads(best.read_text()))
+    assert capsys.readouterr().out.startswith(f"{summary(config)}\n")
 
 
 @pytest.mark.usefixtures("shared_ray")

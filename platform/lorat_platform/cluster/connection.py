@@ -23,6 +23,7 @@ from lorat.files.addresses import refuse_secrets
 from lorat_platform.cluster import ray_internals, sockets
 from lorat_platform.cluster.addresses import REMEDY, check_address
 from lorat_platform.cluster.interrupts import kept_handlers
+from lorat_platform.cluster.phases import Phases
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +145,15 @@ def connect(
         return describe(embedded=False)
     ray_internals.join_no_ray_unasked()
     embedded = address == "local"
+    with Phases() as phases:
+        phases.begin("starting Ray on this machine" if embedded else f"connecting to Ray {address}")
+        return _connect(address, embedded=embedded, num_cpus=num_cpus, env=env)
+
+
+def _connect(
+    address: str, *, embedded: bool, num_cpus: int | None, env: dict[str, str] | None
+) -> Cluster:
+    """Connect to an address, ``local`` for an embedded Ray, as :func:`connect` does."""
     options: dict[str, Any] = {}
     if embedded:
         ray_internals.keep_to_loopback()
@@ -263,7 +273,9 @@ def disconnect() -> None:
     """Leave the cluster; an embedded one ends."""
     import ray
 
-    ray.shutdown()
+    with Phases() as phases:
+        phases.begin("ending the connection to Ray", quiet=True)
+        ray.shutdown()
     for name, value in _before.items():
         os.environ.pop(name)
         if value is not None:

@@ -6,27 +6,32 @@ import contextlib
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
+
+from lorat_platform.cluster.phases import Phases
 
 POLL_S = 0.25
 KEPT = 10_000
+
+Kind = int | Literal["phase", "quiet phase"]
+"""Of what is sent: a line of a level of logging, or a phase."""
 
 
 class _Lines:
     """The actor: keeps lines until the driver has fetched them."""
 
     def __init__(self) -> None:
-        self._lines: list[tuple[int, str]] = []
+        self._lines: list[tuple[Kind, str]] = []
         self._dropped = 0
 
-    def write(self, level: int, line: str, *_: Any) -> None:
+    def write(self, kind: Kind, line: str, *_: Any) -> None:
         """Append a line; Ray waits for the other arguments, which are results of other calls."""
         if len(self._lines) >= KEPT:
             self._dropped += 1
             return
-        self._lines.append((level, line))
+        self._lines.append((kind, line))
 
-    def take(self) -> list[tuple[int, str]]:
+    def take(self) -> list[tuple[Kind, str]]:
         """Return and forget all lines."""
         lines, self._lines = self._lines, []
         if self._dropped:
@@ -57,6 +62,15 @@ class Console(logging.Handler):
         """Send a line, which is shown once the calls ``after`` have been answered, if they are."""
         self.actor.write.remote(logging.INFO, text, *after)
 
+    def phase(self, text: str = "", *, quiet: bool = False) -> None:
+        """Tell which phase the training goes over to; none for one of which nothing is said.
+
+        Args:
+            text: as for :meth:`lorat_platform.cluster.phases.Phases.begin`.
+            quiet: as there.
+        """
+        self.actor.write.remote("quiet phase" if quiet else "phase", text)
+
     def install(self, level: int = logging.INFO) -> None:
         """Let the logs of both packages in this process go here."""
         self.setLevel(level)
@@ -69,9 +83,13 @@ class Console(logging.Handler):
 
 
 class ConsolePrinter:
-    """The driver's end: makes the actor, and prints in a thread while it is entered."""
+    """The driver's end: makes the actor, and prints in a thread while it is entered.
 
-    def __init__(self) -> None:
+    Args:
+        phases: what the workers' phases are told; none for nothing.
+    """
+
+    def __init__(self, phases: Phases | None = None) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -80,6 +98,7 @@ class ConsolePrinter:
             num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1
         )
         self.console = Console(actor.remote())
+        self._phases = phases or Phases()
         self._log = logging.getLogger("lorat_platform.workers")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="console", daemon=True)
@@ -106,5 +125,10 @@ class ConsolePrinter:
     def _print(self) -> None:
         import ray
 
-        for level, line in ray.get(self.console.actor.take.remote(), timeout=10.0):
-            self._log.log(level, "%s", line)
+        for kind, line in ray.get(self.console.actor.take.remote(), timeout=10.0):
+            if isinstance(kind, int):
+                self._log.log(kind, "%s", line)
+            elif line:
+                self._phases.begin(line, quiet=kind == "quiet phase")
+            else:
+                self._phases.end()

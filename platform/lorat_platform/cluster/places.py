@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections import Counter
@@ -10,10 +9,10 @@ from collections.abc import Mapping
 
 import ray
 
-log = logging.getLogger(__name__)
+from lorat_platform.cluster.phases import Phases
 
 REMIND_S = 30.0
-"""Time between two lines about what a job waits for."""
+"""Time between two looks at, and two lines about, what a job waits for."""
 
 
 def num_places(need: Mapping[str, float]) -> int | None:
@@ -47,9 +46,18 @@ def _has(resources: Mapping[str, float], need: Mapping[str, float]) -> str:
 
 
 class Reminder:
-    """Says what a job waits for, at once and then every :data:`REMIND_S` as long as it lasts."""
+    """Says what a job waits for, at once and then every :data:`REMIND_S` as long as it lasts.
 
-    def __init__(self) -> None:
+    Args:
+        phases: where the wait is one.
+        then: the phase that goes on when nothing is missing any more; none for none.
+    """
+
+    def __init__(self, phases: Phases, *, then: str = "") -> None:
+        self._phases = phases
+        self._then = then
+        self.waits = False
+        """Whether something was missing when it was told last."""
         self._again_at = 0.0
 
     def due(self) -> bool:
@@ -60,4 +68,9 @@ class Reminder:
         """Say what is missing; none means that nothing is."""
         self._again_at = time.monotonic() + REMIND_S
         if missing:
-            log.info("waiting for nodes: %s", missing)
+            self._phases.begin(f"waiting for nodes: {missing}", every_s=REMIND_S)
+        elif self.waits and self._then:
+            self._phases.begin(self._then)
+        elif self.waits:
+            self._phases.end()
+        self.waits = bool(missing)

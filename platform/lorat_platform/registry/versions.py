@@ -170,6 +170,42 @@ def tags_of(name: str, version: str) -> dict[str, str]:
         return dict(connect().get_model_version(name, version).tags)
 
 
+def usual() -> str:
+    """Return the model that is meant where none is named, and say which: champion, or candidate.
+
+    Raises:
+        UserError: if there is neither, or MLflow cannot be reached.
+    """
+    alias, uri = usual_alias()
+    why = "" if alias == CHAMPION else f"; there is no {CHAMPION} yet"
+    log.info("model       %s, the %s%s", uri, alias, why)
+    return uri
+
+
+def usual_alias() -> tuple[str, str]:
+    """Return what is meant where no model is named: the alias, and the model that it means now.
+
+    Raises:
+        UserError: if there is neither champion nor candidate, or MLflow cannot be reached.
+    """
+    from mlflow.exceptions import MlflowException
+
+    with _user_errors(f"models:/{MODEL_NAME}"):
+        try:
+            aliases = connect().get_registered_model(MODEL_NAME).aliases
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            aliases = {}
+    for alias in (CHAMPION, CANDIDATE):
+        if version := aliases.get(alias):
+            return alias, f"models:/{MODEL_NAME}/{version}"
+    raise UserError(
+        f"There is no {MODEL_NAME}@{CHAMPION} and no {MODEL_NAME}@{CANDIDATE} in MLflow at "
+        f"{tracking_uri()}; train one with jobs/train.py, or give --model."
+    )
+
+
 def pinned(uri: str) -> str:
     """Return an address that means the same model later too: an alias becomes its version.
 

@@ -19,6 +19,7 @@ from ray.tune import Callback
 from ray.util.metrics import Gauge
 
 from lorat.errors import UserError
+from lorat_platform.cluster.phases import Phases
 from lorat_platform.cluster.places import Reminder, num_places, what_is_there
 from lorat_platform.failures import (
     TrialFailed,
@@ -100,7 +101,8 @@ class SearchSession:
         self._on_resume = on_resume
         self._restored = False
         self._need = dict(need or {})
-        self._reminder = Reminder()
+        self._phases = Phases()
+        self._reminder = Reminder(self._phases)
         self._failed_resume = _FailedResume()
         self._gauge = Gauge(
             "lorat_search_trials", description="Trials of a search", tag_keys=("search", "status")
@@ -145,6 +147,7 @@ class SearchSession:
             close: false where the runs are another driver's by now.
         """
         self._failed_resume.close()
+        self._phases.end()
         self.console.stop()
         self._show(dict.fromkeys(STATUSES, 0))
         self._deadline = time.monotonic() + CLOSE_S
@@ -171,6 +174,8 @@ class SearchSession:
         """Say what the trials wait for where none of them runs."""
         pending = sum(trial.status == "PENDING" for trial in trials)
         running = any(trial.status == "RUNNING" for trial in trials)
+        if running and self._reminder.waits:
+            self._reminder.tell(None)
         if not pending or running or not self._reminder.due():
             return
         lacking = not num_places(self._need)

@@ -96,7 +96,7 @@ class Replica:
             ray_internals.keep_replica_to_loopback()
         self.token_sha256 = token_sha256
         self.settings = ServingSettings(**settings)
-        uri = versions.pinned(self.settings.model)
+        uri = self.settings.present()
         model = load_served(
             uri,
             variant=self.settings.variant,
@@ -106,7 +106,7 @@ class Replica:
         self.engine = Engine(model, self.settings, name)
         self.following = (
             Following(self.settings, model, self.engine.use, self._refused)
-            if uri != self.settings.model
+            if self.settings.follows
             else None
         )
         self.drift = Drift(_reference, self._drifted)
@@ -142,7 +142,7 @@ class Replica:
         following = self.following
         shown = {
             "replica": engine.name,
-            "follows": self.settings.model,
+            "follows": self.settings.model or f"{versions.CHAMPION}, or {versions.CANDIDATE}",
             "model": engine.model.name,
             "variant": engine.model.tracker.variant.name,
             "latency_ms": round(engine.model.latency_ms, 2),
@@ -257,8 +257,6 @@ def build(args: dict[str, str]) -> serve.Application:
         raise UserError(
             f"There is no setting {min(given)}; give those of ServingSettings and Scale."
         )
-    if "model" not in parts[ServingSettings]:
-        raise UserError("No model is given; give one, such as model=models:/lorat@champion.")
     return application(ServingSettings(**parts[ServingSettings]), Scale(**parts[Scale]), token)
 
 

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable
 
 from lorat.errors import UserError
-from lorat_platform.registry import versions
 from lorat_platform.serving.served_model import ServedModel, load_served
 from lorat_platform.serving.settings import ServingSettings
 
@@ -63,10 +62,10 @@ class Following:
             if self._stopped.is_set():
                 return
             try:
-                uri = versions.pinned(self._settings.model)
+                uri = self._settings.present()
             except UserError as error:
                 if self.trouble is None:
-                    log.warning("%s; what serves goes on: %s", self._settings.model, error)
+                    log.warning("What serves goes on: %s", error)
                 self.trouble = str(error)
                 continue
             self.trouble = None

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from lorat.config import fields
 from lorat.config.bounds import Bounds, Share, check_bounds
+from lorat_platform.registry import versions
 
 Seconds = Annotated[float, Bounds(0, 86_400, above=True)]
 Milliseconds = Annotated[float, Bounds(0, 60_000, above=True)]
@@ -18,8 +19,9 @@ Bytes = Annotated[int, Bounds(1_000, 1_000_000_000)]
 class ServingSettings:
     """What every replica is told."""
 
-    model: str = "models:/lorat@champion"
-    """Registered model, checkpoint folder or released file; an alias is followed."""
+    model: str | None = None
+    """Registered model, checkpoint folder or released file; an alias is followed.  None means the
+    champion, or the candidate as long as there is none."""
     variant: str | None = None
     """Variant of a released file, which does not name it."""
     poll_s: Seconds = 5.0
@@ -49,3 +51,16 @@ class ServingSettings:
 
     def __post_init__(self) -> None:
         check_bounds(self, fields.flag)
+
+    @property
+    def follows(self) -> bool:
+        """Whether the model may be another one later."""
+        return self.model is None or versions.pinned(self.model) != self.model
+
+    def present(self) -> str:
+        """Return the model as it is meant now, with a version instead of an alias.
+
+        Raises:
+            UserError: if there is none, or MLflow cannot be reached.
+        """
+        return versions.usual_alias()[1] if self.model is None else versions.pinned(self.model)

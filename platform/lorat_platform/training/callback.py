@@ -8,6 +8,9 @@ from lorat.errors import UserError
 from lorat_platform.cluster.console import Console
 from lorat_platform.failures import _is_dead, cause, is_preempted, user_message
 
+STARTING = "starting the training workers"
+"""The phase before they say what they do."""
+
 
 def watch_workers(console: Console, max_failures: int) -> Any:
     """Return Ray Train's callback that looks at what workers raised.
@@ -47,6 +50,7 @@ def watch_workers(console: Console, max_failures: int) -> Any:
                         "--frozen-dtype bf16, and the same command goes on."
                     )
                 console.line(f"worker {rank} failed: {cause(error)}")
+            console.phase(f"{STARTING} again")
             if any(is_preempted(error) for error in worker_exceptions.values()):
                 return
             self.failures += 1

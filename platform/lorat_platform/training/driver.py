@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorat.config.fields import to_dict
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files.home import home, storage_address
@@ -22,14 +21,16 @@ from lorat.files.storage import Location, locate
 from lorat_platform.cluster import ray_internals
 from lorat_platform.cluster.connection import Cluster, describe
 from lorat_platform.cluster.console import Console, ConsolePrinter
+from lorat_platform.cluster.phases import Phases
 from lorat_platform.cluster.places import Reminder
 from lorat_platform.data.sources import Datasets, open_datasets
 from lorat_platform.failures import user_message
 from lorat_platform.registry import versions
 from lorat_platform.runs import checkpoints
 from lorat_platform.runs.claim import Lease
-from lorat_platform.runs.record import RunRecord, choose
-from lorat_platform.training.callback import watch_workers
+from lorat_platform.runs.record import FILE, RunRecord, choose
+from lorat_platform.training.after import AfterLastStep
+from lorat_platform.training.callback import STARTING, watch_workers
 from lorat_platform.training.finish import TrainingResult, finish
 from lorat_platform.training.options import RunOptions
 from lorat_platform.training.resources import Placement
@@ -77,7 +78,7 @@ def train(
     lease, folder, record, existed = choose(
         storage, options.name, config, datasets.fingerprints, options.resume, git_revision
     )
-    with lease:
+    with lease, Phases() as phases:
         if config.init_from and not record.start_weights:
             # Workers that start anew before the first checkpoint must start from the same weights.
             record = dataclasses.replace(record, start_weights=versions.pinned(config.init_from))
@@ -86,13 +87,24 @@ def train(
         checkpoints.repair(folder)
         verb = "going on with" if existed else "beginning"
         log.info("%s run %s in %s on %s", verb, record.name, folder.uri, cluster)
-        with ConsolePrinter() as console:
+        log.info("its configuration: %s, which --config takes", folder.child(FILE).uri)
+        phases.begin("opening the run in MLflow")
+        with ConsolePrinter(phases) as console:
             run, id_kept = _open_run(record, folder, options, datasets, lease, console)
             try:
                 result = _fit(
-                    config, options, cluster, record, folder, datasets, run, console, lease
+                    config,
+                    options,
+                    cluster,
+                    record,
+                    folder,
+                    datasets,
+                    run,
+                    console,
+                    lease,
+                    phases,
                 )
-                result = finish(result, options, datasets, run, record, began)
+                result = finish(result, options, cluster, datasets, run, record, began, phases)
                 id_kept.join(10.0)
                 lease.confirm()
                 _write_finished(record, result)
@@ -100,6 +112,7 @@ def train(
                 if lease.is_lost_now():
                     run.abandon()  # it is another driver's to close
                     raise
+                phases.begin("ending the run in MLflow", quiet=True)
                 stopped = isinstance(error, KeyboardInterrupt)
                 if stopped:
                     name = checkpoints.newest(folder)
@@ -107,6 +120,7 @@ def train(
                     log.info("stopped; kept: %s", kept)
                 run.close("KILLED" if stopped else "FAILED", timeout_s=10.0)
                 raise
+            phases.begin("ending the run in MLflow", quiet=True)
             run.close("FINISHED")
     return result
 
@@ -185,6 +199,7 @@ def _fit(
     run: RemoteRun,
     console: Console,
     lease: Lease,
+    phases: Phases,
 ) -> TrainingResult:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import (
@@ -203,12 +218,14 @@ def _fit(
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
     assert config.batch_size is not None and config.epochs is not None
     place = Placement.plan(options, cluster, config.batch_size)
-    reminder = Reminder()
+    phases.begin(STARTING)
+    reminder = Reminder(phases, then=STARTING)
     reminder.tell(place.missing(cluster))
     every = options.validate_every
     if every is None:
         every = max(1, config.epochs // 4)
     validated = bool(datasets.val) and every > 0
+    val_gpus = options.val_gpus if options.val_gpus is not None else min(1, place.spare_gpus)
     checkpoint_every = options.checkpoint_every or config.steps_per_epoch
     setup = WorkerSetup(
         config=config,
@@ -226,12 +243,14 @@ def _fit(
         validate_steps=_validation_steps(every * config.steps_per_epoch, checkpoint_every)
         if validated
         else None,
+        after=AfterLastStep.plan(
+            config, options, datasets, cluster, place, validated=validated, val_gpus=val_gpus
+        ),
         run=run,
         console=console,
     )
     validation = None
     if validated:
-        val_gpus = options.val_gpus if options.val_gpus is not None else min(1, place.spare_gpus)
         plan = ValidationPlan(
             config=config,
             sources=datasets.val,
@@ -368,8 +387,3 @@ def _start_message(error: BaseException, place: Placement) -> str | None:
             "the nodes with 'ray status' and at Ray's logs, and the same command goes on."
         )
     return None
-
-
-def resolved_text(config: TrainConfig) -> str:
-    """Return the resolved configuration as JSON."""
-    return json.dumps(to_dict(config), indent=2)

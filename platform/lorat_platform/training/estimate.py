@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
+import psutil
 import torch
 
 from lorat.config.training import TrainConfig
@@ -17,7 +19,7 @@ from lorat_platform.training.options import RunOptions
 ASSUMED_MFU = 0.35
 """Share of the peak that a forecast assumes."""
 FORECAST_GPU = "A100"
-"""GPU of the forecast on a machine that has none."""
+"""GPU of the forecast where the one of the training is not at hand."""
 
 
 def training_memory(
@@ -80,24 +82,31 @@ def estimate(config: TrainConfig, options: RunOptions) -> str:
     total, total_full = sum(memory.values()), sum(full.values())
     step_flops = about.train_flops * config.batch_size
     run_flops = step_flops * config.total_steps
-    peak, origin = _peak()
-    rate = high * ASSUMED_MFU * peak / about.train_flops
+    device = _Device.find(on_gpu)
+    # All workers share the CPUs of a machine.
+    at_once = high if on_gpu else 1
+    rate = at_once * ASSUMED_MFU * device.peak / about.train_flops
     seconds = config.total_steps * config.batch_size / rate
     per_pair, source = _bytes_per_pair(config)
     lines = [about.text, ""]
     workers = f"{low}" if low == high else f"{low} to {high}"
     lines += [
+        f"device       {device.text}",
         f"steps        {config.total_steps:,} of {config.batch_size} pairs, "
         f"{config.steps_per_epoch:,} an epoch, {config.warmup_steps:,} of warm-up",
         f"workers      {workers}, {pairs} pairs in a forward pass",
         f"memory       {_size(total)} on each {'GPU' if on_gpu else 'CPU worker'}, an estimate "
         f"(full fine-tuning: {_size(total_full)})",
     ]
+    work = (
+        f"{run_flops / 1e18:,.2f} EFLOP" if run_flops > 1e16 else f"{run_flops / 1e12:,.1f} TFLOP"
+    )
     lines += [f"  {name:<16} {_size(size):>10}" for name, size in memory.items()]
     lines += [
-        f"work         {step_flops / 1e12:,.3f} TFLOP a step, {run_flops / 1e18:,.4f} EFLOP in all",
-        f"speed        {rate:,.0f} samples/s, {duration(seconds)} in all, if {high} x {origin} "
-        f"reach {100 * ASSUMED_MFU:.0f} % of {peak / 1e12:.3g} TFLOP/s",
+        f"work         {step_flops / 1e12:,.3f} TFLOP a step, {work} in all",
+        f"speed        {rate:,.0f} samples/s, {duration(seconds)} in all, if "
+        f"{at_once} x {device.name} reached {100 * ASSUMED_MFU:.0f} % of "
+        f"{device.peak / 1e12:.3g} TFLOP/s",
         f"data         {per_pair / 1e3:,.0f} kB per pair ({source}), {_size(rate * per_pair)}/s at "
         f"that speed; {_size(rate * pair_bytes(config.model_variant))}/s of crops to the workers",
     ]
@@ -110,12 +119,33 @@ def _full(config: TrainConfig) -> Description:
     return describe(config.model_variant, dataclasses.replace(config, adaptation="full"))
 
 
-def _peak() -> tuple[float, str]:
-    if torch.cuda.is_available():
-        peak, name = peak_flops(torch.device("cuda", 0))
-        if peak == peak:
-            return peak, name.split(",")[0]
-    return PEAK_FLOPS[FORECAST_GPU], FORECAST_GPU
+@dataclass(frozen=True, kw_only=True)
+class _Device:
+    """What a training would run on."""
+
+    name: str
+    text: str
+    peak: float
+    """FLOP/s of one of it."""
+
+    @classmethod
+    def find(cls, on_gpu: bool) -> _Device:
+        """Describe what is on this machine; a GPU that is not is taken for a usual one."""
+        if not on_gpu:
+            cores, memory = torch.get_num_threads(), psutil.virtual_memory()
+            text = f"CPU, {cores} cores, {_size(memory.available)} of memory free; no GPU is used"
+            return cls(name="this CPU", text=text, peak=peak_flops(torch.device("cpu"))[0])
+        if not torch.cuda.is_available():
+            text = f"no GPU is at hand; one like the {FORECAST_GPU} is assumed where it will run"
+            return cls(name=FORECAST_GPU, text=text, peak=PEAK_FLOPS[FORECAST_GPU])
+        gpu = torch.device("cuda", 0)
+        peak, origin = peak_flops(gpu)
+        name, memory = origin.split(",")[0], torch.cuda.get_device_properties(gpu).total_memory
+        text = f"{torch.cuda.device_count()} x {name}, each with {_size(memory)} of memory"
+        if peak != peak:
+            text += f"; its speed is not known, that of the {FORECAST_GPU} is taken"
+            peak = PEAK_FLOPS[FORECAST_GPU]
+        return cls(name=name, text=text, peak=peak)
 
 
 def _bytes_per_pair(config: TrainConfig) -> tuple[float, str]:

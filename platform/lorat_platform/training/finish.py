@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import logging
 import math
+import os
 import shlex
 import shutil
 import time
+import urllib.request
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lorat import errors
 from lorat.config.fields import from_dict
 from lorat.config.training import TrainConfig
+from lorat.config.variants import VARIANTS
 from lorat.data.shards.frame_index import FrameIndex
 from lorat.errors import UserError
 from lorat.files.scratch import temporary_folder
 from lorat.files.storage import Location
-from lorat.learning.clock import duration
 from lorat.tracking.baselines import BASELINES
+from lorat_platform.cluster.connection import Cluster
+from lorat_platform.cluster.phases import Phases
 from lorat_platform.data.sources import SYNTHETIC, Datasets, Source, parse_sources
 from lorat_platform.runs import checkpoints
 from lorat_platform.runs.record import RunRecord
@@ -36,6 +41,10 @@ RESUME_ONLY = ("optimizer.safetensors", "training_state.json", checkpoints.MANIF
 """Files of a checkpoint that MLflow is not given."""
 MODEL = "LoRAT"
 """Name of the trained tracker beside the baselines."""
+LARGER = "S-224"
+"""Variant to go on to from one without public weights."""
+HUB_S = 5.0
+"""Longest wait for the hub."""
 HEADLINE = {"ao": "AO", "sr50": "SR0.5", "sr75": "SR0.75"}
 """Scores in the table at the end, by their names as metrics."""
 
@@ -59,12 +68,15 @@ class TrainingResult:
 def finish(
     result: TrainingResult,
     options: RunOptions,
+    cluster: Cluster,
     datasets: Datasets,
     run: RemoteRun,
     record: RunRecord,
     began: float,
+    phases: Phases,
 ) -> TrainingResult:
     """Evaluate beside the baselines, register, and say where everything is."""
+    from lorat.learning.clock import duration
     from lorat_platform.recording.store import tracking_uri
 
     evaluated = bool(datasets.val) and options.final_evaluation
@@ -75,7 +87,7 @@ def finish(
             from lorat import checkpoint
 
             model = checkpoint.load(folder)
-        log.info("uploading  the checkpoint of step %d to MLflow", result.step)
+        phases.begin(f"uploading the checkpoint of step {result.step} to MLflow")
         weights = scratch / "checkpoint"
         left_out = shutil.ignore_patterns(*RESUME_ONLY)
         shutil.copytree(folder, weights, symlinks=True, ignore=left_out)
@@ -84,14 +96,15 @@ def finish(
     scores: dict[str, float] = {}
     if evaluated:
         assert model is not None
-        results = evaluate_beside_baselines(model, datasets.val, options)
+        results = evaluate_beside_baselines(model, datasets.val, options, phases)
         scores = _metrics(results)
-        log.info("reporting  plots, tables, clips and result files")
+        phases.begin("reporting plots, tables, clips and result files")
         run.log_metrics(scores, result.step)
         run.set_description(run_description(config, result, results))
         _log_report(model, results[MODEL], run)
     else:
         run.set_description(run_description(config, result, {}))
+    phases.end()
     # Before the model is registered, which fails where MLflow does not answer.
     log.info("trained %d steps, %s in all", result.step, duration(time.perf_counter() - began))
     log.info("checkpoint  %s", result.folder.child(result.checkpoint).uri)
@@ -99,8 +112,9 @@ def finish(
     version: str | None = None
     if options.register:
         assert model is not None
-        log.info("registering the model")
+        phases.begin("registering the model")
         run_id, version = _register(model, result, datasets, run, record, scores)
+        phases.end()
     else:
         run_id = _id_of(run)
     if version:
@@ -109,7 +123,7 @@ def finish(
         log.info("MLflow      %s, experiment %s, run %s", tracking_uri(),
                  options.experiment, run_id)  # fmt: skip
         log.info("open it     %s", ui_command())
-    for line in next_steps(config, version):
+    for line in next_steps(config, version, larger=cluster.gpus > 0 and hub_has(LARGER)):
         log.info("%s", line)
     return dataclasses.replace(result, mlflow_run_id=run_id, model_version=version, scores=scores)
 
@@ -176,20 +190,46 @@ def ui_command() -> str:
     return f"mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000   then http://127.0.0.1:5000"
 
 
-def next_steps(config: TrainConfig, version: str | None) -> list[str]:
-    """Say how to try a registered tracker, and how to go on from one of the small variants."""
+def next_steps(config: TrainConfig, version: str | None, *, larger: bool) -> list[str]:
+    """Say how to try and promote a registered tracker, and how to go on from a small variant.
+
+    Args:
+        config: of the training.
+        version: of the model; none where it was not registered.
+        larger: whether a GPU and the weights of larger variants can be had.
+    """
     lines = []
     if version:
         lines.append(
             f"try it      python jobs/track.py VIDEO --select --model models:/lorat/{version}   "
             "(without a screen: --box LEFT,TOP,WIDTH,HEIGHT)"
         )
-    if config.model_variant.timm_name is None:
         lines.append(
-            "go on       python jobs/train.py --variant S-224 --data URI   or B-224: DINOv2's "
-            "weights, where a GPU and a network are; jobs/ingest.py makes URI of a dataset"
+            f"on a page   python jobs/serve.py --model models:/lorat/{version}   (live video, in "
+            "the browser)"
+        )
+        lines.append(f"promote it  python jobs/promote.py --candidate models:/lorat/{version}")
+    if larger and config.model_variant.timm_name is None:
+        data = ["--data", config.data] if config.data != SYNTHETIC else ["--recipe", "small"]
+        data += ["--val-data", config.val_data] if config.val_data not in (None, SYNTHETIC) else []
+        lines.append(
+            f"go on       python jobs/train.py --variant {LARGER} {shlex.join(data)}   (or B-224: "
+            "with DINOv2's weights, on the GPU)"
         )
     return lines
+
+
+def hub_has(variant: str) -> bool:
+    """Tell whether the hub that timm asks for the weights of a variant answers this machine."""
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
+        return False
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    file = f"{hub}/timm/{VARIANTS[variant].timm_name}/resolve/main/config.json"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(file, method="HEAD"), timeout=HUB_S):
+            return True
+    except (OSError, ValueError, http.client.HTTPException):  # no address, or no network
+        return False
 
 
 def reference_set(val_data: str | None, datasets: Datasets) -> list[str]:
@@ -207,7 +247,7 @@ def reference_set(val_data: str | None, datasets: Datasets) -> list[str]:
 
 
 def evaluate_beside_baselines(
-    model: LoRAT, sources: tuple[Source, ...], options: RunOptions
+    model: LoRAT, sources: tuple[Source, ...], options: RunOptions, phases: Phases
 ) -> dict[str, list[DatasetResult]]:
     """Track every validation sequence with the model and the baselines; print a table.
 
@@ -223,14 +263,15 @@ def evaluate_beside_baselines(
     results: dict[str, list[DatasetResult]] = {subject.name: [] for subject in subjects}
     for source in sources:
         for subject in subjects:
-            log.info(
-                "evaluating %s on %d sequences of %s",
-                subject.name, num_sequences[source.name], source.name,
-            )  # fmt: skip
+            phases.begin(
+                f"evaluating {subject.name} on {num_sequences[source.name]} sequences of "
+                f"{source.name}"
+            )
             # Each finished sequence is a line's worth of news only where there are many.
             many = num_sequences[source.name] > MANY_SEQUENCES
             result = evaluate(subject, source.uri, label=source.name, progress=many)
             results[subject.name].append(result)
+    phases.end()
     log.info("%-16s %-8s %6s %6s %6s", "validation", "tracker", "AO", "SR50", "SR75")
     for dataset, tracker, *numbers in _rows(results):
         log.info("%-16s %-8s %6.3f %6.3f %6.3f", dataset, tracker, *numbers)

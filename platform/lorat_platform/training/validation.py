@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from lorat.config.training import TrainConfig
 from lorat.data.pairs.batches import Decoder
-from lorat.learning.augment import augment, foreground_mask
-from lorat.learning.criterion import Criterion
 from lorat_platform.cluster import ray_internals
 from lorat_platform.cluster.console import Console
 from lorat_platform.data.sources import Source, open_indexes
-from lorat_platform.evaluation.validation_set import tracking_scores
 
 if TYPE_CHECKING:
     from lorat.model.network import LoRAT
@@ -49,6 +45,7 @@ class ValidationPlan:
 def validate(model: LoRAT, plan: ValidationPlan) -> dict[str, float]:
     """Return ``val/loss``, and ``val/ao`` and the other scores of tracking."""
     from lorat.tracking.tracker import Tracker
+    from lorat_platform.evaluation.validation_set import tracking_scores
 
     metrics: dict[str, float] = {}
     if plan.num_pairs:
@@ -66,6 +63,10 @@ def validate(model: LoRAT, plan: ValidationPlan) -> dict[str, float]:
 
 def pair_loss(model: LoRAT, plan: ValidationPlan) -> dict[str, float]:
     """Return the loss on the first held-out pairs, prepared as for training."""
+    import torch
+
+    from lorat.learning.augment import augment, foreground_mask
+    from lorat.learning.criterion import Criterion
     from lorat_platform.data.sources import open_pairs
 
     sampler, readers = open_pairs(plan.config, plan.sources, seed=VALIDATION_SEED)
@@ -96,6 +97,7 @@ def pair_loss(model: LoRAT, plan: ValidationPlan) -> dict[str, float]:
 def _has_gpu() -> bool:
     """Tell whether this task was given a GPU; one that it only sees belongs to a worker."""
     import ray
+    import torch
 
     if not torch.cuda.is_available():
         return False
@@ -141,6 +143,8 @@ class CheckpointValidation:
     def of_folder(self, folder: Path) -> dict[str, float]:
         """Validate the checkpoint in a local folder, and tell MLflow and the console."""
         # The driver and Ray Train's controller hold this object too, and need no network for it.
+        import torch
+
         from lorat import checkpoint
         from lorat.checkpoint.training_state import read_step
 

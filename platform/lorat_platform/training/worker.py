@@ -24,6 +24,7 @@ from lorat_platform.runs.claim import check_held
 if TYPE_CHECKING:
     from lorat.learning.learner import Learner, World
     from lorat_platform.recording.recorder import Recorder
+    from lorat_platform.training.after import AfterLastStep
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ RECORDS_S = 60.0
 """Longest wait of a checkpoint for the records before it, while their actor restarts."""
 PARTS_EVERY_S = 60.0
 """Seconds between lines that split the time of a step."""
+FIRST_STEPS = 10
+"""Steps of which it is said when one of them lasts."""
 LOCAL_FOLDER = "lorat-checkpoint"
 """Begin of the names of local folders from which checkpoints go to the storage."""
 
@@ -64,6 +67,8 @@ class WorkerSetup:
     """Steps between validations; none for none."""
     run: Recorder | None
     console: Console
+    after: AfterLastStep
+    """What the time left includes beside the steps."""
 
 
 def train_worker(setup: WorkerSetup) -> None:
@@ -84,18 +89,12 @@ def _train(setup: WorkerSetup) -> None:
     import torch
     from ray.train.collective import broadcast_from_rank_zero
 
-    from lorat.learning.learner import World
-    from lorat.learning.loop import Hooks, run
-
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     setup.console.install(logging.INFO if rank == 0 else logging.WARNING)
     if setup.threads:
         torch.set_num_threads(setup.threads)
-    device = ray.train.torch.get_device() if setup.threads is None else torch.device("cpu")
-    world = World(rank=rank, size=size, device=device)
-
     folder, config = setup.run_folder, setup.config
     if not folder.exists(record.FILE):
         raise UserError(
@@ -109,14 +108,22 @@ def _train(setup: WorkerSetup) -> None:
     if start >= config.total_steps:
         return
     sweep(Path(tempfile.gettempdir()))  # what killed workers left on this machine
-    source = _open_stream(setup, world, start)
+    # Before the imports for the model, which take seconds, as the processes that decode do.
+    source = _open_stream(setup, rank, size, start)
+    if rank == 0:
+        setup.console.phase("building the model")
+    from lorat.learning.learner import World
+    from lorat.learning.loop import Hooks, run
+
+    device = ray.train.torch.get_device() if setup.threads is None else torch.device("cpu")
+    world = World(rank=rank, size=size, device=device)
     learner = make_learner(setup, world, last)
     if learner.step != start:
         raise UserError(
             f"The checkpoint {last} says step {learner.step}; remove it from {folder.uri} and give "
             "the same command again."
         )
-    reporter = _Reporter(setup, world, learner.step)
+    reporter = _Reporter(setup, world, learner)
     run(
         config,
         source,
@@ -127,10 +134,13 @@ def _train(setup: WorkerSetup) -> None:
             on_interval=reporter.interval,
             checkpoint_every=setup.checkpoint_every,
             on_checkpoint=reporter.checkpoint,
-            on_step=reporter.preempted,
+            on_step=reporter.step,
             dumps=folder.child("dumps"),
         ),
     )
+    if rank == 0:
+        checked = " and validating it" if reporter.is_validated(config.total_steps) else ""
+        setup.console.phase(f"storing the last checkpoint{checked}")
 
 
 def make_learner(setup: WorkerSetup, world: World, last: str | None) -> Learner:
@@ -156,7 +166,7 @@ def make_learner(setup: WorkerSetup, world: World, last: str | None) -> Learner:
     return Learner(setup.config, world=world, start_weights=start_weights)
 
 
-def _open_stream(setup: WorkerSetup, world: Any, start: int) -> Any:
+def _open_stream(setup: WorkerSetup, rank: int, size: int, start: int) -> Any:
     """Start the pair stream in worker 0 and hand every worker its end."""
     import ray
     from ray.train.collective import broadcast_from_rank_zero
@@ -164,12 +174,13 @@ def _open_stream(setup: WorkerSetup, world: Any, start: int) -> Any:
     from lorat_platform.data.layout import Layout
     from lorat_platform.data.stream import DecodePool, RayStream, split_stream
 
-    layout = Layout.plan(setup.config, world.size, start, setup.config.total_steps)
+    layout = Layout.plan(setup.config, size, start, setup.config.total_steps)
     iterators = None
-    if world.rank == 0:
+    if rank == 0:
+        setup.console.phase("starting the stream of pairs")
         resources = ray.cluster_resources()
         pool = DecodePool.plan(
-            worker_cpus=setup.worker_cpus * world.size,
+            worker_cpus=setup.worker_cpus * size,
             cluster_cpus=resources.get("CPU", 1.0),
             decode_nodes=resources.get("decode", 0.0),
             actors=setup.decode_actors,
@@ -177,21 +188,23 @@ def _open_stream(setup: WorkerSetup, world: Any, start: int) -> Any:
         )
         iterators = split_stream(setup.config, setup.sources, layout, pool, setup.console)
     iterators = broadcast_from_rank_zero(iterators)
-    return RayStream(iterators[world.rank], layout, world.rank)
+    return RayStream(iterators[rank], layout, rank)
 
 
 class _Reporter:
     """The hooks of a worker under Ray Train; only worker 0 talks to people and to MLflow."""
 
-    def __init__(self, setup: WorkerSetup, world: Any, start_step: int) -> None:
+    def __init__(self, setup: WorkerSetup, world: Any, learner: Learner) -> None:
         from lorat.learning.clock import peak_flops
         from lorat_platform.recording.gauges import Gauges
 
         self._setup = setup
         self._rank = world.rank
-        self._end = setup.config.total_steps
+        assert setup.config.batch_size is not None
+        self._pairs = setup.config.batch_size / world.size
+        self._start, self._end = learner.step, setup.config.total_steps
         self._rate: float | None = None
-        self._last = (time.perf_counter(), start_step)
+        self._last = (time.perf_counter(), learner.step)
         self._parts_shown = float("-inf")
         self._gauges = Gauges(setup.run_name)
         self._preempted: set[str] = set()
@@ -202,6 +215,8 @@ class _Reporter:
                 "no MFU" if peak != peak else f"MFU assumes {peak / 1e12:.3g} TFLOP/s per worker"
             )
             log.info("training on %s; %s (%s)", world.device, known, origin)
+            compiling = "compiling the model and " if learner.compiled else ""
+            setup.console.phase(f"{compiling}taking the first step")
 
     def interval(self, step: int, metrics: dict[str, float]) -> None:
         """Show and record an interval."""
@@ -214,7 +229,8 @@ class _Reporter:
             rate = (now - before[0]) / max(step - before[1], 1)
             self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
             self._last = (now, step)
-            left = self._rate * (self._end - step)
+            forward_s = metrics["system/time_ms/forward"] / 1e3 / self._pairs
+            left = self._rate * (self._end - step) + self._setup.after.seconds(forward_s)
             recorded: list[Any] = []
             if self._setup.run is not None:
                 self._setup.run.log_metrics(metrics, step)
@@ -232,7 +248,6 @@ class _Reporter:
         from ray.train import Checkpoint, CheckpointUploadMode
 
         setup, step = self._setup, learner.step
-        validate = bool(setup.validate_steps) and step % (setup.validate_steps or 1) == 0
         checkpoint = None
         if self._rank == 0:
             local = make_folder(LOCAL_FOLDER)
@@ -255,11 +270,24 @@ class _Reporter:
                 setup.lease,
                 tuple(setup.run.in_flight()) if setup.run is not None else (),
             ),
-            validation=validate and self._rank == 0,
+            validation=self.is_validated(step) and self._rank == 0,
         )
 
-    def preempted(self, step: int) -> bool:
-        """Ask for a checkpoint now when a node of a worker is about to be taken away."""
+    def step(self, step: int) -> bool:
+        """Say what goes on; ask for a checkpoint now when a node is about to be taken away."""
+        if self._rank == 0:
+            last = min(self._start + FIRST_STEPS, self._end)
+            if step < last:
+                self._setup.console.phase(f"taking step {step + 1} of {self._end}", quiet=True)
+            elif step == last:
+                self._setup.console.phase()
+        return self._preempted_now(step)
+
+    def is_validated(self, step: int) -> bool:
+        """Tell whether the checkpoint of a step is validated."""
+        return bool(self._setup.validate_steps) and step % (self._setup.validate_steps or 1) == 0
+
+    def _preempted_now(self, step: int) -> bool:
         import ray.train
 
         if step % self._look_every:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from lorat_platform.cluster import places
+from lorat_platform.cluster.phases import Phases
 from lorat_platform.cluster.places import Reminder, num_places, what_is_there
 
 
@@ -22,16 +23,18 @@ def test_what_single_nodes_have_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     assert what_is_there(need) == "2 × 15 CPU; 7 CPU + 1 GPU; nothing of it"
 
 
-def test_what_is_missing_is_said_again_as_long_as_it_lasts(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_what_is_missing_is_looked_at_again_and_what_follows_is_said(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    caplog.set_level("INFO")
     clock = [1000.0]
     monkeypatch.setattr(places.time, "monotonic", lambda: clock[0])
-    reminder = Reminder()
-    for missing in ("4 GPUs", "4 GPUs", None, None):
-        assert reminder.due()
-        reminder.tell(missing)
-        assert not reminder.due()
-        clock[0] += places.REMIND_S
-    assert [r.getMessage() for r in caplog.records] == ["waiting for nodes: 4 GPUs"] * 2
+    said: list[str] = []
+    with Phases(said.append) as phases:
+        reminder = Reminder(phases, then="starting")
+        for missing in ("4 GPUs", "4 GPUs", "3 GPUs", None, None):
+            assert reminder.due()
+            reminder.tell(missing)
+            assert not reminder.due()
+            assert reminder.waits == bool(missing)
+            clock[0] += places.REMIND_S
+    assert said == ["waiting for nodes: 4 GPUs", "waiting for nodes: 3 GPUs", "starting"]

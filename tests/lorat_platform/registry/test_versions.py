@@ -268,6 +268,25 @@ def test_checkpoint_in_an_object_store_is_fetched_once(
                        model.head.state_dict()["cls_mlp.layers.0.weight"])  # fmt: skip
 
 
+def test_where_no_model_is_named_the_champion_counts_and_else_the_candidate(
+    registered: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    uri = f"models:/lorat/{registered['version']}"
+    assert versions.usual() == uri
+    assert caplog.messages[-1] == f"model       {uri}, the candidate; there is no champion yet"
+    client = connect()
+    source = client.get_model_version("lorat", registered["version"]).source
+    later = client.create_model_version("lorat", source=source).version
+    client.set_registered_model_alias("lorat", versions.CHAMPION, later)
+    try:
+        assert versions.usual() == f"models:/lorat/{later}"
+        assert caplog.messages[-1] == f"model       models:/lorat/{later}, the champion"
+    finally:
+        client.delete_registered_model_alias("lorat", versions.CHAMPION)
+        client.delete_model_version("lorat", later)
+
+
 def test_an_alias_is_pinned_to_the_version_that_it_means_now(registered: dict[str, str]) -> None:
     version = f"models:/lorat/{registered['version']}"
     assert versions.pinned("models:/lorat@candidate") == version

@@ -188,6 +188,7 @@ def test_a_search_whose_nodes_are_gone_says_what_its_trials_need(
     session.remind([SimpleNamespace(status="RUNNING"), *trials])
     session.remind(trials)
     session.remind(trials)
+    session.end()
     said = [record.getMessage() for record in caplog.records]
     assert said == ["waiting for nodes: 1 trials, each with 2 CPU on one node, which have 1 CPU"]
     session.end()

@@ -54,7 +54,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def place(home: Path) -> Iterator[str]:
     promote("1")
     port = free_port()
-    settings = ServingSettings(poll_s=0.2)
+    settings = ServingSettings(poll_s=0.2)  # no model is named: the champion is meant
     with (
         connected(num_cpus=2),
         serving(
@@ -179,7 +179,6 @@ def test_settings_of_a_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAT_SERVE_TOKEN", TOKEN)
     build({"model": "models:/lorat@champion", "poll_s": "0.5", "replicas": "2", "gpus": "0"})
     for args, says in (
-        ({}, "No model is given"),
         ({"model": "m", "color": "red"}, "no setting color"),
         ({"model": "m", "window": "0"}, "--window is 0"),
         ({"model": "m", "max_replicas": "1", "replicas": "2"}, "fewer than the 2"),

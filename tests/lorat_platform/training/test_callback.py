@@ -20,6 +20,9 @@ class Lines:
     def line(self, text: str) -> None:
         self.lines.append(text)
 
+    def phase(self, text: str) -> None:
+        self.lines.append(text)
+
 
 def dead(*, preempted: bool = False) -> Exception:
     """Return what Ray Train says of a worker that was killed."""

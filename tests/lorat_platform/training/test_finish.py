@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.server
+import threading
 from pathlib import Path
 from typing import cast
 
@@ -13,6 +15,8 @@ from lorat.config.fields import to_dict
 from lorat.config.training import TrainConfig, resolve
 from lorat.errors import UserError
 from lorat.files.storage import locate
+from lorat_platform.cluster.connection import Cluster
+from lorat_platform.cluster.phases import Phases
 from lorat_platform.data.sources import Datasets
 from lorat_platform.recording.remote import RemoteRun
 from lorat_platform.recording.run import open_run
@@ -94,10 +98,12 @@ def test_the_end_without_mlflow_shows_the_checkpoint_and_no_link(
         return finish.finish(
             result,
             RunOptions(register=register),
+            Cluster(embedded=True, address="", cpus=2, gpus=0, nodes=1),
             Datasets(train=(), val=(), fingerprints={}),
             cast(RemoteRun, opened),
             record,
             began=0.0,
+            phases=Phases(),
         )
 
     with caplog.at_level("INFO"):
@@ -119,9 +125,42 @@ def test_the_end_without_mlflow_shows_the_checkpoint_and_no_link(
 
 def test_the_last_lines_say_how_to_try_the_tracker_and_how_to_go_on() -> None:
     small = resolve(TrainConfig(variant="N-112"))
-    try_it, go_on = finish.next_steps(small, "3")
+    try_it, promote_it, go_on = finish.next_steps(small, "3", larger=True)
     assert "python jobs/track.py VIDEO --select --model models:/lorat/3 " in try_it
-    assert "python jobs/train.py --variant S-224 --data URI " in go_on
-    assert finish.next_steps(small, None) == [go_on]
+    assert promote_it.endswith("python jobs/promote.py --candidate models:/lorat/3")
+    assert " python jobs/train.py --variant S-224 --recipe small " in go_on
+    assert finish.next_steps(small, None, larger=True) == [go_on]
+    assert finish.next_steps(small, "3", larger=False) == [try_it, promote_it]
     large = resolve(TrainConfig(variant="B-224", data="/data/train"))
-    assert finish.next_steps(large, "3") == [try_it]
+    assert finish.next_steps(large, "3", larger=True) == [try_it, promote_it]
+    own = resolve(TrainConfig(variant="N-112", data="a=/data/a b", val_data="/data/v"))
+    (go_on,) = finish.next_steps(own, None, larger=True)
+    assert " --variant S-224 --data 'a=/data/a b' --val-data /data/v " in go_on
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Has the weights of S-224 alone."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200 if "vit_small_patch14_dinov2" in self.path else 404)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_larger_variants_are_offered_where_the_hub_gives_their_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    assert not finish.hub_has("S-224")
+    with http.server.HTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        assert finish.hub_has("S-224")
+        assert not finish.hub_has("B-224")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert not finish.hub_has("S-224")
+        hub.shutdown()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,12 @@ from ray.train import Checkpoint
 from lorat.errors import UserError
 from lorat.files.storage import locate
 from lorat.learning.learner import Learner, World
-from lorat.learning.loop import run
+from lorat.learning.loop import Hooks, run
 from lorat_platform.cluster.console import Console
 from lorat_platform.runs import checkpoints
 from lorat_platform.runs.claim import Lease
-from lorat_platform.training.worker import WorkerSetup, _Upload, make_learner
+from lorat_platform.training.after import AfterLastStep
+from lorat_platform.training.worker import WorkerSetup, _Reporter, _Upload, make_learner
 from tests.lorat.learning.test_learner import CONFIG, source
 
 
@@ -36,6 +39,7 @@ def setup(folder: Path, start_weights: str | None) -> WorkerSetup:
         validate_steps=None,
         run=None,
         console=Console(None),
+        after=AfterLastStep(forwards=0.0, other_s=0.0),
     )
 
 
@@ -74,3 +78,39 @@ def test_a_checkpoint_of_a_driver_that_lost_the_run_is_not_written(tmp_path: Pat
         _Upload(folder, lease.token, ())(checkpoint, "step-00000010")
     assert checkpoints.names(folder) == ["step-00000005"]
     lease.release()
+
+
+class Heard:
+    """A console that keeps lines and phases in order."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def line(self, text: str, after: object = ()) -> None:
+        self.said.append(text)
+
+    def phase(self, text: str = "", *, quiet: bool = False) -> None:
+        self.said.append(f"({text})" if quiet else f"[{text}]")
+
+
+def test_the_first_steps_are_told_and_the_time_left_has_what_comes_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.train.get_preemption_info", lambda: None)
+    heard = Heard()
+    told = dataclasses.replace(
+        setup(tmp_path, None), console=heard, after=AfterLastStep(forwards=0.0, other_s=3600.0)
+    )
+    learner = Learner(CONFIG)
+    reporter = _Reporter(told, World(), learner)
+    hooks = Hooks(log_every=1, on_interval=reporter.interval, on_step=reporter.step)
+    end = CONFIG.total_steps
+    run(CONFIG, source(), learner=learner, hooks=hooks)
+    steps = [text for text in heard.said if text.startswith("step")]
+    assert len(steps) == end
+    left = [re.search(r"left (\d+) h", text) for text in steps]
+    assert all(found and found[1] == "1" for found in left), steps
+    phases = [text for text in heard.said if text[0] in "[("]
+    first = min(end, 10)
+    assert phases[0] == "[taking the first step]"
+    assert phases[1:] == [f"(taking step {n} of {end})" for n in range(2, first + 1)] + ["[]"]

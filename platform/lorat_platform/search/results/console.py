@@ -57,8 +57,10 @@ class SearchConsole:
         best = self.board.best()
         name = self.board.objectives[0]
         so_far = f", best {best.reports[-1][name]:.4f} (trial {best.number})" if best else ""
+        values = ", ".join(f"{path} {_short(value)}" for path, value in row.values.items())
+        values = f" ({values})" if values else ""
         print(
-            f"[{_clock(time.monotonic() - self._started_at)}] trial {row.number}: {text}"
+            f"[{_clock(time.monotonic() - self._started_at)}] trial {row.number}: {text}{values}"
             f"{so_far}, {self._left()}",
             file=self._stream,
             flush=True,

@@ -190,4 +190,5 @@ def test_console_shows_trials_best_and_time_left(kind: Any, monkeypatch: Any) ->
         for word in ("trial", "rung", "11 of 20 trials ended", "0.35", "failed: loss is nan"):
             assert word in text
     else:
-        assert "trial 11: rung 1/3, ao 0.3500, best 0.5800 (trial 9), about" in text
+        values = "(lora.rank 8, lr 0.001, head.depth 2)"
+        assert f"trial 11: rung 1/3, ao 0.3500 {values}, best 0.5800 (trial 9), about" in text
