@@ -13,7 +13,7 @@ export MLFLOW_SERVER_ENABLE_JOB_EXECUTION ?= false
 # Every process of Ray would compile anew what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test test-all style lint ui stop lock help
+.PHONY: run test test-all style lint ui serve stop lock help
 
 # uv unpacks on all cores; where it cannot have the packages, since it reads nothing of pip's
 # settings, pip gets them.  That some files of the packages cannot be compiled is no matter.
@@ -48,6 +48,9 @@ ui: $(READY)  ## Open the MLflow UI on the local store
 	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
 	  --backend-store-uri "sqlite:///$(LORAT_HOME)/mlflow.db" \
 	  --default-artifact-root "$(LORAT_HOME)/mlartifacts"
+
+serve: $(READY)  ## Serve the champion, or else the candidate, with a page to try it on (ARGS="--port 9000")
+	@$(BIN)/python jobs/serve.py $(ARGS)
 
 stop:  ## Stop the Ray that `make run` started
 	@infra/local_run.sh --stop

@@ -50,6 +50,11 @@ def is_jpeg(data: bytes) -> bool:
     return data.startswith(_JPEG_START)
 
 
+def ends_as_jpeg(data: bytes) -> bool:
+    """Tell whether the bytes end as a whole JPEG does; what was cut off does not."""
+    return data.rstrip(b"\0").endswith(_JPEG_END)
+
+
 def decode_complete(data: bytes) -> np.ndarray:
     """Decode like :func:`decode_rgb`, but refuse an image that ends early or is damaged inside.
 
@@ -67,7 +72,7 @@ def decode_complete(data: bytes) -> np.ndarray:
         raise DamagedImage("the image is damaged inside (its code does not fill it)")
     if data.startswith(_PNG_START):
         _check_png(data)
-    elif not (is_jpeg(data) and data.rstrip(b"\0").endswith(_JPEG_END)):
+    elif not (is_jpeg(data) and ends_as_jpeg(data)):
         try:
             with _opened(data) as strict:
                 strict.load()
@@ -82,14 +87,7 @@ def _check_size(data: bytes) -> None:
     Raises:
         DamagedImage: for more than :data:`MAX_PIXELS`.
     """
-    if data.startswith(_PNG_START):
-        width, height = struct.unpack(">II", data[16:24].ljust(8, b"\0"))
-    else:
-        try:
-            with _opened(data) as header:
-                width, height = header.size
-        except Exception:  # what PIL does not know, OpenCV may
-            return
+    width, height = image_size(data) or (0, 0)  # what PIL does not know, OpenCV may
     if width * height > MAX_PIXELS:
         raise DamagedImage(
             f"the image has {width * height / 1e6:.1f} megapixels, more than the "
@@ -97,14 +95,33 @@ def _check_size(data: bytes) -> None:
         )
 
 
+def image_size(
+    data: bytes | memoryview, formats: tuple[str, ...] | None = None
+) -> tuple[int, int] | None:
+    """Return width and height of an encoded image by its header, or none if it has none.
+
+    Args:
+        data: at least the beginning of the image.
+        formats: PIL's names of those that may be; none means all that PIL knows.
+    """
+    if data[:8] == _PNG_START and (not formats or "PNG" in formats):
+        width, height = struct.unpack(">II", bytes(data[16:24]).ljust(8, b"\0"))
+        return width, height
+    try:
+        with _opened(data, formats) as header:
+            return header.size
+    except Exception:  # decoders fail in many ways on bytes that are no image
+        return None
+
+
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Any]:
+def _opened(data: bytes | memoryview, formats: tuple[str, ...] | None = None) -> Iterator[Any]:
     """Open an image with PIL, whose own limit of pixels is no fault of the image."""
     from PIL import Image
 
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             yield image
     finally:
         Image.MAX_IMAGE_PIXELS = limit

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from lorat.config.tracking import MIN_OBJECT_SIZE
 from lorat.errors import UserError
-from lorat.image.boxes import Box, clip_box, enlarge_to_minimum, intersects
+from lorat.image.boxes import Box, clip_box, enlarge_to_minimum, intersects, rasterize
 from lorat.image.codec import mean_rgb
 from lorat.image.crops import CropParams, crop_params, foreground_mask, resample
 from lorat.model.network import LoRAT
@@ -39,6 +40,44 @@ class Target:
     """Mean colour of the first frame; fills search crops outside of the frame."""
     box: Box
     """Where to search next, in frame pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstView:
+    """What a target's template is made from: the first frame, or the part of it that matters."""
+
+    image_HWC: np.ndarray
+    """uint8 RGB."""
+    window: Box | None
+    """The part of the frame that the image shows, in its pixels; none means the whole frame."""
+    fill_rgb: np.ndarray
+    """Mean colour of the whole frame."""
+    box: Box
+    """The object, in pixels of the frame."""
+
+    @classmethod
+    def of(cls, frame: np.ndarray, box: Sequence[float]) -> FirstView:
+        """Return the view of a whole frame.
+
+        Raises:
+            UserError: if the frame is no RGB image or the box is empty or outside of it.
+        """
+        checked = check_box(box, check_frame(frame))
+        fill_rgb = np.array(mean_rgb(frame), dtype=np.float32)
+        return cls(image_HWC=frame, window=None, fill_rgb=fill_rgb, box=checked)
+
+    def reduced(self, area_factor: float) -> FirstView:
+        """Keep a copy of what a template of up to this area factor shows."""
+        height, width = self.image_HWC.shape[:2]
+        reach = crop_params(self.box, area_factor, 1).inverse().apply((0.0, 0.0, 1.0, 1.0))
+        left, top, right, bottom = rasterize(reach)
+        left, top = max(left - 2, 0), max(top - 2, 0)  # the crop's borders are widened to pixels
+        right, bottom = min(right + 2, width), min(bottom + 2, height)
+        return dataclasses.replace(
+            self,
+            image_HWC=self.image_HWC[top:bottom, left:right].copy(),
+            window=(float(left), float(top), float(right), float(bottom)),
+        )
 
 
 class Tracker:
@@ -100,22 +139,28 @@ class Tracker:
 
     def start(self, frames: Sequence[np.ndarray], boxes: Sequence[Sequence[float]]) -> list[Target]:
         """Make one target per first frame and box; see :meth:`init`."""
+        return self.start_from(
+            [FirstView.of(frame, box) for frame, box in zip(frames, boxes, strict=True)]
+        )
+
+    def start_from(self, views: Sequence[FirstView]) -> list[Target]:
+        """Make one target per kept part of a first frame, as :meth:`start` does of the frame."""
         variant = self.variant
         targets = []
-        for frame, given in zip(frames, boxes, strict=True):
-            box = check_box(given, check_frame(frame))
-            fill_rgb = np.array(mean_rgb(frame), dtype=np.float32)
-            nominal = crop_params(box, variant.template_area_factor, variant.template_size)
-            crop_HWC, adjusted = resample(frame, nominal, variant.template_size, fill_rgb)
+        for view in views:
+            nominal = crop_params(view.box, variant.template_area_factor, variant.template_size)
+            crop_HWC, adjusted = resample(
+                view.image_HWC, nominal, variant.template_size, view.fill_rgb, window=view.window
+            )
             mask_hw = foreground_mask(
-                adjusted.apply(box), variant.template_size, variant.template_grid
+                adjusted.apply(view.box), variant.template_size, variant.template_grid
             )
             targets.append(
                 Target(
                     template_CHW=self._network_input([crop_HWC])[0],
                     mask_hw=torch.from_numpy(mask_hw).to(self.device),
-                    fill_rgb=fill_rgb,
-                    box=box,
+                    fill_rgb=view.fill_rgb,
+                    box=view.box,
                 )
             )
         if self.device.type == "cuda":

@@ -217,6 +217,7 @@ def _dashboard() -> dict[str, Any]:
 def _exported() -> set[str]:
     """Return the names under which the platform's metrics reach Prometheus."""
     from lorat.learning import clock
+    from lorat_platform.serving import publishing
 
     shown = clock.summarise(
         wall_s=1.0, parts_s=dict.fromkeys(clock.PARTS, 0.1), num_steps=1, num_pairs=1,
@@ -224,6 +225,8 @@ def _exported() -> set[str]:
     )  # fmt: skip
     names = _words("lorat/learning/loop.py", r"(train|data|system)/\w+") | set(shown)
     gauges = _words("platform/lorat_platform/search/session.py", r"lorat_search_\w+")
+    gauges |= {f"lorat_serve_{name}_total" for name in publishing.COUNTERS}
+    gauges |= {f"lorat_serve_{name}" for name in publishing.GAUGES}
     return {"ray_lorat_" + name.replace("/", "_") for name in names} | {f"ray_{g}" for g in gauges}
 
 

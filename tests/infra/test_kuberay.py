@@ -125,6 +125,19 @@ class RayJob(Strict):
     spec: RayJobSpec
 
 
+class RayServiceSpec(Strict):
+    upgradeStrategy: dict[Literal["type"], Literal["NewCluster", "None"]]
+    serveConfigV2: str
+    rayClusterConfig: RayClusterSpec
+
+
+class RayService(Strict):
+    apiVersion: Literal["ray.io/v1"]
+    kind: Literal["RayService"]
+    metadata: Metadata
+    spec: RayServiceSpec
+
+
 def _built(overlay: str) -> list[dict[str, Any]]:
     return overlays.build(FOLDER / overlay)
 

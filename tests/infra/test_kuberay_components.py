@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from tests.infra import overlays
-from tests.infra.test_kuberay import FOLDER, KUBERNETES, RayCluster, RayJob
+from tests.infra.test_kuberay import FOLDER, KUBERNETES, RayCluster, RayJob, RayService
 
 ROOT = FOLDER.parents[1]
-COMPONENTS = ("services", "priority", "spot", "queue", "identity")
+COMPONENTS = ("services", "serve", "priority", "spot", "queue", "identity")
 GPU_LABELS = {
     "nvidia.com/gpu.present", "cloud.google.com/gke-accelerator", "k8s.amazonaws.com/accelerator",
     "karpenter.k8s.aws/instance-gpu-count", "eks.amazonaws.com/instance-gpu-count",
@@ -68,6 +68,11 @@ def _pods(parts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             pods["head"] = part["spec"]["headGroupSpec"]["template"]["spec"]
             for group in part["spec"]["workerGroupSpecs"]:
                 pods[group["groupName"]] = group["template"]["spec"]
+        elif part["kind"] == "RayService":
+            cluster = part["spec"]["rayClusterConfig"]
+            pods["serve-head"] = cluster["headGroupSpec"]["template"]["spec"]
+            for group in cluster["workerGroupSpecs"]:
+                pods[group["groupName"]] = group["template"]["spec"]
     return pods
 
 
@@ -105,7 +110,7 @@ def test_kustomize_takes_every_component(whole: Path) -> None:
 
 
 def test_everything_together_is_strictly_valid(whole: Path) -> None:
-    kinds = {"RayCluster": RayCluster, "RayJob": RayJob}
+    kinds = {"RayCluster": RayCluster, "RayJob": RayJob, "RayService": RayService}
     for part in overlays.build(whole):
         if part["kind"] in kinds:
             kinds[part["kind"]].model_validate(part)
@@ -175,7 +180,7 @@ def test_workers_are_put_out_before_what_all_jobs_need(whole: Path) -> None:
     classes = {p["metadata"]["name"]: p for p in parts if p["kind"] == "PriorityClass"}
     values = {name: classes[pod["priorityClassName"]] for name, pod in _pods(parts).items()}
     workers = [values.pop("decode"), values.pop("train")]
-    assert {"head", "mlflow", "postgres", "storage"} == set(values)
+    assert {"head", "mlflow", "postgres", "storage", "serve-head", "serve"} == set(values)
     assert max(w["value"] for w in workers) < min(v["value"] for v in values.values())
     assert all(worker["preemptionPolicy"] == "Never" for worker in workers)
     assert all("namespace" not in c["metadata"] for c in classes.values())
@@ -323,3 +328,23 @@ def test_mlflows_start_writes_its_settings_and_passes_its_options_on(tmp_path: P
     theirs = compose["services"]["mlflow"]["command"]
     name = "--allowed-hosts="  # the one that differs
     assert [w for w in there if name not in w] == [w for w in theirs if name not in w]
+
+
+def test_the_service_is_one_that_ray_serve_takes(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from lorat_platform.serving.application import TOKEN, build
+
+    (service,) = [part for part in overlays.build(whole) if part["kind"] == "RayService"]
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    assert application.import_path == f"{build.__module__}:{build.__name__}"
+    monkeypatch.setenv(TOKEN, "a-token-that-nobody-guesses")
+    deployment = build(application.args)._bound_deployment
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    needed = deployment.ray_actor_options["num_cpus"]
+    assert needed <= float(group["resources"]["CPU"])
+    for pod in (service["spec"]["rayClusterConfig"]["headGroupSpec"], group):
+        assert pod["template"]["metadata"]["labels"] == {"lorat-part": "serve"}

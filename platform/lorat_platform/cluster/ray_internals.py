@@ -123,6 +123,22 @@ def set_data_context(context: Any) -> None:
     DataContext._set_current(context)
 
 
+def keep_replica_to_loopback() -> None:
+    """Let the server of this replica of Ray Serve listen on the loopback address only.
+
+    Each has one, for other deployments, on all addresses; it runs whatever it is sent.  This is
+    called by the constructor of what is served, before that server begins to listen.
+    """
+    from ray.serve._private import replica
+
+    listen: Callable[[Any, str], int] = replica.add_port_to_grpc_server
+
+    def listen_here(server: Any, address: str) -> int:
+        return listen(server, address.replace("[::]", "127.0.0.1"))
+
+    replica.add_port_to_grpc_server = listen_here
+
+
 def torch_backend() -> type:
     """Return the class with which Ray Train starts and ends the process group of torch."""
     from ray.train.torch.config import _TorchBackend

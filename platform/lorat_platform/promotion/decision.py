@@ -21,6 +21,7 @@ from lorat_platform.evaluation.sets import check_distinct, evaluate
 from lorat_platform.evaluation.subject import load_subject
 from lorat_platform.evaluation.workers import EvaluationConfig
 from lorat_platform.promotion import champion
+from lorat_platform.promotion.shadows import found_of
 from lorat_platform.recording.run import Run, user_name
 from lorat_platform.recording.store import connect
 from lorat_platform.registry import versions
@@ -112,6 +113,8 @@ def promote(candidate: Candidate, run: Run) -> bool:
     """Compare, decide, move the alias, and record all that; True if promoted."""
     client = connect()
     name, version = candidate.name, candidate.version
+    for found in found_of(client, f"{name}/{version}"):
+        log.info("Version %s %s.", version, found)
     for _ in range(MAX_ROUNDS):
         present = champion.champion_of(client, name)
         if present == version:
@@ -172,6 +175,8 @@ def write_down(
         f"Version {version} against champion {present or '(none)'}: {record['gate.reason']}."
         f"{' ' + record['gate.note'] if record['gate.note'] else ''}\n\n"
     )
+    for found in found_of(client, f"{name}/{version}"):
+        text += f"It was seen {found}.\n\n"
     if numbers:
         text += markdown_table(list(numbers), [list(numbers.values())]) + "\n\n"
     run.log_metrics(numbers, step=0)

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 MODEL_NAME = "lorat"
 CONFIG_FILE = "config.json"
 CANDIDATE = "candidate"
+SCORE_HISTOGRAM = "score_histogram"
+"""Tag with the tracker's scores in its evaluation, counted in bins, as JSON."""
 CHAMPION = "champion"
 MAX_DESCRIPTION = 5000
 """Characters of a version's description that every database of MLflow takes."""
@@ -158,11 +160,33 @@ def version_of(uri: str) -> tuple[str, str]:
     return name, str(version.version)
 
 
+def tags_of(name: str, version: str) -> dict[str, str]:
+    """Return the tags of a version.
+
+    Raises:
+        UserError: if there is none, or MLflow cannot be reached.
+    """
+    with _user_errors(f"models:/{name}/{version}"):
+        return dict(connect().get_model_version(name, version).tags)
+
+
 def usual() -> str:
     """Return the model that is meant where none is named, and say which: champion, or candidate.
 
     Raises:
         UserError: if there is neither, or MLflow cannot be reached.
+    """
+    alias, uri = usual_alias()
+    why = "" if alias == CHAMPION else f"; there is no {CHAMPION} yet"
+    log.info("model       %s, the %s%s", uri, alias, why)
+    return uri
+
+
+def usual_alias() -> tuple[str, str]:
+    """Return what is meant where no model is named: the alias, and the model that it means now.
+
+    Raises:
+        UserError: if there is neither champion nor candidate, or MLflow cannot be reached.
     """
     from mlflow.exceptions import MlflowException
 
@@ -175,10 +199,7 @@ def usual() -> str:
             aliases = {}
     for alias in (CHAMPION, CANDIDATE):
         if version := aliases.get(alias):
-            uri = f"models:/{MODEL_NAME}/{version}"
-            why = "" if alias == CHAMPION else f"; there is no {CHAMPION} yet"
-            log.info("model       %s, the %s%s", uri, alias, why)
-            return uri
+            return alias, f"models:/{MODEL_NAME}/{version}"
     raise UserError(
         f"There is no {MODEL_NAME}@{CHAMPION} and no {MODEL_NAME}@{CANDIDATE} in MLflow at "
         f"{tracking_uri()}; train one with jobs/train.py, or give --model."

@@ -204,6 +204,10 @@ def next_steps(config: TrainConfig, version: str | None, *, larger: bool) -> lis
             f"try it      python jobs/track.py VIDEO --select --model models:/lorat/{version}   "
             "(without a screen: --box LEFT,TOP,WIDTH,HEIGHT)"
         )
+        lines.append(
+            f"on a page   python jobs/serve.py --model models:/lorat/{version}   (live video, in "
+            "the browser)"
+        )
         lines.append(f"promote it  python jobs/promote.py --candidate models:/lorat/{version}")
     if larger and config.model_variant.timm_name is None:
         data = ["--data", config.data] if config.data != SYNTHETIC else ["--recipe", "small"]

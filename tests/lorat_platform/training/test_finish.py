@@ -125,7 +125,8 @@ def test_the_end_without_mlflow_shows_the_checkpoint_and_no_link(
 
 def test_the_last_lines_say_how_to_try_the_tracker_and_how_to_go_on() -> None:
     small = resolve(TrainConfig(variant="N-112"))
-    try_it, promote_it, go_on = finish.next_steps(small, "3", larger=True)
+    try_it, on_a_page, promote_it, go_on = finish.next_steps(small, "3", larger=True)
+    assert "jobs/serve.py --model models:/lorat/3 " in on_a_page
     assert "python jobs/track.py VIDEO --select --model models:/lorat/3 " in try_it
     assert promote_it.endswith("python jobs/promote.py --candidate models:/lorat/3")
     assert " python jobs/train.py --variant S-224 --recipe small " in go_on

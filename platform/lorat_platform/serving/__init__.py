@@ -1,0 +1,1 @@
+"""Serving a registered tracker to live video: sessions, batches, changes of the model."""

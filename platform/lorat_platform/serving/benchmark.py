@@ -1,0 +1,368 @@
+"""What serving reaches on this machine, with clients in processes of their own on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import psutil
+
+from lorat.config.bounds import Bounds, check_bounds
+from lorat.config.fields import flag
+from lorat.config.training import TrainConfig
+from lorat.errors import UserError
+from lorat.image.codec import decode_rgb, encode_jpeg
+from lorat_platform.serving.client import Client
+from lorat_platform.serving.settings import ServingSettings
+
+log = logging.getLogger(__name__)
+
+FRAME_S = 0.04
+"""Of a video of 25 frames per second."""
+WIDTH, HEIGHT = 640, 360
+BOX = (280.0, 150.0, 80.0, 60.0)
+VIDEO_FRAMES = 50
+Measure = Literal["all", "throughput", "swaps", "memory", "loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeBenchmark:
+    """Measure serving: targets/s beside a process for each target, the gap at a change of the
+    model, memory of a long session, and what a lost replica does to others."""
+
+    variant: str = "T-112"
+    """Model, such as T-112 or S-224; its weights are random."""
+    measure: Measure = "all"
+    """What to measure."""
+    targets: Annotated[int, Bounds(1, 1024)] = 16
+    """Targets that are tracked at the same time, 1 to 1024."""
+    seconds: Annotated[float, Bounds(0, 86_400, above=True)] = 15.0
+    """Length of each measurement of throughput, more than 0, at most 86,400."""
+    swaps: Annotated[int, Bounds(1, 100_000)] = 100
+    """Changes of the model, 1 to 100,000."""
+    frames: Annotated[int, Bounds(100, 100_000_000)] = 100_000
+    """Frames of the long session, 100 to 100,000,000."""
+    sessions: Annotated[int, Bounds(2, 10_000)] = 50
+    """Sessions that come and go while a replica is lost, 2 to 10,000."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, flag)
+
+
+def benchmark_serve(options: ServeBenchmark) -> dict[str, Any]:
+    """Measure, and log a line for each result.
+
+    Returns:
+        Figures by measurement.
+    """
+    parts: dict[str, Callable[[ServeBenchmark], dict[str, Any]]] = {
+        "throughput": _throughput,
+        "swaps": _swaps,
+        "memory": _memory,
+        "loss": _loss,
+    }
+    return {name: part(options) for name, part in parts.items() if options.measure in ("all", name)}
+
+
+@contextlib.contextmanager
+def _server(options: ServeBenchmark, versions: int = 1, **settings: Any) -> Iterator[_Server]:
+    """Serve random weights from a store of their own."""
+    from lorat.model.network import build_model
+    from lorat_platform.cluster.connection import connected
+    from lorat_platform.recording.run import open_run
+    from lorat_platform.recording.store import connect
+    from lorat_platform.registry import versions as registry
+    from lorat_platform.serving.application import Scale
+    from lorat_platform.serving.running import serving
+
+    before = {name: os.environ.get(name) for name in ("LORAT_HOME", "MLFLOW_TRACKING_URI")}
+    with tempfile.TemporaryDirectory(prefix="lorat-serve-") as folder:
+        os.environ["LORAT_HOME"] = folder
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        try:
+            with open_run("lorat", "benchmark") as run:
+                for seed in range(versions):
+                    config = TrainConfig(variant=options.variant, backbone="none", seed=seed)
+                    registry.register(build_model(config), run_id=run.wait_for_id())
+            store = connect()
+            store.set_registered_model_alias("lorat", "champion", "1")
+            scale = Scale(replicas=settings.pop("replicas", 1), cpus=0.5)
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            with (
+                connected("local"),
+                serving(
+                    ServingSettings(**settings), scale, host="127.0.0.1", port=port, token=None
+                ),
+            ):
+                yield _Server(
+                    f"127.0.0.1:{port}",
+                    lambda version: store.set_registered_model_alias(
+                        "lorat", "champion", str(version)
+                    ),
+                )
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+
+@dataclass(frozen=True)
+class _Server:
+    place: str
+    promote: Callable[[int], None]
+
+    @property
+    def track(self) -> str:
+        return f"ws://{self.place}/track"
+
+    def status(self) -> dict[str, Any]:
+        with urllib.request.urlopen(f"http://{self.place}/status", timeout=60) as answer:
+            return json.load(answer)
+
+
+def _video(seed: int = 0) -> list[bytes]:
+    rng = np.random.default_rng(seed)
+    ground = rng.integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), np.uint8)
+    ground = np.kron(ground, np.ones((8, 8, 1), np.uint8))
+    return [encode_jpeg(np.roll(ground, 2 * n, 1), 85) for n in range(VIDEO_FRAMES)]
+
+
+def _throughput(options: ServeBenchmark) -> dict[str, Any]:
+    alone = _together(options.targets, _track_alone, options.variant, options.seconds)
+    figures = {"process_per_target": alone}
+    log.info("A process for each of %d targets: %.0f targets/s", options.targets, alone)
+    for name, clients in (("sessions", options.targets), ("one_session", 1)):
+        with _server(options) as server:
+            each = options.targets // clients
+            rate = each * _together(clients, _track_there, server.track, options.seconds, each)
+            batch = server.status()["seconds_p50_p99"].get("batch", [0.0])[0]
+        figures |= {name: rate, f"{name}_ratio": rate / alone, f"{name}_batch": batch}
+        log.info(
+            "%d session(s) of %d target(s): %.0f targets/s, %.2f times, median batch %.0f",
+            clients, each, rate, rate / alone, batch,
+        )  # fmt: skip
+    return figures
+
+
+def _together(count: int, work: Callable[..., None], *given: Any) -> float:
+    """Run a function in processes that begin at the same time; return the sum of their rates."""
+    context = multiprocessing.get_context("spawn")
+    rates: Any = context.Queue()
+    begin = context.Barrier(count)
+    processes = [
+        context.Process(target=work, args=(rates, begin, number, *given), daemon=True)
+        for number in range(count)
+    ]
+    for process in processes:
+        process.start()
+    found = [rates.get(timeout=600) for _ in processes]
+    for process in processes:
+        process.join()
+    return float(sum(found))
+
+
+def _track_alone(rates: Any, begin: Any, number: int, variant: str, seconds: float) -> None:
+    """Track a video with the library, as a program for each target would."""
+    import torch
+
+    from lorat.model.network import build_model
+    from lorat.tracking.tracker import Tracker
+
+    torch.set_num_threads(1)
+    tracker = Tracker(build_model(TrainConfig(variant=variant, backbone="none")))
+    video = _video(number)
+    left, top, width, height = BOX
+    tracker.init(decode_rgb(video[0]), (left, top, left + width, top + height))
+    tracker.update(decode_rgb(video[1]))
+    begin.wait(300)
+    began, done = time.monotonic(), 0
+    while time.monotonic() - began < seconds:
+        tracker.update(decode_rgb(video[done % VIDEO_FRAMES]))
+        done += 1
+    rates.put(done / (time.monotonic() - began))
+
+
+def _track_there(
+    rates: Any, begin: Any, number: int, url: str, seconds: float, targets: int
+) -> None:
+    """Track a video with the server."""
+    video = _video(number)
+    with Client(url) as client:
+        boxes = {str(n): (BOX[0] + 5 * n, *BOX[1:]) for n in range(targets)}
+        begin.wait(300)
+        began, done = time.monotonic(), 0
+        frames = (video[n % VIDEO_FRAMES] for n in range(10**9))
+        for _ in client.track(frames, boxes):
+            done += 1
+            if time.monotonic() - began >= seconds:
+                break
+        rates.put(done / (time.monotonic() - began))
+
+
+def _swaps(options: ServeBenchmark) -> dict[str, Any]:
+    """Change the model under a video of 25 frames per second; measure the longest waits."""
+    video = _video()
+    with _server(options, versions=2, poll_s=0.05) as server, Client(server.track) as client:
+        stop = threading.Event()
+        made = 0
+
+        def change() -> None:
+            nonlocal made
+            while made < options.swaps:
+                version = 2 - made % 2
+                server.promote(version)
+                while server.status()["model"] != f"lorat/{version}" and not stop.is_set():
+                    time.sleep(0.02)
+                made += 1
+            stop.set()
+
+        changing = threading.Thread(target=change, daemon=True)
+        client.add("it", BOX)
+        client.send(video[0])
+        client.receive()
+        changing.start()
+        waits: list[float] = []
+        models: list[str] = []
+        began = time.monotonic()
+        while not stop.is_set():
+            number = len(waits) + 1
+            time.sleep(max(0.0, began + number * FRAME_S - time.monotonic()))
+            sent = time.monotonic()
+            client.send(video[number % VIDEO_FRAMES])
+            answer = client.receive()
+            waits.append(time.monotonic() - sent)
+            models.append(answer["model"])
+        changing.join(60)
+    moves = [n for n in range(1, len(models)) if models[n] != models[n - 1]]
+    at_moves = [max(waits[max(0, n - 2) : n + 3]) for n in moves] or [0.0]
+    figures = {
+        "swaps": made,
+        "moves": len(moves),
+        "unanswered": client.sent - 1 - len(waits),
+        "wait_p50_ms": 1000 * float(np.quantile(waits, 0.5)),
+        "wait_p99_ms": 1000 * float(np.quantile(waits, 0.99)),
+        "gap_p99_frame_times": float(np.quantile(at_moves, 0.99)) / FRAME_S,
+    }
+    log.info(
+        "%d changes, %d seen by the session; %d of %d frames unanswered; waits %.1f ms (median), "
+        "%.1f ms (p99); at a change p99 %.2f frame times",
+        made, len(moves), figures["unanswered"], len(waits), figures["wait_p50_ms"],
+        figures["wait_p99_ms"], figures["gap_p99_frame_times"],
+    )  # fmt: skip
+    return figures
+
+
+def _memory(options: ServeBenchmark) -> dict[str, Any]:
+    """Track very many frames in one session; compare the memory of all processes of the server."""
+    frame = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8).tobytes()
+    sizes: list[float] = []
+    with _server(options) as server, Client(server.track) as client:
+        client.say({"raw": [128, 96]})
+        every = options.frames // 10
+        frames = (frame for _ in range(options.frames))
+        for number, _ in enumerate(client.track(frames, {"it": (40, 30, 30, 30)}), 1):
+            if number % every == 0:
+                sizes.append(_resident_mb())
+                log.info("%d frames: %.0f MB", number, sizes[-1])
+    figures = {"mb": sizes, "growth_mb": sizes[-1] - sizes[1]}
+    log.info("Growth from a fifth of the frames to the end: %.1f MB", figures["growth_mb"])
+    return figures
+
+
+def _resident_mb() -> float:
+    """Return the memory of the processes of Ray Serve."""
+    total = 0
+    for process in psutil.process_iter(["name", "cmdline"]):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if "ServeReplica" in " ".join(process.info["cmdline"] or []) or "ProxyActor" in (
+                " ".join(process.info["cmdline"] or [])
+            ):
+                total += process.memory_info().rss
+    return total / 1e6
+
+
+def _loss(options: ServeBenchmark) -> dict[str, Any]:
+    """Open and drop sessions at random while a replica is killed."""
+    video = _video()
+    with _server(options, replicas=2) as server:
+        counts = {"frames": 0, "told": 0, "resumed": 0, "wrong": 0}
+        lock = threading.Lock()
+        stop = threading.Event()
+
+        def come_and_go(number: int) -> None:
+            chance = random.Random(number)
+            last: dict[str, Any] | None = None
+            while not stop.is_set():
+                try:
+                    with Client(server.track) as client:
+                        client.add("it", BOX, at=last and last["targets"]["it"]["box"])
+                        if last is not None:
+                            with lock:
+                                counts["resumed"] += 1
+                        last = None
+                        for n in range(chance.randint(5, 60)):
+                            client.send(video[n % VIDEO_FRAMES])
+                            answer = client.receive()
+                            with lock:
+                                counts["frames"] += 1
+                                counts["wrong"] += answer["frame"] != n
+                            last = answer
+                            if stop.is_set():
+                                return
+                        last = None
+                except UserError:
+                    with lock:
+                        counts["told"] += 1
+                    time.sleep(0.1)
+
+        clients = [
+            threading.Thread(target=come_and_go, args=(number,), daemon=True)
+            for number in range(options.sessions)
+        ]
+        for client in clients:
+            client.start()
+        time.sleep(options.seconds / 2)
+        victim = _replica_process()
+        os.kill(victim, signal.SIGKILL)
+        time.sleep(options.seconds / 2)
+        with lock:
+            before = counts["frames"]
+        time.sleep(options.seconds / 2)
+        stop.set()
+        for client in clients:
+            client.join(60)
+        counts["frames_at_the_end"] = counts["frames"] - before
+    log.info(
+        "%d sessions at a time, a replica killed: %d frames, %d wrong answers, %d sessions told, "
+        "%d taken up again, %d frames after it",
+        options.sessions, counts["frames"], counts["wrong"], counts["told"], counts["resumed"],
+        counts["frames_at_the_end"],
+    )  # fmt: skip
+    return dict(counts)
+
+
+def _replica_process() -> int:
+    """Return the process of a replica of this Ray."""
+    own = psutil.Process().children(recursive=True)
+    for process in own:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "ServeReplica" in " ".join(process.cmdline()):
+                return process.pid
+    raise UserError("No replica runs on this machine.")

@@ -1,0 +1,79 @@
+"""The serving job: what it prints, whom it serves, how it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infra.processes import free_port
+from lorat import checkpoint
+from lorat_platform.serving.client import Client
+from tests.constant_trackers import random_tracker
+from tests.jobs.in_process import run_in_process
+from tests.mlflow_home import make_home
+from tests.served_models import BOX, frames
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.processes(minutes=1)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_checkpoint_is_served_until_the_job_is_interrupted(tmp_path: Path) -> None:
+    model = random_tracker()
+    checkpoint.save(model, model.config, tmp_path / "tracker")
+    port = free_port()
+    output = tmp_path / "output"
+    command = [sys.executable, ROOT / "jobs" / "serve.py", "--model", tmp_path / "tracker"]
+    environment = os.environ | {"LORAT_HOME": str(make_home(tmp_path / "home"))}
+    environment.pop("LORAT_SERVE_TOKEN", None)
+    with output.open("wb") as file:
+        job = subprocess.Popen(
+            [*map(str, command), "--port", str(port)], stdout=file, stderr=file, env=environment
+        )
+    try:
+        found = wait_until(
+            "page",
+            lambda: re.search(r"Page: (http://127\.0\.0\.1:\d+)/#ticket=(\S+)", output.read_text()),
+            process=job,
+            output=output.read_text,
+        )
+        assert found[1].endswith(f":{port}")
+        with Client(f"ws://127.0.0.1:{port}/track", token=found[2]) as client:
+            assert client.hello["model"] == "tracker"
+            assert len(list(client.track(frames(5), {"it": BOX}))) == 5
+        job.send_signal(signal.SIGINT)
+        assert job.wait(timeout=120) == 130
+        assert "Traceback" not in output.read_text()
+    finally:
+        job.kill()
+        job.wait()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "nowhere"], "There is no model nowhere"),
+        (["--port", "70000"], "--port is 70000; give 1 to 65,535"),
+        (["--window", "0"], "--window is 0"),
+        (["--replicas", "3", "--max-replicas", "2"], "fewer than the 3"),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence(
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("LORAT_HOME", str(tmp_path))
+    assert run_in_process("serve", *arguments) == 2
+    printed = capsys.readouterr().err
+    assert says in printed
+    assert len(printed.strip().splitlines()) == 1

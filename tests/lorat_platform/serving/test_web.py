@@ -1,0 +1,147 @@
+"""The web side: real sockets, a real client, and what others may send."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from lorat.errors import UserError
+from lorat.image.codec import decode_rgb, encode_jpeg
+from lorat_platform.serving.client import Client
+from lorat_platform.serving.engine import Engine
+from lorat_platform.serving.messages import HEADER
+from lorat_platform.serving.settings import ServingSettings
+from lorat_platform.serving.web import SESSION_HEADER
+from tests.served_models import BOX, expected, frames, served
+from tests.served_web import TOKEN, web
+from tests.waiting import wait_until
+
+
+@pytest.fixture(scope="module")
+def open_web():
+    with web(ServingSettings()) as found:
+        yield found
+
+
+def test_client_tracks_as_the_library_does(open_web: tuple[Engine, str]) -> None:
+    _, place = open_web
+    jpegs = [encode_jpeg(frame, 95) for frame in frames(12)]
+    with Client(f"ws://{place}/track", token=TOKEN) as client:
+        answers = list(client.track(jpegs, {"it": BOX}))
+    assert [answer["frame"] for answer in answers] == list(range(12))
+    boxes = [answer["targets"]["it"]["box"] for answer in answers]
+    video = [decode_rgb(jpeg) for jpeg in jpegs]
+    np.testing.assert_allclose(boxes, expected(served(1), video), atol=0.02)
+
+
+def test_plain_http_gives_the_same(open_web: tuple[Engine, str]) -> None:
+    _, place = open_web
+    jpegs = [encode_jpeg(frame, 95) for frame in frames(4)]
+    root = f"http://{place}/sessions"
+    with requests.Session() as http:
+        http.headers["Authorization"] = f"Bearer {TOKEN}"
+        begun = http.post(root)
+        assert begun.status_code == 201
+        name = begun.json()["session"]
+        assert begun.headers[SESSION_HEADER] == name
+        at = f"{root}/{name}"
+        added = http.post(f"{at}/commands", json={"add": "it", "box": list(BOX)})
+        assert added.status_code == 200
+        answers = [http.post(f"{at}/frames", data=jpeg).json() for jpeg in jpegs]
+        boxes = [answer["targets"]["it"]["box"] for answer in answers]
+        video = [decode_rgb(jpeg) for jpeg in jpegs]
+        np.testing.assert_allclose(boxes, expected(served(1), video), atol=0.02)
+        assert http.delete(at).status_code == 204
+        gone = http.post(f"{at}/frames", data=jpegs[0])
+        assert gone.status_code == 410
+        assert SESSION_HEADER in gone.json()["error"]
+        name = http.post(root).json()["session"]
+        bad = http.post(f"{root}/{name}/frames", data=b"no image")
+        assert bad.status_code == 400
+        assert "no image" in bad.json()["error"]
+        too_long = http.post(f"{at}/commands", data=b"x" * 5000)
+        assert too_long.status_code in (400, 410)
+
+
+def test_who_has_no_token_gets_the_page_only(open_web: tuple[Engine, str]) -> None:
+    engine, place = open_web
+    sessions = engine.num_sessions
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):
+        for method, path in (("GET", "/status"), ("POST", "/sessions"), ("DELETE", "/sessions/a")):
+            answer = requests.request(method, f"http://{place}{path}", headers=headers)
+            assert answer.status_code == 401
+    with pytest.raises(UserError, match="HTTP 403"):
+        Client(f"ws://{place}/track", token="wrong")
+    assert requests.get(f"http://{place}/").status_code == 200
+    assert requests.get(f"http://{place}/page/../web.py").status_code == 404
+    assert requests.get(f"http://{place}/status?token={TOKEN}").json() == {"model": "lorat/1"}
+    with Client(f"ws://{place}/track?token={TOKEN}") as client:
+        assert client.hello["model"] == "lorat/1"
+    wait_until("end of the session", lambda: engine.num_sessions == sessions)
+
+
+def test_bad_messages_close_their_socket_with_a_reason(open_web: tuple[Engine, str]) -> None:
+    _, place = open_web
+    for message, says in (
+        ("nonsense", "no JSON"),
+        (b"short", "8 bytes"),
+        (HEADER.pack(0, 0) + b"nonsense", "no image"),
+        ('{"raw": [10, 10]}', "one byte per channel"),
+    ):
+        with connect(f"ws://{place}/track?token={TOKEN}") as bad:
+            json.loads(bad.recv())
+            bad.send(message)
+            if "raw" in str(message):
+                bad.send(HEADER.pack(0, 0) + b"x" * 299)
+            assert says in json.loads(bad.recv())["error"]
+            with pytest.raises(ConnectionClosed) as closed:
+                bad.recv()
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == 1008
+
+
+def test_server_that_is_full_says_so() -> None:
+    with web(ServingSettings(max_sessions=1), token=None) as (engine, place):
+        with Client(f"ws://{place}/track"):
+            with pytest.raises(UserError, match="try again later"):
+                Client(f"ws://{place}/track")
+            assert requests.post(f"http://{place}/sessions").status_code == 503
+        wait_until("end of the session", lambda: engine.num_sessions == 0)
+        with Client(f"ws://{place}/track") as client:
+            assert len(list(client.track(frames(3), {"it": BOX}))) == 3
+
+
+def test_silent_sessions_end_and_half_open_connections_hold_nobody_up() -> None:
+    with web(ServingSettings(idle_s=1.0), token=None) as (engine, place):
+        host, port = place.split(":")
+        with contextlib.ExitStack() as stack:
+            for number in range(300):
+                each = socket.create_connection((host, int(port)))
+                stack.callback(each.close)
+                if number % 2:
+                    each.sendall(b"GET /track HTTP/1.1\r\nHost: x\r\nUpgrade: webso")
+            silent = stack.enter_context(Client(f"ws://{place}/track"))
+            with Client(f"ws://{place}/track") as client:
+                assert len(list(client.track(frames(5), {"it": BOX}))) == 5
+            began = time.monotonic()
+            with pytest.raises(UserError, match="No message came for 1 s"):
+                silent.receive()
+            assert time.monotonic() - began < 30
+        assert engine.num_sessions == 0
+
+
+def test_newest_order_answers_the_last_frame(open_web: tuple[Engine, str]) -> None:
+    _, place = open_web
+    with Client(f"ws://{place}/track", token=TOKEN, order="newest") as client:
+        answers: list[dict[str, Any]] = list(client.track(frames(40), {"it": BOX}))
+    assert answers[-1]["frame"] == 39
+    assert len(answers) + sum(answer["skipped"] for answer in answers) == 40
