@@ -131,9 +131,9 @@ def test_the_last_lines_say_how_to_try_the_tracker_and_how_to_go_on() -> None:
     assert promote_it.endswith("python jobs/promote.py --candidate models:/lorat/3")
     assert " python jobs/train.py --variant S-224 --recipe small " in go_on
     assert finish.next_steps(small, None, larger=True) == [go_on]
-    assert finish.next_steps(small, "3", larger=False) == [try_it, promote_it]
+    assert finish.next_steps(small, "3", larger=False) == [try_it, on_a_page, promote_it]
     large = resolve(TrainConfig(variant="B-224", data="/data/train"))
-    assert finish.next_steps(large, "3", larger=True) == [try_it, promote_it]
+    assert finish.next_steps(large, "3", larger=True) == [try_it, on_a_page, promote_it]
     own = resolve(TrainConfig(variant="N-112", data="a=/data/a b", val_data="/data/v"))
     (go_on,) = finish.next_steps(own, None, larger=True)
     assert " --variant S-224 --data 'a=/data/a b' --val-data /data/v " in go_on
