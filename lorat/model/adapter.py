@@ -2,8 +2,8 @@
 
 timm keeps q, k and v in one linear layer.  Each gets its own adapter here (the paper counts ranks
 that way) while the frozen product stays fused: the base layer of such an adapter is a slice that
-owns no weights, and :class:`lorat.model.backbone.Attention` adds the low-rank part to its third of
-the fused product.  So LoRA on q, k and v costs one frozen product and the adapters' own.
+owns no weights, and :class:`lorat.model.backbone.Attention` folds the adapter into its third of the
+fused product (:mod:`lorat.model.folded`).  So LoRA on q, k and v costs one product over the tokens.
 
 On disk the adapters of q, k and v are one of the fused layer (n of rank r are one of rank n r: the
 rows of A stacked, B block-diagonal; exact), so that peft opens the file on a plain timm model.
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lorat.config.training import LoraConfig
 from lorat.errors import UserError
+from lorat.model.folded import FoldedLinear
 
 ADAPTER = "default"
 """peft's name of the only adapter."""
@@ -118,6 +119,7 @@ def add_lora(backbone: VisionTransformer, lora: LoraConfig) -> None:
             if not isinstance(getattr(block.attn, name), PeftLinear):
                 delattr(block.attn, name)
     for _, layer in adapted_layers(backbone):
+        layer.__class__ = FoldedLinear
         initialise(*matrices(layer), lora)
 
 
