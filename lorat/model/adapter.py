@@ -25,12 +25,24 @@ from torch import Tensor, nn
 
 from lorat.config.training import LoraConfig
 from lorat.errors import UserError
-from lorat.model.folded import FoldedLinear
+from lorat.model.folded import foldable, folded_linear, parts_of
 
 ADAPTER = "default"
 """peft's name of the only adapter."""
 
 INIT_STD = 0.02
+
+
+class FoldedLinear(PeftLinear):
+    """peft's adapted linear layer, computed with its adapters folded in where it can be."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the layer: (..., in) -> (..., out)."""
+        if not foldable(self):
+            y: Tensor = super().forward(x, *args, **kwargs)
+            return y
+        base: Any = self.get_base_layer()
+        return folded_linear(x, base.weight, base.bias, parts_of(self))
 
 
 class LinearSlice(nn.Linear):

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
 
@@ -93,7 +92,7 @@ class _Folded(torch.autograd.Function):
         return F.linear(x, _fold(weight, rows, scalings, matrices, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight, *matrices = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             dx = None
@@ -109,15 +108,3 @@ class _Folded(torch.autograd.Function):
                 gradients.append((v_TR.t() @ x_Tin).to(a_Rin.dtype) * scaling)
                 gradients.append((part_Tout.t() @ u_TR).to(b_outR.dtype) * scaling)
         return dx, None, None, None, None, *gradients
-
-
-class FoldedLinear(PeftLinear):
-    """peft's adapted linear layer, computed with its adapters folded in where it can be."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Apply the layer: (..., in) -> (..., out)."""
-        if not foldable(self):
-            y: Tensor = super().forward(x, *args, **kwargs)
-            return y
-        base: Any = self.get_base_layer()
-        return folded_linear(x, base.weight, base.bias, parts_of(self))

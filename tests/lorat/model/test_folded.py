@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorat.config.training import LoraConfig
-from lorat.model import backbone, folded
+from lorat.model import adapter, backbone, folded
 from lorat.model.network import LoRAT
 from tests.lorat.tiny_models import batch, shake, tiny_model
 
@@ -78,4 +78,4 @@ def test_error_in_half_precision_is_the_usual_form_s(monkeypatch: pytest.MonkeyP
 
 def test_dropout_takes_the_usual_form() -> None:
     layer = tiny_model(lora=LoraConfig(rank=4, dropout=0.1)).backbone.blocks[0].attn.proj
-    assert isinstance(layer, folded.FoldedLinear) and not folded.foldable(layer)
+    assert isinstance(layer, adapter.FoldedLinear) and not folded.foldable(layer)
