@@ -38,7 +38,7 @@ class FoldedLinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer: (..., in) -> (..., out)."""
-        if not foldable(self):
+        if args or kwargs or not foldable(self):
             y: Tensor = super().forward(x, *args, **kwargs)
             return y
         base: Any = self.get_base_layer()

@@ -7,6 +7,7 @@ between the two.  T tokens, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ def folded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[Pa
 
     Args:
         x: (..., in).
-        weight, bias: (out, in) and (out,), frozen: they get no gradient.
+        weight, bias: (out, in) and (out,), frozen.
         parts: the adapters; those of the same rows add up.
     """
     device = x.device.type
@@ -55,20 +56,29 @@ def folded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: list[Pa
     bias = None if bias is None else bias.to(dtype)
     matrices = [matrix for part in parts for matrix in (part.a_Rin, part.b_outR)]
     rows, scalings = [part.rows for part in parts], [part.scaling for part in parts]
-    # W' is made in float32 and rounded once.
-    with torch.autocast(device, enabled=False):
-        y: Tensor = _Folded.apply(x.to(dtype), weight, bias, rows, scalings, *matrices)
+    assert not weight.requires_grad
+    y: Tensor = _apply(x.to(dtype), weight, bias, rows, scalings, *matrices)
     return y
+
+
+# The compiler takes it as it is: what it makes of the class itself fails where a size is symbolic.
+@torch.compiler.allow_in_graph
+def _apply(*arguments: Any) -> Any:
+    return _Folded.apply(*arguments)
 
 
 def _fold(
     weight: Tensor,
     rows: list[slice],
     scalings: list[float],
-    matrices: tuple[Tensor, ...],
+    matrices: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> Tensor:
+    """Return W' in ``dtype``, made in the adapters' precision and rounded once."""
     exact = torch.promote_types(matrices[0].dtype, weight.dtype)
+    if len(rows) == 1 and rows[0] == slice(None):
+        a_Rin, b_outR = matrices
+        return torch.addmm(weight.to(exact), b_outR, a_Rin, alpha=scalings[0]).to(dtype)
     folded = weight.to(exact, copy=True)
     pairs = zip(matrices[::2], matrices[1::2], strict=True)
     for part, scaling, (a_Rin, b_outR) in zip(rows, scalings, pairs, strict=True):
@@ -89,22 +99,30 @@ class _Folded(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, *matrices)
         ctx.rows, ctx.scalings = rows, scalings
-        return F.linear(x, _fold(weight, rows, scalings, matrices, x.dtype), bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, _fold(weight, rows, scalings, matrices, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight, *matrices = ctx.saved_tensors
+        a_all, b_all = matrices[::2], matrices[1::2]
         with torch.autocast(x.device.type, enabled=False):
             dx = None
             if ctx.needs_input_grad[0]:
-                dx = dy @ _fold(weight, ctx.rows, ctx.scalings, tuple(matrices), x.dtype)
+                dx = dy @ _fold(weight, ctx.rows, ctx.scalings, matrices, x.dtype)
             x_Tin, dy_Tout = x.flatten(0, -2), dy.flatten(0, -2)
+            # The matrices A stacked, so that x is read once for all parts.
+            ranks = [len(a_Rin) for a_Rin in a_all]
+            a_stacked = a_all[0] if len(a_all) == 1 else torch.cat(a_all)
+            u_all = (x_Tin @ a_stacked.to(x.dtype).t()).split(ranks, dim=1)
+            parts = [dy_Tout[:, rows] for rows in ctx.rows]
+            v_all = [p @ b.to(x.dtype) for p, b in zip(parts, b_all, strict=True)]
+            v_stacked = v_all[0] if len(v_all) == 1 else torch.cat(v_all, dim=1)
+            da_all = (v_stacked.t() @ x_Tin).split(ranks)
             gradients: list[Tensor] = []
-            pairs = zip(matrices[::2], matrices[1::2], strict=True)
-            for rows, scaling, (a_Rin, b_outR) in zip(ctx.rows, ctx.scalings, pairs, strict=True):
-                part_Tout = dy_Tout[:, rows]
-                u_TR = x_Tin @ a_Rin.to(x.dtype).t()
-                v_TR = part_Tout @ b_outR.to(x.dtype)
-                gradients.append((v_TR.t() @ x_Tin).to(a_Rin.dtype) * scaling)
-                gradients.append((part_Tout.t() @ u_TR).to(b_outR.dtype) * scaling)
+            for scaling, da, part, u, b in zip(
+                ctx.scalings, da_all, parts, u_all, b_all, strict=True
+            ):
+                gradients.append(da.to(a_stacked.dtype) * scaling)
+                gradients.append((part.t() @ u).to(b.dtype) * scaling)
         return dx, None, None, None, None, *gradients
