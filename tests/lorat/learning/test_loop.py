@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lorat.errors import UserError
 from lorat.files.storage import locate
 from lorat.learning.clock import PARTS
 from lorat.learning.learner import Learner, World
-from lorat.learning.loop import CHECKED_LATER, Hooks, run
+from lorat.learning.loop import CHECKED_LATER, Hooks, _on_device, run
 from lorat.learning.replay import replay
 from tests.lorat.learning.test_learner import CONFIG, random_pairs, source
 
@@ -133,6 +134,18 @@ def test_too_many_skipped_steps_are_counted_when_checked_one_later(
     with pytest.raises(UserError, match="3 steps in a row were left out"):
         run(config, source(load=spoilt({5, 15, 35, 45, 55})), learner=learner)
     assert learner.step == 7
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_batches_are_augmented_ahead_as_in_the_step() -> None:
+    learner = Learner(CONFIG, world=World(device=torch.device("cuda")))
+    ahead = _on_device(iter(source().batches(0)), learner)
+    for batch, inputs in itertools.islice(ahead, 3):
+        found, expected = inputs(), learner.prepare(learner.to_device(batch))
+        for one, other in zip(found, expected, strict=True):
+            assert one.is_cuda
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    ahead.close()
 
 
 def test_an_interval_without_a_step_that_counts_has_no_loss() -> None:
