@@ -76,9 +76,6 @@ def _fold(
 ) -> Tensor:
     """Return W' in ``dtype``, made in the adapters' precision and rounded once."""
     exact = torch.promote_types(matrices[0].dtype, weight.dtype)
-    if len(rows) == 1 and rows[0] == slice(None):
-        a_Rin, b_outR = matrices
-        return torch.addmm(weight.to(exact), b_outR, a_Rin, alpha=scalings[0]).to(dtype)
     folded = weight.to(exact, copy=True)
     pairs = zip(matrices[::2], matrices[1::2], strict=True)
     for part, scaling, (a_Rin, b_outR) in zip(rows, scalings, pairs, strict=True):
