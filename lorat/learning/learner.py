@@ -23,7 +23,7 @@ from lorat import checkpoint
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.learning.augment import augment, foreground_mask
-from lorat.learning.capture import CapturedStep, CudaGraphs, Recorder
+from lorat.learning.capture import CapturedStep, CudaGraphs
 from lorat.learning.clock import StepClock
 from lorat.learning.criterion import Criterion, positive_mask
 from lorat.learning.optimisation import build_optimizer, scheduled_lr, set_learning_rate
@@ -111,8 +111,10 @@ class Learner:
         )
         if self.compiled:
             self.model.compile(dynamic=False)
-        self._captured = self._capture(CudaGraphs(self.device)) if self._has_fixed_step() else None
+        self._captured: CapturedStep | None = None
         """The step as a graph, where it can be one."""
+        if self._has_fixed_step():
+            self._captured = CapturedStep(self.optimizer, CudaGraphs(self.device))
         self._proven = not self.compiled
         """Whether a pass has gone through with whatever torch.compile made."""
         self._forward: nn.Module = self.model
@@ -137,17 +139,6 @@ class Learner:
             and self.world.size == 1
             and self.config.micro_batch is None
         )
-
-    def _capture(self, recorder: Recorder) -> CapturedStep:
-        return CapturedStep(self._step, self.optimizer, recorder, recover=self._recover)
-
-    def _recover(self) -> None:
-        """Put in order what a step that could not be recorded left behind; no kernel ran."""
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.scaler is not None:  # it has been told half of a step
-            state = self.scaler.state_dict()
-            self.scaler = torch.amp.GradScaler(self.device.type)
-            self.scaler.load_state_dict(state)
 
     @property
     def num_skipped(self) -> int:
@@ -224,9 +215,18 @@ class Learner:
         return result
 
     def _ready(self, inputs: Inputs) -> bool:
+        """Say whether the step is a replay, and put in order what a failed recording left."""
         assert self._captured is not None
         with self.clock.paused():
-            return self._captured.ready(*inputs)
+            ready = self._captured.ready(self._step, *inputs)
+        if self._captured.failed:
+            self._captured = None
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.scaler is not None:  # it has been told half of a step
+                state = self.scaler.state_dict()
+                self.scaler = torch.amp.GradScaler(self.device.type)
+                self.scaler.load_state_dict(state)
+        return ready
 
     def _step(
         self, template_BCHW: Tensor, search_BCHW: Tensor, mask_Bhw: Tensor, box_norm_B4: Tensor

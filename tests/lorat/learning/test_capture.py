@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorat.learning.capture import EAGER_STEPS, CapturedStep, Recorder
+from lorat.learning.capture import EAGER_STEPS, CapturedStep, CudaGraphs, Recorder
 from lorat.learning.learner import Learner, World
 from tests.lorat.learning.test_learner import CONFIG, source
 
@@ -54,9 +54,7 @@ def trained(make: Callable[[Learner], Recorder] | None, num_steps: int = 8) -> L
     learner = Learner(SCHEDULED)
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     if make is not None:
-        learner._captured = CapturedStep(
-            learner._step, learner.optimizer, make(learner), recover=learner._recover
-        )
+        learner._captured = CapturedStep(learner.optimizer, make(learner))
     batches = source().batches(0)
     for number in range(num_steps):
         result = learner.train_step(learner.to_device(next(batches)))
@@ -110,10 +108,8 @@ def test_a_graph_on_cuda_gives_what_eager_steps_give() -> None:
         config = dataclasses.replace(SCHEDULED, precision="fp32", compile="off")
         learner = Learner(config, world=World(device=torch.device("cuda")))
         if captured:
-            from lorat.learning.capture import CudaGraphs
-
             learner.compiled = True
-            learner._captured = learner._capture(CudaGraphs(learner.device))
+            learner._captured = CapturedStep(learner.optimizer, CudaGraphs(learner.device))
         batches = source().batches(0)
         losses = [
             learner.train_step(learner.to_device(next(batches))).losses.cpu() for _ in range(8)
