@@ -114,9 +114,7 @@ def load_training_state(
     for name, value in tensors.items():
         owner, _, key = name.rpartition("/")
         parameter = parameters[owner]
-        # AdamW counts its steps on the CPU.
-        moved = value if key == "step" else value.to(parameter.device)
-        optimizer.state[parameter][key] = moved
+        optimizer.state[parameter][key] = value.to(parameter.device)
     if scaler is not None and content["scaler"]:
         scaler.load_state_dict(content["scaler"])
     return TrainingState(step=content["step"], extra=content["extra"])

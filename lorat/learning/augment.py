@@ -17,6 +17,7 @@ most half a grey level).
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -141,16 +142,9 @@ def three_augment(image_BCHW: Tensor, choice_B: Tensor, radius_B: Tensor) -> Ten
         radius_B: radius of the blur, in pixels.
 
     Returns:
-        The result; on a CPU it is the given tensor, overwritten.
+        The given tensor, overwritten.  On CUDA it waits until the choices are known, three times.
     """
     operations = (_grayscale, _solarize, gaussian_blur)
-    if image_BCHW.is_cuda:  # computing it for all costs less than asking which are chosen
-        level_BCHW = torch.floor(image_BCHW * 255)
-        for choice, operation in enumerate(operations):
-            everywhere_BCHW = operation(level_BCHW, radius_B) / 255
-            chosen_B111 = (choice_B == choice).view(-1, 1, 1, 1)
-            image_BCHW = torch.where(chosen_B111, everywhere_BCHW, image_BCHW)
-        return image_BCHW
     for choice, operation in enumerate(operations):
         chosen = torch.nonzero(choice_B == choice).flatten()
         if len(chosen):
@@ -173,17 +167,30 @@ def gaussian_blur(level_BCHW: Tensor, radius_B: Tensor) -> Tensor:
     """Blur each sample with its own radius, borders repeated, rounded to whole grey levels."""
     batch, channels, height, width = level_BCHW.shape
     kernel_BK = _blur_kernel(radius_B)
-    reach = kernel_BK.shape[1] // 2
-    kernel_NK = kernel_BK.repeat_interleave(channels, dim=0)
-    num = batch * channels
-    planes = F.pad(level_BCHW, (reach, reach, reach, reach), mode="replicate").reshape(
-        1, num, height + 2 * reach, width + 2 * reach
-    )
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        planes = F.conv2d(planes, kernel_NK.view(num, 1, 1, -1), groups=num)
-        planes = F.conv2d(planes, kernel_NK.view(num, 1, -1, 1), groups=num)
-    level_BCHW = planes.view(batch, channels, height, width)
-    return torch.floor(level_BCHW + 0.5)
+    # A matrix product with each axis: fewer calls than taps have, and on GPUs no grouped
+    # convolution, the slowest of all.
+    down_B1HH = _blur_matrix(kernel_BK, height).unsqueeze(1)
+    across_BWW = _blur_matrix(kernel_BK, width).transpose(1, 2)
+    level_BCHW = torch.matmul(down_B1HH, level_BCHW)
+    level_BNW = torch.bmm(level_BCHW.view(batch, channels * height, width), across_BWW)
+    return level_BNW.view(batch, channels, height, width).add_(0.5).floor_()
+
+
+def _blur_matrix(kernel_BK: Tensor, length: int) -> Tensor:
+    """Return kernels as matrices (B, length, length) that repeat the border."""
+    batch, num_taps = kernel_BK.shape
+    places_KN = _tap_places(num_taps, length, kernel_BK.device)
+    return (kernel_BK @ places_KN).view(batch, length, length)
+
+
+@functools.cache
+def _tap_places(num_taps: int, length: int, device: torch.device) -> Tensor:
+    """Return, for each tap, which pixel each pixel takes by it, as ones in (K, length²)."""
+    place = torch.arange(length)
+    offset = torch.arange(num_taps) - num_taps // 2
+    source_KL = (place + offset.unsqueeze(1)).clamp_(0, length - 1)
+    with torch.inference_mode(False):
+        return F.one_hot(source_KL, length).float().flatten(1).to(device)
 
 
 def _blur_kernel(radius_B: Tensor) -> Tensor:

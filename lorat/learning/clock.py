@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,9 @@ from typing import Any
 
 import torch
 
-PARTS = ("data", "copy", "augment", "forward", "backward", "optimiser", "checkpoint")
-"""Parts of a step: waiting for data, to the device, augmentation, ..., writing checkpoints."""
+PARTS = ("data", "copy", "augment", "forward", "backward", "optimiser", "replay", "checkpoint")
+"""Parts of a step: waiting for data, to the device, augmentation, ..., writing checkpoints.
+``replay`` is forward, backward and optimiser together, where they are a captured graph."""
 
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
@@ -24,12 +26,23 @@ PEAK_FLOPS = {
 class StepClock:
     """Sum the seconds of every part of the steps since the last reading.
 
-    On CUDA the parts are timed with events, which are only waited for when the sums are read.
+    On CUDA the parts are timed with events, which are only waited for when the sums are read, and
+    augmentation runs beside the step before, so its time is not part of a step's.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._paused_in: int | None = None
         self._cuda = device.type == "cuda"
         self.reset()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time no part that the device does in this thread, such as while a graph is recorded."""
+        self._paused_in = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._paused_in = None
 
     def reset(self) -> None:
         """Start anew."""
@@ -49,6 +62,9 @@ class StepClock:
     @contextmanager
     def device_part(self, name: str) -> Iterator[None]:
         """Time a part of the step that the device does."""
+        if self._paused_in == threading.get_ident():
+            yield
+            return
         if not self._cuda:
             with self.part(name):
                 yield
@@ -63,12 +79,15 @@ class StepClock:
 
     def read(self) -> tuple[float, dict[str, float]]:
         """Return wall seconds and seconds per part since the last reading, and start anew."""
-        if self._events:
+        # Another thread may add some meanwhile: they count for the next reading.
+        events, self._events = self._events, []
+        if events:
             torch.cuda.synchronize()
-            for name, before, after in self._events:
+            for name, before, after in events:
                 self._seconds[name] += before.elapsed_time(after) / 1e3
-        wall, seconds = time.perf_counter() - self._start, dict(self._seconds)
-        self.reset()
+        now = time.perf_counter()
+        wall, seconds = now - self._start, self._seconds
+        self._seconds, self._start = dict.fromkeys(PARTS, 0.0), now
         return wall, seconds
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,17 @@ from lorat import checkpoint
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.learning.augment import augment, foreground_mask
+from lorat.learning.capture import CapturedStep, CudaGraphs
 from lorat.learning.clock import StepClock
 from lorat.learning.criterion import Criterion, positive_mask
 from lorat.learning.optimisation import build_optimizer, scheduled_lr, set_learning_rate
+from lorat.learning.step import Inputs, Readback, StepResult
 from lorat.model.network import LoRAT, build_model
 
 log = logging.getLogger(__name__)
 
 BUCKET_MB = 100
 """DDP's gradient bucket, as in the published training."""
-SMALLEST_SCALE = 1e-3
-"""A loss scale below this means that overflows never end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +43,6 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one optimiser step gave; tensors stay on the device."""
-
-    losses: Tensor
-    """Loss, its part for the scores and its part for the boxes, (3,).  Those of this worker's
-    pairs; the mean over the workers is the loss of the global batch."""
-    grad_norm: Tensor
-    """Global gradient norm before clipping, the same on every worker."""
-    grad_finite: bool
-    num_pairs: int
-    finite: bool
-    """False if loss or gradient was not finite and the weights were left as they were."""
 
 
 class Learner:
@@ -110,20 +96,25 @@ class Learner:
         self.scaler = torch.amp.GradScaler("cuda") if scaled else None
         self.step = 0
         """Optimiser steps taken."""
-        self.num_skipped = 0
-        """Steps left out because loss or gradient was not finite."""
+        self._num_skipped = 0
+        self._unread: deque[StepResult] = deque()
+        """Last steps, of which the host may not know yet whether they were left out."""
         if resume is not None:
             state = checkpoint.load_training_state(
                 resume, self.model, self.optimizer, scaler=self.scaler
             )
             self.step = state.step
-            self.num_skipped = int(state.extra.get("num_skipped", 0))
+            self._num_skipped = int(state.extra.get("num_skipped", 0))
         self.random = bool(config.drop_path) or config.lora.dropout > 0
         self.compiled = config.compile == "on" or (
             config.compile == "auto" and self.device.type == "cuda"
         )
         if self.compiled:
             self.model.compile(dynamic=False)
+        self._captured: CapturedStep | None = None
+        """The step as a graph, where it can be one."""
+        if self._has_fixed_step():
+            self._captured = CapturedStep(self.optimizer, CudaGraphs(self.device))
         self._proven = not self.compiled
         """Whether a pass has gone through with whatever torch.compile made."""
         self._forward: nn.Module = self.model
@@ -136,6 +127,28 @@ class Learner:
                 static_graph=config.micro_batch is None,
                 bucket_cap_mb=BUCKET_MB,
             )
+
+    def _has_fixed_step(self) -> bool:
+        """Say whether every step starts the same kernels on CUDA, which a graph can hold.
+
+        Those of several workers wait for each other, and with ``compile`` off nothing is hidden.
+        """
+        return (
+            self.compiled
+            and self.device.type == "cuda"
+            and self.world.size == 1
+            and self.config.micro_batch is None
+        )
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps left out because loss or gradient was not finite; waits for the last step."""
+        self._count_skipped(0)
+        return self._num_skipped
+
+    def _count_skipped(self, unread: int) -> None:
+        while len(self._unread) > unread:
+            self._num_skipped += not self._unread.popleft().finite
 
     def to_device(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
         """Copy what the device needs of a batch; through pinned memory on CUDA."""
@@ -152,13 +165,21 @@ class Learner:
 
     def train_step(self, batch: dict[str, Tensor]) -> StepResult:
         """Augment this worker's part of a global batch and take one optimiser step on it."""
-        if self.random:
-            torch.manual_seed(step_seed(self.config.seed, self.step, self.world.rank))
+        return self.learn(self.prepare(batch))
+
+    def prepare(self, batch: dict[str, Tensor]) -> Inputs:
+        """Augment what :meth:`to_device` gives, on any stream and in any thread."""
+        variant = self.model.variant
         with self.clock.device_part("augment"), torch.no_grad():
             template, search, template_box, search_box = augment(batch)
-            variant = self.model.variant
             mask = foreground_mask(template_box, variant)
-        return self.step_on(template, search, mask, search_box / variant.search_size)
+            return Inputs(template, search, mask, search_box / variant.search_size)
+
+    def learn(self, inputs: Inputs) -> StepResult:
+        """Take one optimiser step on this worker's part of a global batch."""
+        if self.random:
+            torch.manual_seed(step_seed(self.config.seed, self.step, self.world.rank))
+        return self.step_on(*inputs)
 
     def step_on(
         self, template_BCHW: Tensor, search_BCHW: Tensor, mask_Bhw: Tensor, box_norm_B4: Tensor
@@ -172,8 +193,46 @@ class Learner:
             template_BCHW, search_BCHW, mask_Bhw: as the model takes them.
             box_norm_B4: targets, xyxy as fractions of the search crop.
         """
-        clock = self.clock
-        with clock.device_part("augment"), torch.no_grad():
+        inputs = Inputs(template_BCHW, search_BCHW, mask_Bhw, box_norm_B4)
+        set_learning_rate(self.optimizer, self.lr)
+        # A graph holds what the compiler made, so that has to have worked.
+        if self._captured is not None and self._proven and self.compiled and self._ready(inputs):
+            with self.clock.device_part("replay"):
+                values = self._captured.replay(*inputs, lr=self.lr)
+        else:
+            values = self._step(*inputs)
+        result = StepResult(
+            step=self.step,
+            losses=values[:3],
+            grad_norm=values[3],
+            num_pairs=len(search_BCHW),
+            verdict=Readback(values[4:]),
+        )
+        self.step += 1
+        self._unread.append(result)
+        # Of the step before, whose answer is there or soon is, while the device does this one.
+        self._count_skipped(1)
+        return result
+
+    def _ready(self, inputs: Inputs) -> bool:
+        """Say whether the step is a replay, and put in order what a failed recording left."""
+        assert self._captured is not None
+        with self.clock.paused():
+            ready = self._captured.ready(self._step, *inputs)
+        if self._captured.failed:
+            self._captured = None
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.scaler is not None:  # it has been told half of a step
+                state = self.scaler.state_dict()
+                self.scaler = torch.amp.GradScaler(self.device.type)
+                self.scaler.load_state_dict(state)
+        return ready
+
+    def _step(
+        self, template_BCHW: Tensor, search_BCHW: Tensor, mask_Bhw: Tensor, box_norm_B4: Tensor
+    ) -> Tensor:
+        """Do what the device does in a step, and return its 3 losses, gradient norm and verdict."""
+        with self.clock.device_part("augment"), torch.no_grad():
             positive_BHW = positive_mask(box_norm_B4, 1.0, self.model.variant.search_grid)
             num_positive = positive_BHW.sum(dtype=torch.float32)
             if self.world.size > 1:
@@ -187,17 +246,9 @@ class Learner:
         for number, part in enumerate(parts):
             with self._no_sync(number == passes - 1):
                 totals += self._pass(part, num_positive)
-        with clock.device_part("optimiser"):
-            grad_norm, grad_finite, finite = self._update(totals[0])
-        self.step += 1
-        self.num_skipped += not finite
-        return StepResult(
-            losses=totals,
-            grad_norm=grad_norm,
-            grad_finite=grad_finite,
-            num_pairs=num_pairs,
-            finite=finite,
-        )
+        with self.clock.device_part("optimiser"):
+            grad_norm, verdict = self._update(totals[0])
+        return torch.cat([totals, grad_norm.view(1), verdict])
 
     def _no_sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         if last or not isinstance(self._forward, DistributedDataParallel):
@@ -243,34 +294,30 @@ class Learner:
         with torch.autocast(self.device.type, self.amp_dtype):
             return self._forward(z, x, mask)
 
-    def _update(self, loss: Tensor) -> tuple[Tensor, bool, bool]:
+    def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Clip and step; leave the weights alone if loss or gradient is not finite.
 
+        That is decided on the device, so that nothing waits for it.
+
         Returns:
-            Gradient norm, whether it is finite, and whether the step counts as finite.
+            Gradient norm and verdict, as in :class:`StepResult`.
         """
-        set_learning_rate(self.optimizer, self.lr)
+        scale = torch.zeros((), device=self.device)
         if self.scaler is not None:
+            scale = self.scaler.scale(torch.ones((), device=self.device))
             self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         bad_loss = (~torch.isfinite(loss)).float()
         if self.world.size > 1:
-            dist.all_reduce(bad_loss)
-        bad = torch.stack([bad_loss, (~torch.isfinite(norm)).float()]).tolist()
+            dist.all_reduce(bad_loss, dist.ReduceOp.MAX)
+        bad_grad = (~torch.isfinite(norm)).float()
+        self.optimizer.found_inf = torch.maximum(bad_loss, bad_grad)  # type: ignore[attr-defined]
+        self.optimizer.step()
         if self.scaler is not None:
-            # An overflow of the scaled gradients is no fault: the scaler leaves the step out and
-            # lowers the scale, unless that never ends.
-            finite = not bad[0] and (not bad[1] or self.scaler.get_scale() > SMALLEST_SCALE)
-            if not bad[0]:  # the scaler looks at the gradients only
-                self.scaler.step(self.optimizer)
+            # The scaler's own step would look at the gradients only.
             self.scaler.update()
-        else:
-            finite = not any(bad)
-            if finite:
-                self.optimizer.step()
-        if finite or self.config.nonfinite == "skip":
-            self.optimizer.zero_grad(set_to_none=True)
-        return norm.detach(), not bad[1], finite
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.detach(), torch.stack([bad_loss, bad_grad, scale])
 
     def save(self, folder: Path | str, **extra: Any) -> None:
         """Write weights and everything that resuming needs."""

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,17 +23,21 @@ from lorat.data.pairs.batches import Batch, BatchSource
 from lorat.errors import UserError, reason
 from lorat.files.storage import Location
 from lorat.learning.clock import PARTS, memory_bytes, peak_flops, summarise
-from lorat.learning.learner import Learner, StepResult, World
+from lorat.learning.learner import Learner, World
+from lorat.learning.step import Inputs, StepResult
 from lorat.model.complexity import describe
 
 log = logging.getLogger(__name__)
 
-Prepared = tuple[Batch, Callable[[], dict[str, torch.Tensor]]]
+Prepared = tuple[Batch, Callable[[], Inputs]]
 
 FEWEST_IMAGES = 500
 """Images that are read before their damaged share can stop the training, but at its end."""
 MOST_DUMPS = 3
 """Steps that are dumped in one life of a worker; each holds the weights."""
+CHECKED_LATER = {"cuda": 1}
+"""Steps that are begun, by type of device, before one is asked whether it was left out; 0 where a
+device is not named.  To ask at once would leave a device without work."""
 
 
 @dataclass(kw_only=True)
@@ -102,6 +107,8 @@ def run(
     peak, _ = peak_flops(world.device)
     interval = _Interval()
     damaged_total = images_total = skipped_in_a_row = 0
+    unchecked: deque[tuple[Batch, StepResult]] = deque()
+    later = CHECKED_LATER.get(world.device.type, 0)
     metrics: dict[str, float] = {}
     saved_step = learner.step if learner.step else -1
     batches = _on_device(iter(source.batches(learner.step)), learner)
@@ -109,18 +116,21 @@ def run(
     clock.reset()
     while learner.step < end_step and not stop:
         with clock.part("data"):
-            batch, copy = next(batches)
+            batch, inputs = next(batches)
         _count(interval, batch)
-        with clock.part("copy"):
-            on_device = copy()
-        result = learner.train_step(on_device)
-        _add(interval, result, world.device)
-        skipped_in_a_row = 0 if result.finite else skipped_in_a_row + 1
-        if not result.finite:
-            _handle_nonfinite(learner, batch, result, hooks, world)
-            _check_skipped(config, skipped_in_a_row)
+        unchecked.append((batch, learner.learn(inputs())))
         save_now = bool(hooks.on_step and hooks.on_step(learner.step))
         due = learner.step % hooks.log_every == 0 or learner.step == end_step
+        every = hooks.checkpoint_every
+        save_due = every is not None and learner.step % every == 0
+        # The same number on every worker: a step that is not finite is dealt with together.
+        while len(unchecked) > (0 if due or save_due else later):
+            batch, result = unchecked.popleft()
+            _add(interval, result, world.device)
+            skipped_in_a_row = 0 if result.finite else skipped_in_a_row + 1
+            if not result.finite:
+                _handle_nonfinite(learner, batch, result, hooks, world)
+                _check_skipped(config, skipped_in_a_row)
         if due:
             metrics = _report(interval, learner, world, flops, peak)
             damaged_total += int(metrics.pop("_damaged"))
@@ -131,9 +141,8 @@ def run(
                 _check_damage(config, damaged_total, images_total)
             interval = _Interval()
             stop = bool(hooks.on_interval and hooks.on_interval(learner.step, metrics))
-        every = hooks.checkpoint_every
         at_end = learner.step == end_step or stop
-        wanted = at_end or save_now or (every is not None and learner.step % every == 0)
+        wanted = at_end or save_now or save_due
         if wanted and hooks.on_checkpoint and saved_step != learner.step:
             with clock.part("checkpoint"):
                 hooks.on_checkpoint(learner, metrics)
@@ -143,44 +152,52 @@ def run(
 
 
 def _on_device(batches: Iterator[Batch], learner: Learner) -> Generator[Prepared, None, None]:
-    """Yield batches with a call that gives them as tensors on the device.
+    """Yield batches with a call that gives them on the device, augmented.
 
-    On CUDA a thread copies the next batch, through pinned memory and on a stream of its own,
-    while the current one is computed; the call then only waits for that copy.
+    On CUDA a thread copies and augments the next batch, through pinned memory and on a stream of
+    its own, while the current one is computed; the call then only waits for that.
     """
+    clock = learner.clock
+
+    def at_once(batch: Batch) -> Inputs:
+        with clock.part("copy"):
+            tensors = learner.to_device(batch)
+        return learner.prepare(tensors)
+
     if learner.device.type != "cuda":
         try:
             for batch in batches:
-                yield batch, functools.partial(learner.to_device, batch)
+                yield batch, functools.partial(at_once, batch)
         finally:
             _close(batches)
         return
     stream = torch.cuda.Stream(learner.device)
 
-    def copy(batch: Batch) -> tuple[Batch, dict[str, torch.Tensor], torch.cuda.Event]:
+    def ahead_of_time(batch: Batch) -> tuple[Batch, Inputs, torch.cuda.Event]:
         with torch.cuda.stream(stream):
-            tensors = learner.to_device(batch)
+            inputs = learner.prepare(learner.to_device(batch))
             done = torch.cuda.Event()
             done.record(stream)
-        return batch, tensors, done
+        return batch, inputs, done
 
-    def wait(tensors: dict[str, torch.Tensor], done: torch.cuda.Event) -> dict[str, torch.Tensor]:
-        current = torch.cuda.current_stream(learner.device)
-        current.wait_event(done)
-        for tensor in tensors.values():
-            tensor.record_stream(current)
-        return tensors
+    def wait(inputs: Inputs, done: torch.cuda.Event) -> Inputs:
+        with clock.part("copy"):
+            current = torch.cuda.current_stream(learner.device)
+            current.wait_event(done)
+            for tensor in inputs:
+                tensor.record_stream(current)
+        return inputs
 
     try:
         with ThreadPoolExecutor(1, "to-device") as pool:
-            ahead = pool.submit(lambda: copy(next(batches)))
+            ahead = pool.submit(lambda: ahead_of_time(next(batches)))
             while True:
                 try:
-                    batch, tensors, done = ahead.result()
+                    batch, inputs, done = ahead.result()
                 except StopIteration:
                     return
-                ahead = pool.submit(lambda: copy(next(batches)))
-                yield batch, functools.partial(wait, tensors, done)
+                ahead = pool.submit(lambda: ahead_of_time(next(batches)))
+                yield batch, functools.partial(wait, inputs, done)
     finally:
         _close(batches)
 
@@ -310,9 +327,10 @@ def _handle_nonfinite(
 ) -> None:
     """Dump the parts of the batch that are at fault and name them; every worker calls it.
 
-    A worker is at fault if its own loss is not finite; if no loss is to blame, all may be.
+    A worker is at fault if its own loss is not finite; if no loss is to blame, all may be.  A dump
+    holds the weights after the steps that were begun since.
     """
-    step = learner.step - 1
+    step = result.step
     own = _Fault(
         rank=world.rank,
         own_loss=not bool(torch.isfinite(result.losses[0])),
@@ -352,7 +370,8 @@ def _dumped(
     if hooks.dumps is None or learner.num_skipped > MOST_DUMPS:
         return fault
     try:
-        uri = dump(learner, batch, hooks.dumps.child(f"step-{step:08d}-rank-{fault.rank}"))
+        target = hooks.dumps.child(f"step-{step:08d}-rank-{fault.rank}")
+        uri = dump(learner, batch, target, step=step)
     except (OSError, pa.ArrowException) as error:
         return dataclasses.replace(fault, note=f"; it cannot be dumped: {reason(error)}")
     return dataclasses.replace(fault, dump=uri)
@@ -360,7 +379,10 @@ def _dumped(
 
 def parts_line(metrics: dict[str, Any]) -> str:
     """Write where the time of a step goes, and how the hardware is used."""
-    parts = ", ".join(f"{name} {metrics[f'system/time_ms/{name}']:.1f}" for name in PARTS)
+    times = {name: metrics[f"system/time_ms/{name}"] for name in PARTS}
+    if not times["replay"]:
+        del times["replay"]
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in times.items())
     mfu = metrics.get("system/mfu")
     memory = ", ".join(
         f"{value:.1f} GB {name.rpartition('/')[2].replace('_', ' ')}"

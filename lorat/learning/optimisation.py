@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorat.config.training import TrainConfig
 
@@ -37,10 +37,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters; ``config`` must be resolved."""
+    """Return AdamW over the trainable parameters; ``config`` must be resolved.
+
+    It is the fused one, one kernel for all parameters.  While its attribute ``found_inf`` is a
+    tensor of 1, a step changes neither weights nor moments nor step counts.  On CUDA a graph may
+    capture its steps.
+    """
     assert config.lr is not None
+    groups = parameter_groups(model, config.weight_decay)
+    on_cuda = any(parameter.is_cuda for parameter in model.parameters())
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.lr, betas=BETAS, eps=EPS
+        groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True, capturable=on_cuda
     )
 
 
@@ -76,7 +83,7 @@ def scheduled_lr(step: int, config: TrainConfig) -> float:
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
     """Give every group the same learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -23,14 +23,26 @@ if TYPE_CHECKING:
     from lorat.learning.learner import Learner
 
 
-def dump(learner: Learner, batch: dict[str, np.ndarray], target: Location) -> str:
-    """Write the batch, the weights that it met, and where that was; return the address.
+def dump(
+    learner: Learner,
+    batch: dict[str, np.ndarray],
+    target: Location,
+    *,
+    step: int | None = None,
+) -> str:
+    """Write the batch, the weights as they are, and where that was; return the address.
+
+    Args:
+        learner: whose weights, which the batch met, on CUDA one step before.
+        batch: this worker's part.
+        target: the folder.
+        step: of the batch; none means the last one.
 
     Raises:
         OSError: if there is no room, or the storage cannot be reached.
     """
     with temporary_folder() as scratch:
-        _write(learner, batch, scratch)
+        _write(learner, batch, scratch, learner.step - 1 if step is None else step)
         target.filesystem.create_dir(target.path, recursive=True)
         pafs.copy_files(
             str(scratch), target.path, destination_filesystem=target.filesystem, use_threads=False
@@ -38,14 +50,14 @@ def dump(learner: Learner, batch: dict[str, np.ndarray], target: Location) -> st
     return target.uri
 
 
-def _write(learner: Learner, batch: dict[str, np.ndarray], folder: Path) -> None:
+def _write(learner: Learner, batch: dict[str, np.ndarray], folder: Path, step: int) -> None:
     write_tensors(
         {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in batch.items()},
         folder / "batch.safetensors",
     )
     checkpoint.save(learner.model, learner.config, folder / "checkpoint")
     content = {
-        "step": learner.step - 1,
+        "step": step,
         "rank": learner.world.rank,
         "pairs": batch["index"].tolist(),
         "precision": str(learner.amp_dtype or torch.float32).removeprefix("torch."),

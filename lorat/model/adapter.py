@@ -2,8 +2,8 @@
 
 timm keeps q, k and v in one linear layer.  Each gets its own adapter here (the paper counts ranks
 that way) while the frozen product stays fused: the base layer of such an adapter is a slice that
-owns no weights, and :class:`lorat.model.backbone.Attention` adds the low-rank part to its third of
-the fused product.  So LoRA on q, k and v costs one frozen product and the adapters' own.
+owns no weights, and :class:`lorat.model.backbone.Attention` folds the adapter into its third of the
+fused product (:mod:`lorat.model.folded`).  So LoRA on q, k and v costs one product over the tokens.
 
 On disk the adapters of q, k and v are one of the fused layer (n of rank r are one of rank n r: the
 rows of A stacked, B block-diagonal; exact), so that peft opens the file on a plain timm model.
@@ -25,11 +25,24 @@ from torch import Tensor, nn
 
 from lorat.config.training import LoraConfig
 from lorat.errors import UserError
+from lorat.model.folded import foldable, folded_linear, parts_of
 
 ADAPTER = "default"
 """peft's name of the only adapter."""
 
 INIT_STD = 0.02
+
+
+class FoldedLinear(PeftLinear):
+    """peft's adapted linear layer, computed with its adapters folded in where it can be."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the layer: (..., in) -> (..., out)."""
+        if args or kwargs or not foldable(self):
+            y: Tensor = super().forward(x, *args, **kwargs)
+            return y
+        base: Any = self.get_base_layer()
+        return folded_linear(x, base.weight, base.bias, parts_of(self))
 
 
 class LinearSlice(nn.Linear):
@@ -118,6 +131,7 @@ def add_lora(backbone: VisionTransformer, lora: LoraConfig) -> None:
             if not isinstance(getattr(block.attn, name), PeftLinear):
                 delattr(block.attn, name)
     for _, layer in adapted_layers(backbone):
+        layer.__class__ = FoldedLinear
         initialise(*matrices(layer), lora)
 
 

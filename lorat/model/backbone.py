@@ -28,6 +28,7 @@ from lorat.config.variants import VARIANTS, Variant
 from lorat.errors import UserError
 from lorat.files.tensors import read_tensors, write_tensors
 from lorat.model.embedding import resize_position
+from lorat.model.folded import foldable, folded_linear, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ class Attention(TimmAttention):
     """timm's attention with room for separate adapters on q, k and v.
 
     The frozen projection stays one fused product.  :mod:`lorat.model.adapter` may attach ``q``,
-    ``k`` and ``v``: peft layers over slices of it, of which only the low-rank parts are computed
-    here.
+    ``k`` and ``v``: peft layers over slices of it, which are folded into it; with dropout only
+    their low-rank parts are computed here.
     """
 
     def forward(
@@ -77,13 +78,28 @@ class Attention(TimmAttention):
     ) -> Tensor:
         """Attend over all tokens, without a mask."""
         B, N, D = x_BND.shape
-        parts = list(self.qkv(x_BND).chunk(3, dim=-1))
+        parts = list(self._qkv(x_BND).chunk(3, dim=-1))
         for index, name in enumerate("qkv"):
-            for part in low_rank_parts(getattr(self, name, None), x_BND):
-                parts[index] = parts[index] + part
+            layer = getattr(self, name, None)
+            if not foldable(layer):
+                for part in low_rank_parts(layer, x_BND):
+                    parts[index] = parts[index] + part
         q, k, v = (p.view(B, N, self.num_heads, D // self.num_heads).transpose(1, 2) for p in parts)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(B, N, D))
+
+    def _qkv(self, x_BND: Tensor) -> Tensor:
+        """Apply the fused projection with those adapters that can be folded into it."""
+        width = x_BND.shape[-1]
+        folded = []
+        for index, name in enumerate("qkv"):
+            layer = getattr(self, name, None)
+            if foldable(layer):
+                folded += parts_of(layer, slice(index * width, (index + 1) * width))
+        if not folded:
+            y: Tensor = self.qkv(x_BND)
+            return y
+        return folded_linear(x_BND, self.qkv.weight, self.qkv.bias, folded)
 
 
 class Block(TimmBlock):

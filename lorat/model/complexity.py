@@ -123,4 +123,7 @@ def _train_flops(config: TrainConfig, macs: dict[str, int], lora_macs: int) -> i
     activations = macs["linear"] + 2 * macs["attention"] + head
     if config.adaptation == "full":
         return 2 * (forward + activations + macs["linear"] + macs["patches"] + head)
-    return 2 * (forward + activations + 3 * lora_macs + head)
+    # Folded into the weights, adapters cost u = x A', v = dy B and two gradients; with dropout they
+    # have three products with each of their matrices.  Folding itself is per step, not per pair.
+    lora_products = 2 if config.lora.dropout == 0 else 3
+    return 2 * (forward + activations + lora_products * lora_macs + head)

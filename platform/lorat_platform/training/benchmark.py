@@ -108,7 +108,7 @@ def benchmark_train(options: TrainBenchmark) -> dict[str, float]:
         "  step loop             %8.2f ms a step, %+.1f %% (wanted at most %+.0f %%)",
         loop_ms, 100 * overhead, 100 * WANTED_OVERHEAD,
     )  # fmt: skip
-    for name in ("data", "copy", "augment", "forward", "backward", "optimiser"):
+    for name in ("data", "copy", "augment", "forward", "backward", "optimiser", "replay"):
         value = statistics.median(metrics[f"system/time_ms/{name}"] for metrics in parts)
         figures[f"{name}_ms"] = value
         log.info("    %-18s %8.2f ms", name, value)

@@ -13,6 +13,7 @@ from lorat.config.variants import VARIANTS
 from lorat.data.pairs.augment_draws import AUGMENT_FIELDS, JITTER_ORDERS, draw_augmentation
 from lorat.image.crops import foreground_mask as foreground_mask_numpy
 from lorat.learning.augment import (
+    _blur_kernel,
     augment,
     color_jitter,
     flip_boxes,
@@ -93,6 +94,24 @@ def test_blur_differs_from_pil_by_rounding_only() -> None:
     # The distribution of grey levels is the same: quantiles over all pixels agree.
     at = np.linspace(0.01, 0.99, 33)
     np.testing.assert_allclose(np.quantile(blurred, at), np.quantile(expected, at), atol=1)
+
+
+def test_blur_is_its_kernel_along_both_axes_with_the_border_repeated() -> None:
+    """In float64, tap by tap; float32 may round a tie to the other level."""
+    level_BCHW = photo(9, 40, seed=6).permute(0, 3, 1, 2).float()
+    radius_B = torch.linspace(0.1, 2.0, 9)
+    kernel_BK = _blur_kernel(radius_B).double()
+    reach = kernel_BK.shape[1] // 2
+    expected = torch.nn.functional.pad(level_BCHW.double(), (reach,) * 4, mode="replicate")
+    for axis in (2, 3):
+        taps = [expected.narrow(axis, tap, 40) for tap in range(2 * reach + 1)]
+        weights = kernel_BK.unbind(1)
+        expected = sum(
+            (w.view(-1, 1, 1, 1) * t for w, t in zip(weights, taps, strict=True)), torch.zeros(())
+        )
+    difference = (gaussian_blur(level_BCHW, radius_B) - torch.floor(expected + 0.5)).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).double().mean() < 1e-3
 
 
 def test_distribution_of_the_normalised_batch_equals_the_pil_path() -> None:

@@ -24,6 +24,13 @@ from lorat.errors import UserError
 from lorat.files.storage import locate
 from lorat.learning.learner import Learner, World, resolve_precision, step_seed
 from lorat.learning.loop import Hooks, run
+from lorat.learning.optimisation import (
+    BETAS,
+    EPS,
+    build_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
 from lorat.learning.replay import dump, replay
 from lorat.model.network import build_model
 from lorat_platform.data.layout import local_range
@@ -213,8 +220,72 @@ def test_a_loss_that_is_not_finite_takes_no_step_though_its_gradients_are(
         assert not result.finite
         assert result.grad_norm.isfinite()
     assert learner.num_skipped == 2
-    assert not learner.optimizer.state
+    for state in learner.optimizer.state.values():  # moments and the number of steps
+        assert not any(value.any() for value in state.values())
     assert all(torch.equal(a, b) for a, b in zip(before, learner.parameters, strict=True))
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimiser(
+    poison: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = Learner(dataclasses.replace(CONFIG, nonfinite="skip"))
+    batches = source().batches(0)
+    learner.train_step(learner.to_device(next(batches)))
+
+    def held() -> list[torch.Tensor]:
+        moments = [v for state in learner.optimizer.state.values() for v in state.values()]
+        return [v.detach().clone() for v in (*learner.parameters, *moments)]
+
+    before = held()
+    with monkeypatch.context() as patch:
+        if poison == "loss":
+            losses_of = learner.criterion.forward
+            patch.setattr(
+                learner.criterion,
+                "forward",
+                lambda *given, **options: {
+                    name: value + torch.nan for name, value in losses_of(*given, **options).items()
+                },
+            )
+            result = learner.train_step(learner.to_device(next(batches)))
+        else:
+            hook = learner.parameters[-1].register_hook(lambda gradient: gradient * torch.inf)
+            result = learner.train_step(learner.to_device(next(batches)))
+            hook.remove()
+    after = held()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert (result.finite, result.grad_finite) == (False, poison == "loss")
+    assert (learner.step, learner.num_skipped) == (2, 1)
+    result = learner.train_step(learner.to_device(next(batches)))
+    assert result.finite and learner.num_skipped == 1
+    changed = [not torch.equal(a, b) for a, b in zip(after, held(), strict=True)]
+    assert all(changed)
+    steps = {float(state["step"]) for state in learner.optimizer.state.values()}
+    assert steps == {2}
+
+
+def test_fused_steps_are_those_of_the_plain_optimiser() -> None:
+    """To a millionth of the largest weight, over ten steps that are clipped."""
+    models = [build_model(CONFIG) for _ in range(2)]
+    ours = build_optimizer(models[0], CONFIG)
+    assert ours.defaults["fused"]
+    plain = torch.optim.AdamW(
+        parameter_groups(models[1], CONFIG.weight_decay), lr=0.01, betas=BETAS, eps=EPS, fused=False
+    )
+    generator = torch.Generator().manual_seed(0)
+    parameters = [model.trainable_parameters() for model in models]
+    for _ in range(10):
+        for one, other in zip(*parameters, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer, weights in zip((ours, plain), parameters, strict=True):
+            set_learning_rate(optimizer, 0.01)
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+    for one, other in zip(*parameters, strict=True):
+        scale = float(other.detach().abs().max())
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * scale)
 
 
 def test_a_warm_start_takes_frozen_weights_from_the_given_backbone(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lorat.errors import UserError
 from lorat.files.storage import locate
 from lorat.learning.clock import PARTS
 from lorat.learning.learner import Learner, World
-from lorat.learning.loop import Hooks, run
+from lorat.learning.loop import CHECKED_LATER, Hooks, _on_device, run
 from lorat.learning.replay import replay
 from tests.lorat.learning.test_learner import CONFIG, random_pairs, source
 
@@ -91,6 +92,60 @@ def test_a_loss_that_is_not_finite_can_be_skipped() -> None:
     assert learner.step == 20
     assert learner.num_skipped == 2
     assert all(torch.isfinite(p).all() for p in learner.model.parameters())
+
+
+def test_a_step_that_is_checked_one_later_is_left_out_and_named_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where to ask at once would leave the device without work."""
+    config = dataclasses.replace(CONFIG, nonfinite="skip")
+    spoilt_steps = source(load=spoilt({34, 77, 78}))
+
+    def train() -> tuple[Learner, dict[int, dict[str, float]]]:
+        seen: dict[int, dict[str, float]] = {}
+        hooks = Hooks(log_every=4, on_interval=lambda step, found: seen.update({step: found}))
+        return run(config, spoilt_steps, hooks=hooks), seen
+
+    at_once, expected = train()
+    monkeypatch.setitem(CHECKED_LATER, "cpu", 1)
+    late, seen = train()
+    assert late.num_skipped == at_once.num_skipped == 2
+    for one, other in zip(late.parameters, at_once.parameters, strict=True):
+        assert torch.equal(one, other)
+    for step, metrics in expected.items():
+        for name in ("loss", "loss_cls", "grad_norm", "lr", "skipped_steps"):
+            assert seen[step][f"train/{name}"] == metrics[f"train/{name}"]
+    learner = Learner(CONFIG)
+    hooks = Hooks(dumps=locate(tmp_path))
+    with pytest.raises(UserError, match=r"not finite at step 3 \(pairs 30 to 39\)") as caught:
+        run(CONFIG, source(load=spoilt({34})), learner=learner, hooks=hooks)
+    assert learner.step == 5
+    assert all(torch.isfinite(p).all() for p in learner.model.parameters())
+    assert "step 3, worker 0" in replay(str(tmp_path / "step-00000003-rank-0"))
+    assert "step-00000003-rank-0" in str(caught.value)
+
+
+def test_too_many_skipped_steps_are_counted_when_checked_one_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(CHECKED_LATER, "cpu", 1)
+    config = dataclasses.replace(CONFIG, nonfinite="skip", max_skipped=3)
+    learner = Learner(config)
+    with pytest.raises(UserError, match="3 steps in a row were left out"):
+        run(config, source(load=spoilt({5, 15, 35, 45, 55})), learner=learner)
+    assert learner.step == 7
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_batches_are_augmented_ahead_as_in_the_step() -> None:
+    learner = Learner(CONFIG, world=World(device=torch.device("cuda")))
+    ahead = _on_device(iter(source().batches(0)), learner)
+    for batch, inputs in itertools.islice(ahead, 3):
+        found, expected = inputs(), learner.prepare(learner.to_device(batch))
+        for one, other in zip(found, expected, strict=True):
+            assert one.is_cuda
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    ahead.close()
 
 
 def test_an_interval_without_a_step_that_counts_has_no_loss() -> None:
