@@ -51,7 +51,8 @@ def _options() -> list[type[Any]]:
 
 
 NAMES = ("Options", "Verify", "Reindex", "Preview", "IngestConfig", "DataBenchmark",
-         "TrainBenchmark", "TrackBenchmark", "SearchBenchmark", "SearchOptions", "RunOptions")  # fmt: skip
+         "TrainBenchmark", "TrackBenchmark", "SearchBenchmark", "SearchOptions",
+         "RunOptions")  # fmt: skip
 
 
 def _is_number(hint: Any) -> bool:
