@@ -7,6 +7,7 @@ most of the time of a small batch starting them one by one.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 EAGER_CALLS = 2
-"""Calls of a new shape that are not recorded.  They do what must not happen in a recording (open
-libraries, make constants), and a shape that comes once is not worth one."""
+"""Calls of a new shape that are not recorded, since one that comes once is not worth it."""
 MOST_RECORDINGS = 64
 """Recordings that are kept; the one that was replayed longest ago goes first."""
+
+_ONE_AT_A_TIME = threading.Lock()
+"""CUDA records one graph at a time in a process."""
 
 Replay = Callable[[], Tensor]
 """Repeat a recorded call; the result is the same tensor, with new values, every time."""
@@ -50,17 +53,21 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream = torch.cuda.Stream(device)
         self.reset()
 
     def record(self, work: Callable[[], Tensor]) -> Replay:
         """Record a call; see :class:`Recorder`."""
         graph = torch.cuda.CUDAGraph()
         with (
+            _ONE_AT_A_TIME,
             torch.cuda.device(self._device),
             # Comes back to the caller's stream also where torch, before 2.15, does not.
             torch.cuda.stream(torch.cuda.current_stream(self._device)),
             # Other threads of the process may allocate while this one records.
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ),
         ):
             result = work()
 
@@ -80,17 +87,15 @@ class Capture:
 
     Where recording fails, that is said once, and every call runs as usual from then on.
 
+    It does not hold the function, whose owner may hold it.
+
     Args:
-        function: takes tensors, of which the last is ``fixed``, and returns one.
         model: whose weights the function reads where they are.  New values count at once; weights
             that have moved, such as to another type, drop all recordings.
         recorder: none means that every call runs as usual.
     """
 
-    def __init__(
-        self, function: Callable[..., Tensor], model: nn.Module, recorder: Recorder | None
-    ) -> None:
-        self._function = function
+    def __init__(self, model: nn.Module, recorder: Recorder | None) -> None:
         self._recorder = recorder
         self._holders = [
             holder
@@ -108,10 +113,11 @@ class Capture:
         return len(self._recordings)
 
     @torch.inference_mode()
-    def __call__(self, *inputs: Tensor, fixed: Tensor) -> Tensor:
-        """Call the function.
+    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor, fixed: Tensor) -> Tensor:
+        """Call the function, the same one at every call.
 
         Args:
+            function: takes the inputs and ``fixed``, and returns a tensor.
             inputs: on the device, anywhere in its memory.
             fixed: on the device; where it has moved, all recordings are dropped.
 
@@ -119,7 +125,7 @@ class Capture:
             What the function returns; the next call may change it.
         """
         if self._recorder is None:
-            return self._function(*inputs, fixed)
+            return function(*inputs, fixed)
         addresses = self._where_everything_is(fixed)
         if addresses != self._addresses:
             self._addresses = addresses
@@ -131,9 +137,9 @@ class Capture:
         if recording is None:
             self._calls[shapes] += 1
             if self._calls[shapes] > EAGER_CALLS:
-                recording = self._record(self._recorder, inputs, fixed)
+                recording = self._record(self._recorder, function, inputs, fixed)
             if recording is None:
-                return self._function(*inputs, fixed)
+                return function(*inputs, fixed)
             self._recordings[shapes] = recording
         self._recordings.move_to_end(shapes)
         return recording.replay(inputs)
@@ -147,12 +153,16 @@ class Capture:
         ]
 
     def _record(
-        self, recorder: Recorder, inputs: Sequence[Tensor], fixed: Tensor
+        self,
+        recorder: Recorder,
+        function: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        fixed: Tensor,
     ) -> _Recording | None:
         while len(self._recordings) >= MOST_RECORDINGS:
             self._recordings.popitem(last=False)
         try:
-            return _Recording(self._function, inputs, fixed, recorder)
+            return _Recording(function, inputs, fixed, recorder)
         except Exception as error:  # torch and the driver raise many unrelated classes
             lines = str(error).strip().splitlines()
             log.warning(
@@ -175,6 +185,9 @@ class _Recording:
         recorder: Recorder,
     ) -> None:
         self._inputs = [tensor.clone() for tensor in inputs]
+        # Does what must not happen in a recording: libraries open once per thread, constants are
+        # made at the first call.
+        function(*self._inputs, fixed)
         self._replay = recorder.record(lambda: function(*self._inputs, fixed))
 
     def replay(self, inputs: Sequence[Tensor]) -> Tensor:

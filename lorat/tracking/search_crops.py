@@ -124,7 +124,7 @@ class DeviceCrops:
         self._make_room(end * PIXEL)
         buffer = self._host.numpy()
         buffer[: table.nbytes].view(np.float64).reshape(table.shape)[:] = table
-        self._threads.map(lambda region: region.copy_to(buffer), regions)
+        self._threads.share(lambda region: region.copy_to(buffer), regions)
         return [each.adjusted for each in aligned], end * PIXEL
 
     def _make_room(self, num_bytes: int) -> None:
@@ -241,3 +241,8 @@ class _Threads:
             self._pool = ThreadPoolExecutor(self._num, "crop")
         results: Iterable[Any] = self._pool.map(work, items)
         return list(results)
+
+    def share(self, work: Any, items: Sequence[Any]) -> None:
+        """Do what takes little time for each, some items on every thread."""
+        shares = [items[first :: self._num] for first in range(min(self._num, len(items)))]
+        self.map(lambda share: [work(item) for item in share], shares)

@@ -86,7 +86,7 @@ class Tracker:
         size = self.variant.search_size
         self._crops: SearchCrops = (DeviceCrops if on_gpu else HostCrops)(size, self.device)
         recorder = CudaGraphs(self.device) if on_gpu and capture else None
-        self._answer = Capture(self._compute, self.model, recorder)
+        self._capture = Capture(self.model, recorder)
         # Threads that track at the same time share the buffers of a GPU.
         self._turn: contextlib.AbstractContextManager = (
             threading.Lock() if on_gpu else contextlib.nullcontext()
@@ -122,7 +122,7 @@ class Tracker:
     @property
     def num_captured(self) -> int:
         """Numbers of targets for which a step is a CUDA graph."""
-        return self._answer.num_recordings
+        return self._capture.num_recordings
 
     def start(self, frames: Sequence[np.ndarray], boxes: Sequence[Sequence[float]]) -> list[Target]:
         """Make one target per first frame and box; see :meth:`init`."""
@@ -177,7 +177,8 @@ class Tracker:
             self.after_stage("crop")
             sent = self._crops.send(packed)
             self.after_stage("copy")
-            answer_B5 = self._answer(
+            answer_B5 = self._capture(
+                self._compute,
                 torch.stack([target.template_CHW for target in targets]),
                 torch.stack([target.mask_hw for target in targets]),
                 fixed=sent,

@@ -70,6 +70,6 @@ def as_on_a_gpu(tracker: Tracker) -> RecordedOps:
     """Let a tracker on the CPU take the way of a GPU; return what records its steps."""
     recorder = RecordedOps()
     tracker._crops = DeviceCrops(tracker.variant.search_size, tracker.device)
-    tracker._answer = Capture(tracker._compute, tracker.model, recorder)
+    tracker._capture = Capture(tracker.model, recorder)
     tracker._turn = threading.Lock()
     return recorder

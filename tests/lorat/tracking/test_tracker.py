@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -172,6 +174,23 @@ def test_threads_that_share_captured_steps_take_turns(model: LoRAT, tracker: Tra
             [np.append(*part) for part in found[seed]],
             [np.append(*part) for part in track(tracker, seed)],
         )
+
+
+@pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
+def test_a_tracker_that_is_left_frees_its_memory_at_once(model: LoRAT, captured: bool) -> None:
+    tracker, frames = Tracker(model, device="cpu"), video(6)
+    if captured:
+        as_on_a_gpu(tracker)
+    tracker.init(frames[0], BOX)
+    for frame in frames[1:]:
+        tracker.update(frame)
+    weights = weakref.ref(next(tracker.model.parameters()))
+    gc.disable()
+    try:
+        del tracker
+        assert weights() is None
+    finally:
+        gc.enable()
 
 
 def test_stages_are_told_in_their_order(model: LoRAT) -> None:
