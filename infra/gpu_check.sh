@@ -23,9 +23,11 @@ mkdir -p "$1" || exit 2
 folder=$(cd "$1" && pwd)
 shift
 asked=" $* "
+[[ "$asked" != *" start-"* ]] || asked+="shards "
+scratch=$(mktemp -d "$folder/scratch-XXXXXX") || exit 2
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD:$PWD/platform${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-export LORAT_HOME="$folder/home"
+export LORAT_HOME="$scratch/home"
 : >"$folder/steps.tsv"
 
 # step NAME SECONDS COMMAND...: run it, for so long at most; keep its log and how it ended.
@@ -60,11 +62,11 @@ memory() {
 
 # start NAME SECONDS: a whole training, from the command to its tenth step.
 start() {
-  TORCHINDUCTOR_CACHE_DIR="$folder/compiled" step "$1" "$2" \
+  TORCHINDUCTOR_CACHE_DIR="$scratch/compiled" step "$1" "$2" \
     python infra/gpu_check.py tenth-step "$folder/$1.json" \
-    python jobs/train.py --name "$1" --variant "$B" --backbone none --data "$folder/shards" \
+    python jobs/train.py --name "$1" --variant "$B" --backbone none --data "$scratch/shards" \
     --batch-size "$pairs" --epochs 1 --pairs-per-epoch $((20 * pairs)) --log-every 10 \
-    --validate-every 0 --no-final-evaluation --no-register
+    --validate-every 0 --no-final-evaluation --no-register --resume never
 }
 
 # What takes no time of its own goes side by side.  The tests are those that need CUDA.
@@ -72,7 +74,7 @@ cuda_tests=$(grep -rl 'torch.cuda.is_available()' tests --include='test_*.py')
 # shellcheck disable=SC2086  (a list of words)
 step tests 120 python -m pytest -n 0 -q -k cuda $cuda_tests &
 step shards 60 python -c 'import pathlib, sys; from tests.small_shards import make_shards
-make_shards(pathlib.Path(sys.argv[1]), split="train")' "$folder/shards" &
+make_shards(pathlib.Path(sys.argv[1]), split="train")' "$scratch/shards" &
 for form in folded usual; do
   memory "memory-B-$form" "$B" "$form" &
   memory "memory-L-$form" "$L" "$form" &
