@@ -121,7 +121,7 @@ class DeviceCrops:
         for row, region, fill in zip(table, regions, fill_rgb, strict=True):
             row[:] = (*region.axes, end, region.width, *fill.tolist())
             region.first, end = end, end + region.num_lines * region.width
-        self._make_room(end * PIXEL)
+        self._make_room((end + 1) * PIXEL)  # of an empty region a pixel is read, too, and not used
         buffer = self._host.numpy()
         buffer[: table.nbytes].view(np.float64).reshape(table.shape)[:] = table
         self._threads.share(lambda region: region.copy_to(buffer), regions)

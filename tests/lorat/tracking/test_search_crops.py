@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorat.image.crops import CropParams, align, crop_params
 from lorat.tracking import search_crops
@@ -104,6 +107,36 @@ def test_the_buffers_grow_and_then_stay(monkeypatch: pytest.MonkeyPatch) -> None
         places.append(sent.data_ptr())
     assert len(set(places)) == 2
     assert len(set(places[1:])) == 1
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_an_empty_region_at_the_end_of_a_full_buffer_is_filled(
+    num: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_crops, "FIRST_BYTES", COLUMNS * 8)
+    fill = np.array([1.0, 2.0, 3.0], np.float32)
+    nominal = [crop_params(BOXES["outside"], 4.0, SIZE)] * num
+    host, device = both([frame_of(160, 120)] * num, nominal, [fill] * num, SIZE)
+    assert torch.equal(host, device)
+
+
+def test_a_step_goes_up_in_one_copy() -> None:
+    way, copies = DeviceCrops(SIZE, CPU), []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy):
+                copies.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    nominal = [crop_params(box, 4.0, SIZE) for box in BOXES.values()]
+    frames, fills = [frame_of(160, 120)] * len(BOXES), [np.zeros(3, np.float32)] * len(BOXES)
+    _, packed = way.cut(frames, nominal, fills)
+    with Copies():
+        way.send(packed)
+    assert copies == [packed]
 
 
 def test_a_recorded_call_fits_regions_of_other_sizes() -> None:
