@@ -1,7 +1,8 @@
 """A function of tensors, recorded once per shape of its inputs and replayed from then on.
 
 A recording is a CUDA graph: a replay starts all kernels of a call at once, where a network spends
-most of the time of a small batch starting them one by one.
+most of the time of a small batch starting them one by one.  Numbers that the host gives are part of
+a recording, so there is one for each of these, too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 EAGER_CALLS = 2
-"""Calls of a new shape that are not recorded, since one that comes once is not worth it."""
+"""Calls of a new kind that are not recorded, since one that comes once is not worth it."""
 MOST_RECORDINGS = 64
 """Recordings that are kept; the one that was replayed longest ago goes first."""
 
@@ -27,6 +28,9 @@ _ONE_AT_A_TIME = threading.Lock()
 
 Replay = Callable[[], Tensor]
 """Repeat a recorded call; the result is the same tensor, with new values, every time."""
+
+_Kind = tuple[torch.Size | tuple[float, ...], ...]
+"""Shapes of all tensors, and the constants."""
 
 
 class Recorder(Protocol):
@@ -104,44 +108,53 @@ class Capture:
             if holder
         ]
         self._addresses: list[int] = []
-        self._calls: Counter[tuple[torch.Size, ...]] = Counter()
-        self._recordings: OrderedDict[tuple[torch.Size, ...], _Recording] = OrderedDict()
+        self._calls: Counter[_Kind] = Counter()
+        self._recordings: OrderedDict[_Kind, _Recording] = OrderedDict()
 
     @property
     def num_recordings(self) -> int:
-        """Number of shapes that are replayed."""
+        """Number of kinds of calls that are replayed."""
         return len(self._recordings)
 
     @torch.inference_mode()
-    def __call__(self, function: Callable[..., Tensor], *inputs: Tensor, fixed: Tensor) -> Tensor:
+    def __call__(
+        self,
+        function: Callable[..., Tensor],
+        *inputs: Tensor,
+        fixed: Tensor,
+        constants: tuple[float, ...] = (),
+    ) -> Tensor:
         """Call the function, the same one at every call.
 
         Args:
-            function: takes the inputs and ``fixed``, and returns a tensor.
+            function: takes inputs, ``fixed`` and constants, and returns a tensor.
             inputs: on the device, anywhere in its memory.
             fixed: on the device; where it has moved, all recordings are dropped.
+            constants: numbers that the function takes after the tensors.
 
         Returns:
             What the function returns; the next call may change it.
         """
         if self._recorder is None:
-            return function(*inputs, fixed)
+            return function(*inputs, fixed, *constants)
         addresses = self._where_everything_is(fixed)
         if addresses != self._addresses:
             self._addresses = addresses
             if self._recordings:
                 self._recordings.clear()
                 self._recorder.reset()
-        shapes = (*(tensor.shape for tensor in inputs), fixed.shape)
-        recording = self._recordings.get(shapes)
+        kind = (*(tensor.shape for tensor in inputs), fixed.shape, constants)
+        recording = self._recordings.get(kind)
         if recording is None:
-            self._calls[shapes] += 1
-            if self._calls[shapes] > EAGER_CALLS:
-                recording = self._record(self._recorder, function, inputs, fixed)
+            self._calls[kind] += 1
+            if self._calls[kind] > EAGER_CALLS:
+                recording = self._record(
+                    self._recorder, lambda *tensors: function(*tensors, *constants), inputs, fixed
+                )
             if recording is None:
-                return function(*inputs, fixed)
-            self._recordings[shapes] = recording
-        self._recordings.move_to_end(shapes)
+                return function(*inputs, fixed, *constants)
+            self._recordings[kind] = recording
+        self._recordings.move_to_end(kind)
         return recording.replay(inputs)
 
     def _where_everything_is(self, fixed: Tensor) -> list[int]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorat.config.tracking import MIN_OBJECT_SIZE
+from lorat.config.tracking import MIN_OBJECT_SIZE, WINDOW_PENALTY
 from lorat.errors import UserError
 from lorat.image.boxes import Box, clip_box, enlarge_to_minimum, intersects
 from lorat.image.codec import mean_rgb
@@ -182,6 +182,7 @@ class Tracker:
                 torch.stack([target.template_CHW for target in targets]),
                 torch.stack([target.mask_hw for target in targets]),
                 fixed=sent,
+                constants=(WINDOW_PENALTY,),
             )
             self.after_stage("network")
             result_B5 = answer_B5.to("cpu", copy=True)  # the next step may change it
@@ -211,11 +212,16 @@ class Tracker:
         return normalize_(image_BCHW).to(self.dtype)
 
     @torch.inference_mode()
-    def _compute(self, template_BCHW: Tensor, mask_Bhw: Tensor, sent: Tensor) -> Tensor:
-        """Do all of a step that is the device's: box, normalised xyxy, and score, (B, 5)."""
+    def _compute(
+        self, template_BCHW: Tensor, mask_Bhw: Tensor, sent: Tensor, penalty: float
+    ) -> Tensor:
+        """Do all of a step that is the device's: box, normalised xyxy, and score, (B, 5).
+
+        It may be replayed, so numbers of the host that may change must be arguments.
+        """
         search_BCHW = self._network_input(self._crops.crops(sent, len(template_BCHW)))
         outputs = self._forward(template_BCHW, search_BCHW, mask_Bhw)
-        peak = find_peak(*outputs, self._window_HW)
+        peak = find_peak(*outputs, self._window_HW, penalty)
         return torch.cat([peak.box_B4, peak.confidence_B.unsqueeze(1)], dim=1)
 
     def _forward(

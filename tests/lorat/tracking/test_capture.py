@@ -38,6 +38,19 @@ def test_replays_give_what_calls_give(layer: nn.Linear) -> None:
     assert recorder.num_resets == 0
 
 
+def test_constants_are_those_of_the_call(layer: nn.Linear) -> None:
+    def function(x: Tensor, fixed: Tensor, factor: float) -> Tensor:
+        return layer(x) * factor + fixed
+
+    recorder, fixed, x = RecordedOps(), torch.zeros(3), torch.randn(2, 4)
+    captured = Capture(layer, recorder)
+    for _ in range(EAGER_CALLS + 2):
+        for factor in (0.5, 2.0):
+            found = captured(function, x, fixed=fixed, constants=(factor,))
+            assert torch.equal(found, function(x, fixed, factor))
+    assert recorder.num_records == captured.num_recordings == 2
+
+
 def test_a_shape_that_comes_rarely_is_not_recorded(layer: nn.Linear) -> None:
     recorder = RecordedOps()
     captured = Capture(layer, recorder)
