@@ -2,21 +2,34 @@
 
 python jobs/benchmark.py data       the pair stream, stage by stage, beside its limit
 python jobs/benchmark.py train      the step loop beside bare PyTorch; memory of LoRA and full
+python jobs/benchmark.py track      frames per second, stage by stage, one video and many
 python jobs/benchmark.py search     early stopping beside full training of all trials
 python jobs/benchmark.py --describe B-224     parameters and work of a model
+
+Each names the device; --json FILE also writes the figures.
 """
 
 from __future__ import annotations
 
 import bootstrap  # noqa: F401  (makes the packages importable)
 
+import dataclasses
 import logging
+import math
 import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import command
 import flags
 
+from lorat.config.json_files import write_json
 from lorat.errors import UserError
+from lorat.files.outputs import check_file
+from lorat_platform.cluster.machine import device_name, processor_name
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +40,19 @@ def main() -> int:
     if first == "data":
         from lorat_platform.data.benchmark import DataBenchmark, benchmark_data
 
-        benchmark_data(flags.parse(DataBenchmark, rest))
+        measure(DataBenchmark, benchmark_data, rest)
     elif first == "train":
         from lorat_platform.training.benchmark import TrainBenchmark, benchmark_train
 
-        benchmark_train(flags.parse(TrainBenchmark, rest))
+        measure(TrainBenchmark, benchmark_train, rest)
+    elif first == "track":
+        from lorat_platform.evaluation.benchmark import TrackBenchmark, benchmark_track
+
+        measure(TrackBenchmark, benchmark_track, rest)
     elif first == "search":
         from lorat_platform.search.benchmark import SearchBenchmark, benchmark_search
 
-        benchmark_search(flags.parse(SearchBenchmark, rest))
+        measure(SearchBenchmark, benchmark_search, rest)
     elif first in ("-h", "--help"):
         print(__doc__.strip())
     elif first == "--describe" or first.startswith("--describe="):
@@ -46,8 +63,55 @@ def main() -> int:
         for variant in [name] if name else VARIANTS:
             print(describe(variant).text)
     else:
-        raise UserError(f"There is no benchmark {first}; give data, train, search or --describe.")
+        raise UserError(
+            f"There is no benchmark {first}; give data, train, track, search or --describe."
+        )
     return 0
+
+
+def measure(
+    kind: type[Any], benchmark: Callable[[Any], dict[str, Any]], arguments: Sequence[str]
+) -> None:
+    """Run a benchmark: name the device, and write its figures where --json says.
+
+    Args:
+        kind: dataclass of its options.
+        benchmark: takes them and returns its figures.
+        arguments: of the command line.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Asked(kind):
+        json: Path | None = None
+        """Also write the figures, the options and the device's name into this file."""
+
+    options = flags.parse(Asked, arguments, description=kind.__doc__)
+    if options.json is not None:
+        check_file(options.json)
+    device = device_name(getattr(options, "device", "auto"))
+    log.info("On %s:", device)
+    figures = benchmark(options)
+    if options.json is not None:
+        about = {
+            "benchmark": kind.__name__,
+            "device": device,
+            "processor": processor_name(),
+            "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "options": dataclasses.asdict(options),
+        }
+        write_json(plain(about | {"figures": figures}), options.json)
+        log.info("The figures are in %s.", options.json)
+
+
+def plain(value: Any) -> Any:
+    """Return what JSON can hold: texts for paths and the like, null for no finite number."""
+    if isinstance(value, dict):
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,17 @@ class CropParams(NamedTuple):
         return CropParams(1 / sx, 1 / sy, -tx / sx, -ty / sy)
 
 
+class Alignment(NamedTuple):
+    """A patch of an image, and its place in a crop, in whole pixels: left, top, right, bottom."""
+
+    out: tuple[int, int, int, int]
+    """Part of the crop that the image covers; four zeros where it covers none."""
+    src: tuple[int, int, int, int]
+    """Patch of the image that is resized to it."""
+    adjusted: CropParams
+    """Parameters from the image's pixels to the crop after aligning."""
+
+
 def crop_params(box: Box, area_factor: float, size: int) -> CropParams:
     """Return the square crop around a box, with context (the crop of SiamFC).
 
@@ -99,6 +110,31 @@ def jittered_crop_params(
     return params, False
 
 
+def align(params: CropParams, size: int, image_w: int, image_h: int) -> Alignment:
+    """Align the borders of a crop with whole pixels of the image.
+
+    The image's rectangle in the crop is widened to whole crop pixels, and that rectangle is mapped
+    back and widened to whole image pixels.
+
+    Args:
+        params: nominal crop.
+        size: side of the crop.
+        image_w, image_h: size of the image.
+    """
+    out = rasterize(clip_box(params.apply((0.0, 0.0, image_w, image_h)), size, size))
+    back = rasterize(params.inverse().apply(out))
+    src = (max(back[0], 0), max(back[1], 0), min(back[2], image_w), min(back[3], image_h))
+    out_w, out_h = out[2] - out[0], out[3] - out[1]
+    src_w, src_h = src[2] - src[0], src[3] - src[1]
+    if min(out_w, out_h, src_w, src_h) <= 0:
+        return Alignment((0, 0, 0, 0), (0, 0, 0, 0), params)
+    sx = np.float32(out_w) / np.float32(src_w)
+    sy = np.float32(out_h) / np.float32(src_h)
+    tx = np.float32(out[0]) - np.float32(src[0]) * sx
+    ty = np.float32(out[1]) - np.float32(src[1]) * sy
+    return Alignment(out, src, CropParams(float(sx), float(sy), float(tx), float(ty)))
+
+
 def resample(
     image_HWC: np.ndarray,
     params: CropParams,
@@ -110,8 +146,7 @@ def resample(
 ) -> tuple[np.ndarray, CropParams]:
     """Cut a crop whose borders are aligned with whole pixels of the image.
 
-    The image's rectangle in the crop is widened to whole crop pixels, that rectangle is mapped
-    back and widened to whole image pixels, and the one patch is resized to the other (bilinear,
+    The patch of the image that :func:`align` gives is resized to its place in the crop (bilinear,
     no antialiasing).  What lies outside of the image is ``fill_rgb``.
 
     Args:
@@ -141,29 +176,17 @@ def resample(
             params.shift_y + params.scale_y * top,
         )
     crop_HWC = np.empty((size, size, 3), dtype=np.float32 if exact else np.uint8)
-
-    out = rasterize(clip_box(params.apply((0.0, 0.0, image_w, image_h)), size, size))
-    back = rasterize(params.inverse().apply(out))
-    src = (max(back[0], 0), max(back[1], 0), min(back[2], image_w), min(back[3], image_h))
+    out, src, adjusted = align(params, size, image_w, image_h)
     out_w, out_h = out[2] - out[0], out[3] - out[1]
-    src_w, src_h = src[2] - src[0], src[3] - src[1]
-    if min(out_w, out_h, src_w, src_h) <= 0:
+    if (out_w, out_h) != (size, size):
         _fill(crop_HWC, fill_rgb)
-        adjusted = params
-    else:
-        if (out_w, out_h) != (size, size):
-            _fill(crop_HWC, fill_rgb)
+    if out_w > 0:
         patch_HWC = image_HWC[src[1] : src[3], src[0] : src[2]]
         if exact:
             resized_HWC = resize_bilinear(patch_HWC, out_w, out_h)
         else:
             resized_HWC = cv2.resize(patch_HWC, (out_w, out_h), interpolation=cv2.INTER_LINEAR)
         crop_HWC[out[1] : out[3], out[0] : out[2]] = resized_HWC
-        sx = np.float32(out_w) / np.float32(src_w)
-        sy = np.float32(out_h) / np.float32(src_h)
-        tx = np.float32(out[0]) - np.float32(src[0]) * sx
-        ty = np.float32(out[1]) - np.float32(src[1]) * sy
-        adjusted = CropParams(float(sx), float(sy), float(tx), float(ty))
     if window is not None:
         sx_frame, sy_frame = adjusted.scale_x * ratio_x, adjusted.scale_y * ratio_y
         adjusted = CropParams(
@@ -191,8 +214,8 @@ def resize_bilinear(image_HWC: np.ndarray, width: int, height: int) -> np.ndarra
     Bilinear, no antialiasing, ``align_corners=False``.  OpenCV rounds the sampling positions
     differently, which shows as 0.01 grey levels on noisy images.
     """
-    top_H, bottom_H, weight_H = _taps(image_HWC.shape[0], height)
-    left_W, right_W, weight_W = _taps(image_HWC.shape[1], width)
+    top_H, bottom_H, weight_H = taps(image_HWC.shape[0], height)
+    left_W, right_W, weight_W = taps(image_HWC.shape[1], width)
     rows_HWC = _lerp(
         image_HWC.take(top_H, axis=0), image_HWC.take(bottom_H, axis=0), weight_H[:, None, None]
     )
@@ -201,8 +224,8 @@ def resize_bilinear(image_HWC: np.ndarray, width: int, height: int) -> np.ndarra
     )
 
 
-def _taps(num_in: int, num_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return both source indices and the weight of the second one, per output pixel."""
+def taps(num_in: int, num_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return, per output pixel of an axis, both source indices and the weight of the second."""
     ratio = float(np.float32(num_in) / np.float32(num_out))
     # Rounded to float32 once, as by torch where its kernel has a fused multiply-add.
     position = np.maximum((ratio * (np.arange(num_out) + 0.5) - 0.5).astype(np.float32), 0)

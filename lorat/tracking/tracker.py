@@ -11,23 +11,27 @@ import contextlib
 import copy
 import dataclasses
 import math
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorat.config.tracking import MIN_OBJECT_SIZE
+from lorat.config.tracking import MIN_OBJECT_SIZE, WINDOW_PENALTY
 from lorat.errors import UserError
 from lorat.image.boxes import Box, clip_box, enlarge_to_minimum, intersects, rasterize
 from lorat.image.codec import mean_rgb
 from lorat.image.crops import CropParams, crop_params, foreground_mask, resample
 from lorat.model.network import LoRAT
 from lorat.model.normalisation import normalize_
+from lorat.tracking.capture import Capture, CudaGraphs
 from lorat.tracking.postprocess import box_in_frame, find_peak, hann_window, next_box
+from lorat.tracking.search_crops import DeviceCrops, HostCrops, SearchCrops
+
+STAGES = ("crop", "copy", "network", "read back")
+"""Parts of a step: cutting the frames, to the device, all that it computes, and the results."""
 
 
 @dataclass(kw_only=True)
@@ -83,10 +87,14 @@ class FirstView:
 class Tracker:
     """Track objects given by a box in the first frame of their videos.
 
+    On CUDA the frames' regions are resampled on the device, and all that it computes in a step is
+    captured as a CUDA graph once per number of targets.
+
     Args:
         model: in training or deployable form; it is left as it is.
         device: by default CUDA where there is some.
         dtype: of the weights.  By default float32, on CUDA under float16 autocast as published.
+        capture: false starts the kernels of each step one by one, also on CUDA.
 
     Raises:
         UserError: if the device is not there.
@@ -98,6 +106,7 @@ class Tracker:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        capture: bool = True,
     ):
         self.device = resolve_device(device)
         self.variant = model.variant
@@ -105,10 +114,22 @@ class Tracker:
         self.dtype = dtype or torch.float32
         network = copy.deepcopy(model) if model.adaptation is None else model.merge()
         self.model = network.requires_grad_(False).eval().to(self.device, self.dtype)
+        if self._autocast:
+            round_products(self.model, torch.float16)
         grid = self.variant.search_grid
         self._window_HW = hann_window(grid, grid, self.device)
-        self._pool: ThreadPoolExecutor | None = None
         self._target: Target | None = None
+        self.after_stage: Callable[[str], None] = _go_on
+        """Called at the end of each of :data:`STAGES`, such as by what measures them."""
+        on_gpu = self.device.type == "cuda"
+        size = self.variant.search_size
+        self._crops: SearchCrops = (DeviceCrops if on_gpu else HostCrops)(size, self.device)
+        recorder = CudaGraphs(self.device) if on_gpu and capture else None
+        self._capture = Capture(self.model, recorder)
+        # Threads that track at the same time share the buffers of a GPU.
+        self._turn: contextlib.AbstractContextManager = (
+            threading.Lock() if on_gpu else contextlib.nullcontext()
+        )
 
     def init(self, frame: np.ndarray, box: Sequence[float]) -> None:
         """Start tracking an object.
@@ -137,6 +158,11 @@ class Tracker:
         boxes, scores = self.step([self._target], [frame])
         return boxes[0], float(scores[0])
 
+    @property
+    def num_captured(self) -> int:
+        """Numbers of targets for which a step is a CUDA graph."""
+        return self._capture.num_recordings
+
     def start(self, frames: Sequence[np.ndarray], boxes: Sequence[Sequence[float]]) -> list[Target]:
         """Make one target per first frame and box; see :meth:`init`."""
         return self.start_from(
@@ -157,7 +183,9 @@ class Tracker:
             )
             targets.append(
                 Target(
-                    template_CHW=self._network_input([crop_HWC])[0],
+                    template_CHW=self._network_input(
+                        torch.from_numpy(crop_HWC[None]).to(self.device)
+                    )[0],
                     mask_hw=torch.from_numpy(mask_hw).to(self.device),
                     fill_rgb=view.fill_rgb,
                     box=view.box,
@@ -185,56 +213,62 @@ class Tracker:
             UserError: if a frame is no RGB image, or the network's output is not finite.
         """
         sizes = [check_frame(frame) for frame in frames]
-        crops = self._search_crops(targets, frames)
-        peak = find_peak(
-            *self._forward(
+        with self._turn:
+            adjusted, packed = self._crops.cut(
+                frames,
+                [self._search_params(target) for target in targets],
+                [target.fill_rgb for target in targets],
+            )
+            self.after_stage("crop")
+            sent = self._crops.send(packed)
+            self.after_stage("copy")
+            answer_B5 = self._capture(
+                self._compute,
                 torch.stack([target.template_CHW for target in targets]),
-                self._network_input([crop_HWC for crop_HWC, _ in crops]),
                 torch.stack([target.mask_hw for target in targets]),
-            ),
-            self._window_HW,
-        )
-        result_B5 = torch.cat([peak.box_B4, peak.confidence_B.unsqueeze(1)], dim=1).cpu()
+                fixed=sent,
+                constants=(WINDOW_PENALTY,),
+            )
+            self.after_stage("network")
+            result_B5 = answer_B5.to("cpu", copy=True)  # the next step may change it
         if not torch.isfinite(result_B5).all():
             raise UserError(
                 f"The network's output is not finite in {self._precision()}; track with bf16 or "
                 "fp32, or check the weights."
             )
         boxes = np.empty((len(targets), 4))
-        for row, (target, (_, adjusted), size) in enumerate(
-            zip(targets, crops, sizes, strict=True)
-        ):
+        for row, (target, params, size) in enumerate(zip(targets, adjusted, sizes, strict=True)):
             x1, y1, x2, y2, _ = result_B5[row].tolist()
-            found = box_in_frame((x1, y1, x2, y2), self.variant.search_size, adjusted)
+            found = box_in_frame((x1, y1, x2, y2), self.variant.search_size, params)
             submitted = clip_box(found, *size)
             target.box = next_box(submitted, target.box, size)
             boxes[row] = submitted
-        return boxes, result_B5[:, 4].double().numpy()
+        scores = result_B5[:, 4].double().numpy()
+        self.after_stage("read back")
+        return boxes, scores
 
-    def _search_crop(self, target: Target, frame: np.ndarray) -> tuple[np.ndarray, CropParams]:
-        variant = self.variant
+    def _search_params(self, target: Target) -> CropParams:
         box = enlarge_to_minimum(target.box, MIN_OBJECT_SIZE)
-        nominal = crop_params(box, variant.search_area_factor, variant.search_size)
-        return resample(frame, nominal, variant.search_size, target.fill_rgb)
+        return crop_params(box, self.variant.search_area_factor, self.variant.search_size)
 
-    def _search_crops(
-        self, targets: Sequence[Target], frames: Sequence[np.ndarray]
-    ) -> list[tuple[np.ndarray, CropParams]]:
-        """Crop for a batch, on several threads where that can pay off."""
-        num_threads = min(os.cpu_count() or 1, 8)
-        if len(targets) < 2 or num_threads < 2:
-            return list(map(self._search_crop, targets, frames))
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(num_threads, "crop")
-        return list(self._pool.map(self._search_crop, targets, frames))
-
-    def _network_input(self, crops: Sequence[np.ndarray]) -> Tensor:
-        """Stack float32 crops (H, W, C), 0 to 255, to a normalised (B, C, H, W) batch."""
-        image_BHWC = torch.from_numpy(np.stack(crops)).to(self.device)
+    def _network_input(self, image_BHWC: Tensor) -> Tensor:
+        """Normalise float32 crops, 0 to 255, to a (B, C, H, W) batch."""
         image_BCHW = image_BHWC.permute(0, 3, 1, 2).contiguous() / 255
         return normalize_(image_BCHW).to(self.dtype)
 
     @torch.inference_mode()
+    def _compute(
+        self, template_BCHW: Tensor, mask_Bhw: Tensor, sent: Tensor, penalty: float
+    ) -> Tensor:
+        """Do all of a step that is the device's: box, normalised xyxy, and score, (B, 5).
+
+        It may be replayed, so numbers of the host that may change must be arguments.
+        """
+        search_BCHW = self._network_input(self._crops.crops(sent, len(template_BCHW)))
+        outputs = self._forward(template_BCHW, search_BCHW, mask_Bhw)
+        peak = find_peak(*outputs, self._window_HW, penalty)
+        return torch.cat([peak.box_B4, peak.confidence_B.unsqueeze(1)], dim=1)
+
     def _forward(
         self, template_BCHW: Tensor, search_BCHW: Tensor, mask_Bhw: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -248,6 +282,24 @@ class Tracker:
 
     def _precision(self) -> str:
         return "fp16 autocast" if self._autocast else str(self.dtype).removeprefix("torch.")
+
+
+def _go_on(stage: str) -> None:
+    """Do nothing after a stage."""
+
+
+def round_products(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store the weights of matrix products and convolutions as autocast would round them.
+
+    Autocast then gives the same bits without rounding all of them again in every pass.
+
+    Args:
+        model: changed in place.
+        dtype: autocast's.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
 
 
 def check_frame(frame: np.ndarray) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import torch
 from lorat.image.boxes import enlarge_to_minimum
 from lorat.image.crops import crop_params, foreground_mask, resample
 from lorat.model.normalisation import normalize_
+from lorat.tracking.search_crops import DeviceCrops
 from tests.golden.fixture_files import golden, name_of
 
 COVERS = ("*_crop.npz",)
@@ -46,6 +47,14 @@ def test_crops(path: Path, role: str) -> None:
         )
         np.testing.assert_allclose(
             crop_HWC.transpose(2, 0, 1), expected[f"{role}_crop_0_255"], atol=1e-3
+        )
+        on_device = DeviceCrops(size, torch.device("cpu"))
+        fill_rgb = expected["image_mean"].astype(np.float32)
+        sent = on_device.send(on_device.cut([image], [nominal], [fill_rgb])[1])
+        np.testing.assert_allclose(
+            on_device.crops(sent, 1)[0].permute(2, 0, 1).numpy(),
+            expected[f"{role}_crop_0_255"],
+            atol=1e-3,
         )
         np.testing.assert_allclose(
             adjusted.apply(box), expected[f"{role}_bbox"], rtol=1e-6, atol=1e-5

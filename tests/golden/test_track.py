@@ -15,6 +15,7 @@ from lorat.config.variants import Variant
 from lorat.tracking.tracker import Tracker
 from tests.golden.fixture_files import beside, golden, name_of
 from tests.golden.official_sets import with_scaling
+from tests.lorat.tracking.recorded_ops import as_on_a_gpu
 
 COVERS = ("*_track.npz", "*_track_checkpoint.safetensors")
 
@@ -38,7 +39,8 @@ def variant_of_track(data: Any, checkpoint: Path) -> Variant:
 
 @pytest.mark.parametrize("path", golden("*_track.npz"), ids=name_of)
 @pytest.mark.parametrize("batched", [True, False], ids=["batched", "one by one"])
-def test_boxes_and_scores_of_whole_videos(path: Path, batched: bool) -> None:
+@pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
+def test_boxes_and_scores_of_whole_videos(path: Path, batched: bool, captured: bool) -> None:
     data = np.load(path)
     assert float(data["window_penalty"]) == WINDOW_PENALTY
     assert float(data["min_object_size"]) == MIN_OBJECT_SIZE
@@ -46,6 +48,7 @@ def test_boxes_and_scores_of_whole_videos(path: Path, batched: bool) -> None:
     weights, variant = with_scaling(checkpoint, data), variant_of_track(data, checkpoint)
     model = import_official(weights, variant, backbone="none")
     tracker = Tracker(model, device="cpu")
+    recorder = as_on_a_gpu(tracker) if captured else None
     frames, init_boxes = data["frames_uint8"], data["init_boxes_xyxy"]
     num_videos, num_frames = frames.shape[:2]
     boxes = np.empty((num_videos, num_frames, 4))
@@ -60,5 +63,6 @@ def test_boxes_and_scores_of_whole_videos(path: Path, batched: bool) -> None:
             tracker.init(frames[video, 0], init_boxes[video].tolist())
             for step in range(1, num_frames):
                 boxes[video, step], scores[video, step] = tracker.update(frames[video, step])
+    assert recorder is None or recorder.num_records == 1
     np.testing.assert_allclose(scores, data["confidence"], atol=1e-5)
     np.testing.assert_allclose(boxes, data["pred_boxes_xyxy"], atol=1e-3)

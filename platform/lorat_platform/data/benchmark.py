@@ -50,6 +50,9 @@ class DataBenchmark:
     """Threads in each decode actor, 1 to 1024."""
     loader: bool = True
     """Also measure a torch DataLoader over loose JPEG files of the same frames."""
+    feeds: Annotated[float, Bounds(0, 1_000_000_000, above=True)] | None = None
+    """Also say how many cores keep a device fed that takes so many pairs/s, more than 0, at most
+    1,000,000,000."""
 
     def __post_init__(self) -> None:
         check_bounds(self, flag)
@@ -102,6 +105,12 @@ def benchmark_data(options: DataBenchmark) -> dict[str, float]:
     # CPU time of all cores that a pair costs in the stream and not in the bare processes.
     figures["transport_us"] = 1e6 * num * (1 / max(stream) - 1 / best.pairs_per_s)
     log.info("  %-26s %10.0f   µs/pair on one core", "transport", figures["transport_us"])
+    if options.feeds is not None:
+        figures["feeds_cores"] = cores_for(options.feeds, max(stream), num)
+        log.info(
+            "  %-26s %10.1f   cores like these for %g pairs/s, one process each",
+            "to keep a device fed", figures["feeds_cores"], options.feeds,
+        )  # fmt: skip
     if loader:
         figures["loader_pairs_per_s"] = max(loader)
         log.info("  %-26s %10.1f", "DataLoader, loose JPEGs", max(loader))
@@ -117,6 +126,17 @@ def benchmark_data(options: DataBenchmark) -> dict[str, float]:
             options.against, other.pairs_per_s, best.pairs_per_s / other.pairs_per_s,
         )  # fmt: skip
     return figures
+
+
+def cores_for(wanted: float, stream_pairs_per_s: float, num_processes: int) -> float:
+    """Return the cores that decode so many pairs/s, by what as many processes as cores reach.
+
+    Args:
+        wanted: pairs/s of a device.
+        stream_pairs_per_s: as a worker sees them.
+        num_processes: that decoded these, or the cores that they shared, if those are fewer.
+    """
+    return wanted * min(num_processes, len(os.sched_getaffinity(0))) / stream_pairs_per_s
 
 
 def stages(config: TrainConfig, sources: tuple[Source, ...]) -> dict[str, float]:

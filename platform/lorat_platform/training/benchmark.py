@@ -9,23 +9,25 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from lorat.config.bounds import Bounds, Few, check_bounds
 from lorat.config.fields import flag
 from lorat.config.training import TrainConfig, resolve
 from lorat.data.pairs.augment_draws import draw_augmentation
 from lorat.data.pairs.batches import Batch
+from lorat.errors import UserError
 from lorat.learning.augment import augment, foreground_mask
 from lorat.learning.clock import peak_flops
 from lorat.learning.criterion import Criterion
 from lorat.learning.learner import Learner, World, resolve_precision
 from lorat.learning.loop import Hooks, run
 from lorat.learning.optimisation import build_optimizer
-from lorat.model.network import build_model
+from lorat.model.network import LoRAT, build_model
 from lorat_platform import cluster
 from lorat_platform.data.layout import Layout
 from lorat_platform.data.sources import resolve_sources
@@ -35,6 +37,8 @@ log = logging.getLogger(__name__)
 
 WANTED_OVERHEAD = 0.03
 """Most time that the loop may add to bare PyTorch."""
+MOST_STEPS = 40
+"""Steps within which one must count: the first ones overflow the loss scale, which then falls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,12 @@ class TrainBenchmark:
     """As for training."""
     compile: str = "auto"
     """As for training, for both."""
+    form: Literal["folded", "usual"] = "folded"
+    """How adapters are computed: as without dropout, or in the usual form, which they have with
+    dropout, where nothing is dropped."""
+    measure: Literal["all", "speed", "memory", "lora-memory"] = "all"
+    """Speed is the step loop beside bare PyTorch, memory is that of LoRA and full, or of LoRA
+    alone."""
     threads: Few | None = None
     """Torch threads on a CPU, 1 to 1024; none means one per CPU."""
     data: str | None = None
@@ -79,10 +89,27 @@ def benchmark_train(options: TrainBenchmark) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.threads:
         torch.set_num_threads(options.threads)
+    log.info(
+        "%s, %d pairs, precision %s, %s, adapters %s",
+        options.variant, options.batch_size, options.precision, device.type, options.form,
+    )  # fmt: skip
+    figures: dict[str, float] = {}
+    if options.measure in ("all", "speed"):
+        figures |= speed(options, device)
+    if options.measure != "speed":
+        figures |= memory(options, device)
+    if options.data is not None:
+        figures["stall"] = stall(options, device)
+        log.info("  data-stall share      %8.1f %%", 100 * figures["stall"])
+    return figures
+
+
+def speed(options: TrainBenchmark, device: torch.device) -> dict[str, float]:
+    """Measure the step loop beside bare PyTorch, in turns."""
     config = _config(options, "lora")
     batch = random_batch(config, options.batch_size)
-    learner = Learner(config, world=World(device=device))
-    bare = Bare(config, device, batch)
+    learner = Learner(config, world=World(device=device), model=_model(config, options))
+    bare = Bare(config, device, batch, _model(config, options))
     bare.steps(2)
     bare_s: list[float] = []
     parts: list[dict[str, float]] = []
@@ -102,7 +129,6 @@ def benchmark_train(options: TrainBenchmark) -> dict[str, float]:
     overhead = loop_ms / bare_ms - 1
     peak, origin = peak_flops(device)
     figures = {"bare_ms": bare_ms, "loop_ms": loop_ms, "overhead": overhead}
-    log.info("%s, %d pairs, %s, %s", options.variant, options.batch_size, config.precision, device)
     log.info("  bare PyTorch          %8.2f ms a step", bare_ms)
     log.info(
         "  step loop             %8.2f ms a step, %+.1f %% (wanted at most %+.0f %%)",
@@ -117,11 +143,19 @@ def benchmark_train(options: TrainBenchmark) -> dict[str, float]:
     log.info(
         "  MFU                   %8.1f %% of %.3g TFLOP/s (%s)", 100 * mfu, peak / 1e12, origin
     )
-    figures |= memory(options, device)
-    if options.data is not None:
-        figures["stall"] = stall(options, device)
-        log.info("  data-stall share      %8.1f %%", 100 * figures["stall"])
     return figures
+
+
+def _model(config: TrainConfig, options: TrainBenchmark) -> LoRAT:
+    """Build the model, its adapters in the form that is asked for."""
+    model = build_model(config)
+    if options.form == "usual":
+        for module in model.modules():
+            dropouts = getattr(module, "lora_dropout", None)
+            if isinstance(dropouts, nn.ModuleDict):
+                # Drops nothing at no cost, but is a dropout, with which nothing can be folded.
+                dropouts.update({name: nn.Dropout(0.0) for name in dropouts})
+    return model
 
 
 def _config(options: TrainBenchmark, adaptation: str) -> TrainConfig:
@@ -157,11 +191,13 @@ def random_batch(config: TrainConfig, num_pairs: int) -> Batch:
 class Bare:
     """The same forward, backward and optimiser on tensors that are ready for the model."""
 
-    def __init__(self, config: TrainConfig, device: torch.device, batch: Batch) -> None:
+    def __init__(
+        self, config: TrainConfig, device: torch.device, batch: Batch, model: LoRAT
+    ) -> None:
         self._device = device
         self._dtype = resolve_precision(config, device)
         self._clip = config.clip_norm
-        self._model = build_model(config).to(device)
+        self._model = model.to(device)
         self._optimizer = build_optimizer(self._model, config)
         self._parameters = self._model.trainable_parameters()
         self._criterion = Criterion()
@@ -202,15 +238,21 @@ def timed(work: Callable[[], None], device: torch.device) -> float:
 
 
 def memory(options: TrainBenchmark, device: torch.device) -> dict[str, float]:
-    """Measure weights, gradients, optimiser state (and on CUDA the peak) of LoRA and full."""
+    """Measure gradients, optimiser state (and on CUDA the peak) of LoRA and full.
+
+    Raises:
+        UserError: if no step counts, which the weights' numbers do not allow then.
+    """
     figures: dict[str, float] = {}
-    for adaptation in ("lora", "full"):
+    for adaptation in ("lora",) if options.measure == "lora-memory" else ("lora", "full"):
         config = _config(options, adaptation)
         batch = random_batch(config, options.batch_size)
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        learner = Learner(dataclasses.replace(config, compile="off"), world=World(device=device))
+        uncompiled = dataclasses.replace(config, compile="off")
+        model = _model(config, options)
+        learner = Learner(uncompiled, world=World(device=device), model=model)
         seen: dict[str, int] = {}
 
         def look(*_: object, model: torch.nn.Module = learner.model, seen: dict = seen) -> None:
@@ -218,8 +260,16 @@ def memory(options: TrainBenchmark, device: torch.device) -> dict[str, float]:
             seen["gradients"] = sum(g.numel() * g.element_size() for g in held)
 
         learner.optimizer.register_step_pre_hook(look)
-        run(learner.config, ReadySource(batch), world=learner.world, learner=learner, end_step=1)
-        state = [v for s in learner.optimizer.state.values() for v in s.values() if v.ndim]
+        state: list[torch.Tensor] = []
+        while not any(tensor.any() for tensor in state):  # all zeros until a step counts
+            if learner.step == MOST_STEPS:
+                raise UserError(
+                    f"No step of {MOST_STEPS} counted: loss or gradient was never finite in "
+                    f"{options.precision}; give another --precision."
+                )
+            end = learner.step + 1
+            run(uncompiled, ReadySource(batch), world=learner.world, learner=learner, end_step=end)
+            state = [v for s in learner.optimizer.state.values() for v in s.values() if v.ndim]
         seen["optimiser"] = sum(v.numel() * v.element_size() for v in state)
         text = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in seen.items())
         if device.type == "cuda":
@@ -228,7 +278,7 @@ def memory(options: TrainBenchmark, device: torch.device) -> dict[str, float]:
             text += f", peak {peak / 1e6:.0f} MB"
         figures |= {f"{adaptation}_{name}_mb": size / 1e6 for name, size in seen.items()}
         log.info("  %-4s                  %s", adaptation, text)
-        del learner
+        del learner, model, state
     return figures
 
 

@@ -28,12 +28,13 @@ HUGE = (math.nan, math.inf, -math.inf, 10**30, -(10**30), 2**63, 10**5000, 1e300
 def _options() -> list[type[Any]]:
     """List all dataclasses that a configuration, a header or a command line is read into."""
     from lorat_platform.data import benchmark
+    from lorat_platform.evaluation import benchmark as track_benchmark
     from lorat_platform.search import benchmark as search_benchmark
     from lorat_platform.training import benchmark as train_benchmark
 
     names = ("train", "evaluate", "promote", "track", "export", "tune", "ingest")
     jobs = [import_job(name) for name in names]
-    modules = [*jobs, benchmark, train_benchmark, search_benchmark]
+    modules = [*jobs, benchmark, train_benchmark, track_benchmark, search_benchmark]
     found: dict[type[Any], None] = dict.fromkeys((Variant, WindowLaw, *DATASETS.values()))
     waiting = [
         value
@@ -50,7 +51,8 @@ def _options() -> list[type[Any]]:
 
 
 NAMES = ("Options", "Verify", "Reindex", "Preview", "IngestConfig", "DataBenchmark",
-         "TrainBenchmark", "SearchBenchmark", "SearchOptions", "RunOptions")  # fmt: skip
+         "TrainBenchmark", "TrackBenchmark", "SearchBenchmark", "SearchOptions",
+         "RunOptions")  # fmt: skip
 
 
 def _is_number(hint: Any) -> bool:

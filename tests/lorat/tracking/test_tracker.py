@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,7 +15,9 @@ import torch
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.model.network import LoRAT, build_model
-from lorat.tracking.tracker import Tracker
+from lorat.tracking.capture import EAGER_CALLS
+from lorat.tracking.tracker import STAGES, Tracker, round_products
+from tests.lorat.tracking.recorded_ops import as_on_a_gpu
 
 BOX = (50.0, 40.0, 90.0, 80.0)
 
@@ -91,7 +97,7 @@ def test_half_precision_tracks_on_the_cpu(model: LoRAT, dtype: torch.dtype) -> N
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_cuda_tracks_what_the_cpu_tracks(model: LoRAT, dtype: torch.dtype | None) -> None:
-    frames = video(4)
+    frames = video(EAGER_CALLS + 4)
     cuda, cpu = Tracker(model, device="cuda", dtype=dtype), Tracker(model, device="cpu")
     cuda.init(frames[0], BOX)
     cpu.init(frames[0], BOX)
@@ -101,6 +107,110 @@ def test_cuda_tracks_what_the_cpu_tracks(model: LoRAT, dtype: torch.dtype | None
         assert abs(score - expected_score) < tolerance
         if dtype is torch.float32:
             np.testing.assert_allclose(box, expected, atol=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_cuda_graphs_track_what_kernels_one_by_one_track(
+    model: LoRAT, dtype: torch.dtype | None
+) -> None:
+    frames = video(EAGER_CALLS + 4)
+    captured = Tracker(model, device="cuda", dtype=dtype)
+    eager = Tracker(model, device="cuda", dtype=dtype, capture=False)
+    captured.init(frames[0], BOX)
+    eager.init(frames[0], BOX)
+    for frame in frames[1:]:
+        (box, score), (expected, expected_score) = captured.update(frame), eager.update(frame)
+        np.testing.assert_allclose(box, expected, atol=0.05 if dtype is torch.float32 else 1)
+        assert abs(score - expected_score) < (1e-5 if dtype is torch.float32 else 0.01)
+    assert captured.num_captured == 1
+    assert eager.num_captured == 0
+
+
+def test_captured_steps_track_what_the_cpu_tracks(model: LoRAT, tracker: Tracker) -> None:
+    """Whichever targets share a batch, and whatever sizes their regions have."""
+    other = Tracker(model, device="cpu")
+    recorder = as_on_a_gpu(other)
+    videos = [video(11, width=100 + 70 * s, height=90 + 40 * s, seed=s) for s in range(3)]
+    first = [frames[0] for frames in videos]
+    boxes = [BOX, (-10, 20, 60, 85), (20, 20, 180, 150)]
+    here, there = tracker.start(first, boxes), other.start(first, boxes)
+    for step in range(1, 11):
+        chosen = [0, 1, 2] if step % 2 else [2, 0]
+        frames = [videos[number][step] for number in chosen]
+        expected = tracker.step([here[number] for number in chosen], frames)
+        found = other.step([there[number] for number in chosen], frames)
+        for given, wanted in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(given, wanted)
+    assert recorder.num_records == other.num_captured == 2
+
+
+def test_other_weights_are_tracked_with_at_once(model: LoRAT) -> None:
+    tracker, frames = Tracker(model, device="cpu"), video(8)
+    as_on_a_gpu(tracker)
+    targets = tracker.start(frames[:1], [BOX])
+    for frame in frames[1:6]:
+        tracker.step(targets, [frame])
+    weights = build_model(TrainConfig(variant="N-112", backbone="none", seed=4)).merge()
+    expected = Tracker(weights, device="cpu").step(copy.deepcopy(targets), [frames[6]])
+    tracker.model.load_state_dict(weights.state_dict(), assign=True)
+    for given, wanted in zip(tracker.step(targets, [frames[6]]), expected, strict=True):
+        np.testing.assert_array_equal(given, wanted)
+
+
+def test_threads_that_share_captured_steps_take_turns(model: LoRAT, tracker: Tracker) -> None:
+    other = Tracker(model, device="cpu")
+    as_on_a_gpu(other)
+
+    def track(with_: Tracker, seed: int) -> list[Any]:
+        frames = video(7, width=120 + 40 * seed, seed=seed)
+        targets = with_.start(frames[:1], [BOX])
+        return [with_.step(targets, [frame]) for frame in frames[1:]]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: track(other, seed), range(4)))
+    for seed in range(4):
+        np.testing.assert_array_equal(
+            [np.append(*part) for part in found[seed]],
+            [np.append(*part) for part in track(tracker, seed)],
+        )
+
+
+@pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
+def test_a_tracker_that_is_left_frees_its_memory_at_once(model: LoRAT, captured: bool) -> None:
+    tracker, frames = Tracker(model, device="cpu"), video(6)
+    if captured:
+        as_on_a_gpu(tracker)
+    tracker.init(frames[0], BOX)
+    for frame in frames[1:]:
+        tracker.update(frame)
+    weights = weakref.ref(next(tracker.model.parameters()))
+    gc.disable()
+    try:
+        del tracker
+        assert weights() is None
+    finally:
+        gc.enable()
+
+
+def test_stages_are_told_in_their_order(model: LoRAT) -> None:
+    tracker, told, frames = Tracker(model, device="cpu"), [], video(3)
+    tracker.after_stage = told.append
+    tracker.init(frames[0], BOX)
+    for frame in frames[1:]:
+        tracker.update(frame)
+    assert told == [*STAGES, *STAGES]
+
+
+def test_weights_rounded_beforehand_give_autocast_the_same_bits(model: LoRAT) -> None:
+    network = model.merge()
+    rounded = copy.deepcopy(network)
+    round_products(rounded, torch.bfloat16)
+    assert {p.dtype for p in rounded.parameters()} == {torch.float32, torch.bfloat16}
+    inputs = torch.randn(2, 3, 56, 56), torch.randn(2, 3, 112, 112), torch.ones(2, 4, 4).long()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected, found = network(*inputs), rounded(*inputs)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_the_given_model_is_left_as_it_is(model: LoRAT) -> None:

@@ -206,7 +206,8 @@ def test_every_module_that_tracks_counts_for_the_fingerprint() -> None:
     assert tracking_modules() >= {
         "config.variants", "image.codec", "image.crops", "model.adapter", "model.normalisation",
         "model.backbone", "model.embedding", "model.head", "model.network", "tracking.baselines",
-        "tracking.one_pass", "tracking.postprocess", "tracking.tracker",
+        "tracking.capture", "tracking.one_pass", "tracking.postprocess", "tracking.search_crops",
+        "tracking.tracker",
     }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from lorat_platform.serving.messages import HEADER
 from lorat_platform.serving.settings import ServingSettings
 from lorat_platform.serving.shadow import Shadow
 from lorat_platform.serving.shadow_record import ShadowRecord
-from tests.constant_trackers import shrinking_tracker
+from tests.constant_trackers import random_tracker, shrinking_tracker
 from tests.served_models import BOX, frames, served
 
 
@@ -83,7 +83,6 @@ def test_shadow_tracks_beside_and_never_answers(own_store: Path) -> None:
         Shadow(served(2, shrinking_tracker()), 1.0),
         Shadow(served(3), 0.0),
     )
-    same.model.tracker.model = served(1).tracker.model
     for shadow in (same, other, unseen):
         engine.observe(shadow.observe)
     got: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()

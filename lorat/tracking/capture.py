@@ -1,0 +1,210 @@
+"""A function of tensors, recorded once per shape of its inputs and replayed from then on.
+
+A recording is a CUDA graph: a replay starts all kernels of a call at once, where a network spends
+most of the time of a small batch starting them one by one.  Numbers that the host gives are part of
+a recording, so there is one for each of these, too.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+EAGER_CALLS = 2
+"""Calls of a new kind that are not recorded, since one that comes once is not worth it."""
+MOST_RECORDINGS = 64
+"""Recordings that are kept; the one that was replayed longest ago goes first."""
+
+_ONE_AT_A_TIME = threading.Lock()
+"""CUDA records one graph at a time in a process."""
+
+Replay = Callable[[], Tensor]
+"""Repeat a recorded call; the result is the same tensor, with new values, every time."""
+
+_Kind = tuple[torch.Size | tuple[float, ...], ...]
+"""Shapes of all tensors, and the constants."""
+
+
+class Recorder(Protocol):
+    """What makes recordings, such as :class:`CudaGraphs`."""
+
+    def record(self, work: Callable[[], Tensor]) -> Replay:
+        """Record a call whose tensors stay where they are; that it has run is not promised.
+
+        Raises:
+            Exception: of any kind, if it cannot be recorded.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Begin anew; all recordings are gone."""
+        ...
+
+
+class CudaGraphs:
+    """Records calls as CUDA graphs of one device, which share their memory.
+
+    So a result must be read before another graph is replayed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self.reset()
+
+    def record(self, work: Callable[[], Tensor]) -> Replay:
+        """Record a call; see :class:`Recorder`."""
+        graph = torch.cuda.CUDAGraph()
+        with (
+            _ONE_AT_A_TIME,
+            torch.cuda.device(self._device),
+            # Comes back to the caller's stream also where torch, before 2.15, does not.
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),
+            # Other threads of the process may allocate while this one records.
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ),
+        ):
+            result = work()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    def reset(self) -> None:
+        """Begin anew: memory that all graphs have left cannot be shared again."""
+        self._pool = torch.cuda.graph_pool_handle()
+
+
+class Capture:
+    """A function that is recorded once per shape of its inputs, where there is a recorder.
+
+    Where recording fails, that is said once, and every call runs as usual from then on.
+
+    It does not hold the function, whose owner may hold it.
+
+    Args:
+        model: whose weights the function reads where they are.  New values count at once; weights
+            that have moved, such as to another type, drop all recordings.
+        recorder: none means that every call runs as usual.
+    """
+
+    def __init__(self, model: nn.Module, recorder: Recorder | None) -> None:
+        self._recorder = recorder
+        self._holders = [
+            holder
+            for module in model.modules()
+            for holder in (module._parameters, module._buffers)
+            if holder
+        ]
+        self._addresses: list[int] = []
+        self._calls: Counter[_Kind] = Counter()
+        self._recordings: OrderedDict[_Kind, _Recording] = OrderedDict()
+
+    @property
+    def num_recordings(self) -> int:
+        """Number of kinds of calls that are replayed."""
+        return len(self._recordings)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        function: Callable[..., Tensor],
+        *inputs: Tensor,
+        fixed: Tensor,
+        constants: tuple[float, ...] = (),
+    ) -> Tensor:
+        """Call the function, the same one at every call.
+
+        Args:
+            function: takes inputs, ``fixed`` and constants, and returns a tensor.
+            inputs: on the device, anywhere in its memory.
+            fixed: on the device; where it has moved, all recordings are dropped.
+            constants: numbers that the function takes after the tensors.
+
+        Returns:
+            What the function returns; the next call may change it.
+        """
+        if self._recorder is None:
+            return function(*inputs, fixed, *constants)
+        addresses = self._where_everything_is(fixed)
+        if addresses != self._addresses:
+            self._addresses = addresses
+            if self._recordings:
+                self._recordings.clear()
+                self._recorder.reset()
+        kind = (*(tensor.shape for tensor in inputs), fixed.shape, constants)
+        recording = self._recordings.get(kind)
+        if recording is None:
+            self._calls[kind] += 1
+            if self._calls[kind] > EAGER_CALLS:
+                recording = self._record(
+                    self._recorder, lambda *tensors: function(*tensors, *constants), inputs, fixed
+                )
+            if recording is None:
+                return function(*inputs, fixed, *constants)
+            self._recordings[kind] = recording
+        self._recordings.move_to_end(kind)
+        return recording.replay(inputs)
+
+    def _where_everything_is(self, fixed: Tensor) -> list[int]:
+        return [fixed.data_ptr()] + [
+            weight.data_ptr()
+            for holder in self._holders
+            for weight in holder.values()
+            if weight is not None
+        ]
+
+    def _record(
+        self,
+        recorder: Recorder,
+        function: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        fixed: Tensor,
+    ) -> _Recording | None:
+        while len(self._recordings) >= MOST_RECORDINGS:
+            self._recordings.popitem(last=False)
+        try:
+            return _Recording(function, inputs, fixed, recorder)
+        except Exception as error:  # torch and the driver raise many unrelated classes
+            lines = str(error).strip().splitlines()
+            log.warning(
+                "The network cannot be captured as a CUDA graph (%s: %s); it runs without, slower.",
+                type(error).__name__, lines[0] if lines else "",
+            )  # fmt: skip
+            self._recorder = None
+            self._recordings.clear()
+            return None
+
+
+class _Recording:
+    """One recorded call and the copies of its inputs that it reads."""
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        fixed: Tensor,
+        recorder: Recorder,
+    ) -> None:
+        self._inputs = [tensor.clone() for tensor in inputs]
+        # Does what must not happen in a recording: libraries open once per thread, constants are
+        # made at the first call.
+        function(*self._inputs, fixed)
+        self._replay = recorder.record(lambda: function(*self._inputs, fixed))
+
+    def replay(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Repeat the call with other values."""
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given)
+        return self._replay()
