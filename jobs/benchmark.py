@@ -3,6 +3,7 @@
 python jobs/benchmark.py data       the pair stream, stage by stage, beside its limit
 python jobs/benchmark.py train      the step loop beside bare PyTorch; memory of LoRA and full
 python jobs/benchmark.py search     early stopping beside full training of all trials
+python jobs/benchmark.py scale      what breaks first on 8, 64 and 256 GPUs
 python jobs/benchmark.py --describe B-224     parameters and work of a model
 """
 
@@ -36,6 +37,10 @@ def main() -> int:
         from lorat_platform.search.benchmark import SearchBenchmark, benchmark_search
 
         benchmark_search(flags.parse(SearchBenchmark, rest))
+    elif first == "scale":
+        from lorat_platform.scale.benchmark import ScaleBenchmark, benchmark_scale
+
+        benchmark_scale(flags.parse(ScaleBenchmark, rest))
     elif first in ("-h", "--help"):
         print(__doc__.strip())
     elif first == "--describe" or first.startswith("--describe="):
@@ -46,7 +51,9 @@ def main() -> int:
         for variant in [name] if name else VARIANTS:
             print(describe(variant).text)
     else:
-        raise UserError(f"There is no benchmark {first}; give data, train, search or --describe.")
+        raise UserError(
+            f"There is no benchmark {first}; give data, train, search, scale or --describe."
+        )
     return 0
 
 
