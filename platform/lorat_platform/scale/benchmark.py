@@ -31,8 +31,8 @@ class ScaleBenchmark:
     seconds: Annotated[float, Bounds(0, 3600, above=True)] = 4.0
     """Duration of each measurement of the stream, more than 0, at most 3600."""
     frames: Annotated[int, Bounds(10_000, 1_000_000_000)] = 100_000_000
-    """Frames of the largest index, 10,000 to 1,000,000,000: 95 bytes on disk and 110 in memory each
-    while it is made; a tenth and a hundredth of it are measured, too."""
+    """Frames of the largest index, 10,000 to 1,000,000,000; a tenth and a hundredth of it are
+    measured, too.  While it is made each takes 130 bytes of disk."""
     index_folder: Path | None = None
     """Where the index is made; none means where temporary files are."""
     trials: Annotated[int, Bounds(2, 256)] = 64

@@ -68,8 +68,7 @@ def test_every_cell_of_the_table_says_whether_it_is_measured_or_computed() -> No
 def test_an_index_costs_a_process_what_it_looks_at() -> None:
     (cost,) = measure_index([30_000])
     assert 90 < cost.disk_bytes / 30_000 < 110
-    assert cost.make_bytes > cost.disk_bytes
-    assert cost.open_s > 0 and cost.sample_us > 0
+    assert cost.open_s > 0 and cost.first_us > 0 and cost.again_us > 0
     assert cost.shared_bytes > 30_000 * 20  # boxes and frame numbers, at least
 
 
