@@ -28,8 +28,8 @@ OVERHEAD_BYTES = 2 * GIB
 
 BATCH_PER_GPU = 16
 """Pairs per GPU: the paper's batch of 128 on 8 GPUs."""
-CAPACITY = Capacity(loop_ms=8.0, gcs_ms=0.3, records_per_s=160.0, renewals_per_s=15.0)
-"""What ``python jobs/benchmark.py scale`` measured on 2 cores of an Intel Xeon."""
+CAPACITY = Capacity(loop_ms=10.9, gcs_ms=0.32, records_per_s=134.0)
+"""What ``python jobs/benchmark.py scale`` measured on 2 busy cores of an Intel Xeon."""
 
 
 @dataclass(frozen=True, kw_only=True)

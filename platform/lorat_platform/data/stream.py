@@ -46,6 +46,8 @@ CLOSE_S = 5.0
 """Longest wait for the block that is under way when a stream is closed."""
 BLOCKS_AHEAD = 3
 """Blocks that are kept decoded ahead, per worker, beside those in the making."""
+MAX_THREADS = 8
+"""Threads of an actor from which they would wait for Python's lock, which drawing pairs holds."""
 WORKERS_PER_LOOP = 4
 """Most workers that one control loop serves (``jobs/benchmark.py scale`` measures what it can)."""
 
@@ -94,7 +96,7 @@ class DecodePool:
             )
             why = f"on nodes with the resource decode ({decode_nodes:g})"
         elif free >= 1:
-            actors = actors or max(1, min(int(free), 64))
+            actors = actors or max(min(int(free), 64), math.ceil(free / MAX_THREADS))
             pool = cls(actors=actors, threads=threads or max(1, round(free / actors)))
             why = f"on {free:g} free CPUs"
         else:

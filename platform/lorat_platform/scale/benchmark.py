@@ -73,7 +73,6 @@ def benchmark_scale(options: ScaleBenchmark) -> dict[str, float]:
         loop_ms=sum(row.loop_ms * row.blocks_per_s for row in blocks) / num,
         gcs_ms=sum(row.gcs_ms * row.blocks_per_s for row in blocks) / num,
         records_per_s=records[-1].delivered_per_s,
-        renewals_per_s=claims[-1].renewals_per_s,
     )
     log.info("\n%s; the rest is computed (c)\n\n%s", note(), table(capacity))
     return figures

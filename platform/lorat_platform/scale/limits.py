@@ -19,7 +19,10 @@ STEPS_PER_RECORD = 50
 CORES_PER_GPU = 16
 """Of the machine whose GPU was measured."""
 PREFIX_READS_PER_S = 5_500
-"""Reads per second that S3 promises for a prefix, by its documentation."""
+PREFIX_WRITES_PER_S = 3_500
+"""Requests per second that S3 promises for a prefix, by its documentation."""
+WRITES_PER_RENEWAL = 3
+"""Requests with which PyArrow writes a file of a few bytes to S3: begin, one part, end."""
 NODE_GPUS = 8
 NETWORK_BYTES_PER_S = 100e9 / 8
 """Of a node with NODE_GPUS GPUs."""
@@ -35,8 +38,6 @@ class Capacity:
     """CPU time of Ray's control plane per block."""
     records_per_s: float
     """Taken by MLflow from one process that drives many trials."""
-    renewals_per_s: float
-    """Of claims, by one object store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Demand:
     records_use: float
     """Of MLflow, if every GPU has a trial of its own."""
     claims_use: float
-    """Of the object store, if every GPU has a training of its own."""
+    """Of one prefix of S3, if every GPU has a training of its own."""
 
     def uses(self) -> dict[str, float]:
         """Return the share of each part that is in use, the parts of the first limit first."""
@@ -103,7 +104,7 @@ def demand(variant: str, gpus: int, capacity: Capacity) -> Demand:
         loop_use=blocks / loops * capacity.loop_ms / 1e3,
         gcs_use=blocks * capacity.gcs_ms / 1e3,
         records_use=gpus * steps_per_s / STEPS_PER_RECORD / capacity.records_per_s,
-        claims_use=gpus / RENEW_S / capacity.renewals_per_s,
+        claims_use=gpus / RENEW_S * WRITES_PER_RENEWAL / PREFIX_WRITES_PER_S,
     )
 
 

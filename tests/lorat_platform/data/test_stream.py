@@ -172,6 +172,8 @@ def test_workers_that_ask_for_all_cpus_do_not_starve_the_stream(
 def test_the_decode_pool_leaves_the_workers_cpus_alone() -> None:
     pool = DecodePool.plan(worker_cpus=4, cluster_cpus=12)
     assert pool.actors * pool.threads == 8
+    large = DecodePool.plan(worker_cpus=256, cluster_cpus=4096)
+    assert (large.actors, large.threads) == (480, 8)
     placed = DecodePool.plan(worker_cpus=8, cluster_cpus=8, decode_nodes=3)
     assert (placed.actors, placed.resources) == (3, {"decode": 1.0})
     more = DecodePool.plan(worker_cpus=8, cluster_cpus=8, decode_nodes=3, actors=5)

@@ -15,7 +15,7 @@ from lorat_platform.scale.frames import measure_index
 from lorat_platform.scale.limits import Capacity, demand
 from lorat_platform.scale.measured import PAIRS_PER_S, pairs_per_s
 
-CAPACITY = Capacity(loop_ms=8.0, gcs_ms=0.25, records_per_s=160.0, renewals_per_s=16.0)
+CAPACITY = Capacity(loop_ms=8.0, gcs_ms=0.25, records_per_s=160.0)
 
 
 def test_a_law_is_found_again_and_said_with_how_far_it_is_off() -> None:
@@ -54,9 +54,9 @@ def test_a_demand_by_hand() -> None:
     assert row.loop_use == pytest.approx(pairs / 512 / 64 * 0.008)
     assert row.gcs_use == pytest.approx(pairs / 512 * 0.00025)
     assert row.records_use == pytest.approx(pairs / 128 / 50 / 160)
-    assert row.claims_use == pytest.approx(256 / 10 / 16)
+    assert row.claims_use == pytest.approx(256 / 10 * 3 / 3500)
     first, *_ = row.uses().items()
-    assert first == ("claims", row.claims_use)
+    assert first == ("MLflow", row.records_use)
 
 
 def test_every_cell_of_the_table_says_whether_it_is_measured_or_computed() -> None:
