@@ -12,14 +12,24 @@ from typing import Annotated, Any
 
 from lorat.config.bounds import Bounds, check_bounds
 from lorat.config.fields import flag
+from lorat_platform.recording.store import check_answers
 from lorat_platform.scale.blocks import measure_blocks
 from lorat_platform.scale.claims import measure_claims
 from lorat_platform.scale.fits import fit
-from lorat_platform.scale.frames import measure_index
+from lorat_platform.scale.frames import check_room, measure_index
 from lorat_platform.scale.limits import Capacity, note, table
 from lorat_platform.scale.records import measure_records
 
 log = logging.getLogger(__name__)
+
+TITLES = {
+    "blocks": "blocks of the stream, one control loop",
+    "training_blocks": "blocks of the stream, as many control loops as a training has",
+    "index": "index of frames",
+    "records": "records in journals and MLflow",
+    "claims": "claims of run folders",
+}
+"""What is measured, and how it is called in the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +65,20 @@ def benchmark_scale(options: ScaleBenchmark) -> dict[str, float]:
     Raises:
         UserError: if a place that is asked for cannot be used.
     """
+    check_room(options.frames, options.index_folder)
+    if options.mlflow is not None:
+        check_answers(options.mlflow)
     load = os.getloadavg()[0]
     log.info("%s, %d CPUs, load %.1f", processor(), len(os.sched_getaffinity(0)), load)
     figures: dict[str, float] = {"load": load}
     blocks = measure_blocks(powers(2, options.consumers), options.seconds)
-    _show(figures, "stream, one control loop", "consumers", blocks)
+    _show(figures, "blocks", "consumers", blocks)
     shared = measure_blocks([options.consumers], options.seconds, one_loop=False)
-    _show(figures, "stream, as in a training", "consumers", shared)
+    _show(figures, "training_blocks", "consumers", shared)
     index = measure_index([options.frames // part for part in (100, 10, 1)], options.index_folder)
     _show(figures, "index", "frames", index)
     records = measure_records(powers(4, options.trials), options.mlflow)
-    _show(figures, "journal and MLflow", "trials", records)
+    _show(figures, "records", "trials", records)
     claims = measure_claims(powers(4, options.drivers), options.storage)
     _show(figures, "claims", "drivers", claims)
     num = sum(row.blocks_per_s for row in blocks)  # each was measured for as long
@@ -88,7 +101,7 @@ def powers(base: int, most: int) -> list[int]:
 
 def _show(figures: dict[str, float], part: str, by: str, rows: Sequence[Any]) -> None:
     """Print the figures of a part at each size, with their laws, and keep them."""
-    log.info("%s", part)
+    log.info("%s", TITLES[part])
     names = [name for name in vars(rows[0]) if name not in (by, "loops")]
     sizes = [float(getattr(row, by)) for row in rows]
     log.info("  %-16s %s", by, "".join(f"{size:>14,.0f}" for size in sizes))

@@ -57,10 +57,11 @@ def measure_blocks(sizes: list[int], seconds: float, *, one_loop: bool = True) -
         one_loop: all consumers share a control loop; else as many serve them as in a training.
     """
     with cluster.connected("local", num_cpus=2):
-        return [_measure(size, seconds, one_loop) for size in sizes]
+        return [block_rate(size, seconds, one_loop=one_loop) for size in sizes]
 
 
-def _measure(size: int, seconds: float, one_loop: bool) -> BlockRate:
+def block_rate(size: int, seconds: float, *, one_loop: bool) -> BlockRate:
+    """Measure one number of consumers as :func:`measure_blocks` does, on the connected Ray."""
     layout = Layout(
         batch_size=size, num_workers=size, start_step=0, end_step=10_000_000, pairs_per_block=1
     )
@@ -87,6 +88,8 @@ def _measure(size: int, seconds: float, one_loop: bool) -> BlockRate:
         thread.start()
     while counts.min() == 0 and all(thread.is_alive() for thread in threads):
         time.sleep(0.05)
+    if counts.min() == 0:
+        raise RuntimeError("A consumer ended before its first block; its thread says why.")
     time.sleep(WARM_S)
     before, first, began = _cpu_times(), counts.sum(), time.perf_counter()
     time.sleep(seconds)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -12,9 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from lorat.errors import UserError
 from lorat.files.scratch import temporary_folder
 
 FRAMES_PER_TRACK = 150
+FRAME_BYTES = 130
+"""Of disk that a frame takes while the index is made, most of it for good."""
 SAMPLES = 5_000
 """Pairs that are drawn."""
 _NUMBERS = np.arange(FRAMES_PER_TRACK, dtype=np.int32)
@@ -42,12 +47,29 @@ class IndexCost:
     """Pages of the index that it looked at, which the processes of a machine share."""
 
 
+def check_room(size: int, folder: Path | None = None) -> None:
+    """Look whether an index has room where it will be made.
+
+    Raises:
+        UserError: if there is no such folder, or no room in it.
+    """
+    where, needed = folder or Path(tempfile.gettempdir()), FRAME_BYTES * size
+    if not where.is_dir():
+        raise UserError(f"There is no folder {where}; make it, or give another --index-folder.")
+    free = shutil.disk_usage(where).free
+    if free < needed:
+        raise UserError(
+            f"An index of {size:,} frames needs {needed / 1e9:.1f} GB while it is made, but {where} "
+            f"has {free / 1e9:.1f} GB; give fewer --frames or another --index-folder."
+        )
+
+
 def measure_index(sizes: list[int], folder: Path | None = None) -> list[IndexCost]:
     """Make an index of each size, look into it from a fresh process, and remove it.
 
     Args:
         sizes: numbers of frames.
-        folder: where they are made, one at a time, 130 bytes a frame; none means where temporary
+        folder: where they are made, one at a time, FRAME_BYTES a frame; none means where temporary
             files are.
     """
     context = multiprocessing.get_context("spawn")

@@ -22,6 +22,7 @@ from lorat_platform.data import stream
 from lorat_platform.data.layout import Layout, local_range, pair_bytes
 from lorat_platform.data.sources import Source, open_pairs
 from lorat_platform.data.stream import DecodePool, RayStream, split_stream, worker_groups
+from lorat_platform.scale.blocks import block_rate
 from tests.lorat_platform.local_source import LocalSource
 from tests.small_shards import make_shards
 
@@ -135,6 +136,13 @@ def test_the_stream_is_the_same_for_one_two_and_three_workers(
             batch = joined(runs[workers], step)
             for name, values in reference.items():
                 np.testing.assert_array_equal(values, batch[name], err_msg=f"{workers} {name}")
+
+
+def test_blocks_of_several_control_loops_can_be_counted() -> None:
+    rate = block_rate(5, 1.0, one_loop=False)
+    assert (rate.consumers, rate.loops) == (5, 2)
+    assert rate.blocks_per_s > 1
+    assert 0.1 < rate.loop_ms < 1000
 
 
 def test_the_stream_resumed_at_a_step_is_the_rest_of_the_uninterrupted_one(

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lorat.errors import UserError
 from lorat_platform.scale import blocks, limits
 from lorat_platform.scale.benchmark import powers
 from lorat_platform.scale.claims import measure_claims
 from lorat_platform.scale.fits import fit
-from lorat_platform.scale.frames import measure_index
+from lorat_platform.scale.frames import check_room, measure_index
 from lorat_platform.scale.limits import Capacity, demand
 from lorat_platform.scale.measured import PAIRS_PER_S, pairs_per_s
 
@@ -70,6 +71,13 @@ def test_an_index_costs_a_process_what_it_looks_at() -> None:
     assert 90 < cost.disk_bytes / 30_000 < 110
     assert cost.open_s > 0 and cost.first_us > 0 and cost.again_us > 0
     assert cost.shared_bytes > 30_000 * 20  # boxes and frame numbers, at least
+
+
+def test_an_index_that_has_no_place_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no folder .*nowhere; make it"):
+        check_room(1000, tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"needs 130000\.0 GB .* give fewer --frames"):
+        check_room(10**12, tmp_path)
 
 
 def test_claims_of_many_drivers_are_counted_and_leave_nothing(tmp_path: Path) -> None:
