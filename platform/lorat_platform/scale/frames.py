@@ -59,7 +59,7 @@ def check_room(size: int, folder: Path | None = None) -> None:
     free = shutil.disk_usage(where).free
     if free < needed:
         raise UserError(
-            f"An index of {size:,} frames needs {needed / 1e9:.1f} GB while it is made, but {where} "
+            f"An index of {size:,} frames takes {needed / 1e9:.1f} GB to make, but {where} "
             f"has {free / 1e9:.1f} GB; give fewer --frames or another --index-folder."
         )
 

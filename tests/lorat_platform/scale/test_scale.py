@@ -76,7 +76,7 @@ def test_an_index_costs_a_process_what_it_looks_at() -> None:
 def test_an_index_that_has_no_place_is_refused_before_it_is_made(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder .*nowhere; make it"):
         check_room(1000, tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"needs 130000\.0 GB .* give fewer --frames"):
+    with pytest.raises(UserError, match=r"takes 130000\.0 GB .* give fewer --frames"):
         check_room(10**12, tmp_path)
 
 
