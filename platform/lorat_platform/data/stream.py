@@ -164,8 +164,11 @@ def split_stream(
 
 
 def worker_groups(num_workers: int, pool: DecodePool) -> list[tuple[range, DecodePool]]:
-    """Return the ranks that share a control loop, and who decodes for them, group by group."""
-    num = min(math.ceil(num_workers / WORKERS_PER_LOOP), pool.actors)
+    """Return the ranks that share a control loop, and who decodes for them, group by group.
+
+    A group has two actors at least, if there are as many: it must not stand still with one of them.
+    """
+    num = min(math.ceil(num_workers / WORKERS_PER_LOOP), max(1, pool.actors // 2))
     workers, actors = ([i * n // num for i in range(num + 1)] for n in (num_workers, pool.actors))
     return [
         (range(*ranks), dataclasses.replace(pool, actors=last - first))

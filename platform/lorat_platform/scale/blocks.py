@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def block_rate(size: int, seconds: float, *, one_loop: bool) -> BlockRate:
     layout = Layout(
         batch_size=size, num_workers=size, start_step=0, end_step=10_000_000, pairs_per_block=1
     )
-    pool = DecodePool(actors=2 if one_loop else max(2, size // WORKERS_PER_LOOP), threads=1)
+    pool = DecodePool(actors=2 if one_loop else 2 * math.ceil(size / WORKERS_PER_LOOP), threads=1)
     groups = [(range(size), pool)] if one_loop else worker_groups(size, pool)
     iterators = [
         iterator
