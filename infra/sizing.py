@@ -1,10 +1,10 @@
-"""Compute the sizing table of infra/README.md.
+"""Compute the tables of sizes and limits in infra/README.md.
 
-    python infra/sizing.py                                  print the table
+    python infra/sizing.py                                  print the tables
     python infra/sizing.py --measure DATA --variant B-224   measure decoding on this machine
 
-Work and memory are the same estimates that ``jobs/train.py --dry-run`` prints; what is measured
-is in :data:`DECODING`.
+Memory is the same estimate that ``jobs/train.py --dry-run`` prints; what was measured of GPUs and
+decoding is in ``lorat_platform/scale/measured.py``, the rest in :data:`CAPACITY`.
 """
 
 from __future__ import annotations
@@ -15,34 +15,21 @@ from dataclasses import dataclass
 
 from lorat.config.training import RECIPES, TrainConfig, resolve
 from lorat.config.variants import VARIANTS
-from lorat.learning.clock import PEAK_FLOPS
 from lorat.model.complexity import describe
-from lorat_platform.training.estimate import ASSUMED_MFU, FORECAST_GPU, training_memory
+from lorat_platform.scale import limits
+from lorat_platform.scale.limits import Capacity
+from lorat_platform.scale.measured import DECODING, PAIRS_PER_S, Decoding, pairs_per_s
+from lorat_platform.training.estimate import training_memory
 
 GIB = 1 << 30
 OVERHEAD_BYTES = 2 * GIB
 """CUDA context, library work space, and what the allocator cannot use."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """What one CPU core does for one search size, measured with --measure."""
-
-    pairs_per_s: float
-    """Pairs read, decoded and cropped by one core, from windowed shards on a local disk."""
-    bytes_per_pair: float
-    """Bytes read for one pair."""
-
-
-DECODING = {
-    224: Decoding(pairs_per_s=467, bytes_per_pair=110_000),
-    378: Decoding(pairs_per_s=206, bytes_per_pair=225_000),
-}
-"""By search size: one core of an AMD EPYC with AVX-512, OpenCV 5.0, windowed shards of ten real
-sequences enlarged to 960 to 1920 px wide (stored windows 544 x 441 and 926 x 713 px on average)."""
-
 BATCH_PER_GPU = 16
 """Pairs per GPU: the paper's batch of 128 on 8 GPUs."""
+CAPACITY = Capacity(loop_ms=10.9, gcs_ms=0.32, records_per_s=134.0)
+"""What ``python jobs/benchmark.py scale`` measured on 2 busy cores of an Intel Xeon."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +54,17 @@ def size(name: str) -> Sizing:
     config = resolve(TrainConfig(variant=name))
     about = describe(config.model_variant, config)
     memory = training_memory(config, about, BATCH_PER_GPU)
-    pairs_per_s = PEAK_FLOPS[FORECAST_GPU] * ASSUMED_MFU / about.train_flops
+    rate = pairs_per_s(name)
     decoding = DECODING[config.model_variant.search_size]
     recipe = RECIPES["paper"]
     total = recipe["epochs"] * recipe["pairs_per_epoch"]
     return Sizing(
         variant=name,
         memory_bytes=sum(memory.values()) + OVERHEAD_BYTES,
-        pairs_per_s=pairs_per_s,
-        cores=pairs_per_s / decoding.pairs_per_s,
-        read_bytes_per_s=pairs_per_s * decoding.bytes_per_pair,
-        hours=total / (8 * pairs_per_s) / 3600,
+        pairs_per_s=rate,
+        cores=rate / decoding.pairs_per_s,
+        read_bytes_per_s=rate * decoding.bytes_per_pair,
+        hours=total / (8 * rate) / 3600,
     )
 
 
@@ -91,7 +78,8 @@ def table() -> str:
     for name in (f"{letter}-{side}" for side in (224, 378) for letter in "SBLg"):
         row = size(name)
         lines.append(
-            f"| {name} | {row.memory_bytes / GIB:.0f} GiB | {row.pairs_per_s:,.0f} "
+            f"| {name} | {row.memory_bytes / GIB:.0f} GiB "
+            f"| {row.pairs_per_s:,.0f}{' (m)' if name in PAIRS_PER_S else ''} "
             f"| {row.cores:.1f} | {row.read_bytes_per_s / 1e6:,.0f} MB/s | {row.hours:,.1f} h |"
         )
     return "\n".join(lines)
@@ -130,4 +118,4 @@ if __name__ == "__main__":
     if arguments.measure:
         print(measure(arguments.measure, arguments.variant))
     else:
-        print(table())
+        print(table(), limits.table(CAPACITY), sep="\n\n")

@@ -4,6 +4,8 @@ python jobs/benchmark.py data       the pair stream, stage by stage, beside its 
 python jobs/benchmark.py train      the step loop beside bare PyTorch; memory of LoRA and full
 python jobs/benchmark.py track      frames per second, stage by stage, one video and many
 python jobs/benchmark.py search     early stopping beside full training of all trials
+python jobs/benchmark.py serve      targets per second, changes of the model, a lost replica
+python jobs/benchmark.py scale      what breaks first on 8, 64 and 256 GPUs
 python jobs/benchmark.py --describe B-224     parameters and work of a model
 
 Each names the device; --json FILE also writes the figures.
@@ -14,6 +16,7 @@ from __future__ import annotations
 import bootstrap  # noqa: F401  (makes the packages importable)
 
 import dataclasses
+import importlib
 import logging
 import math
 import sys
@@ -34,25 +37,24 @@ from lorat_platform.cluster.machine import device_name, processor_name
 log = logging.getLogger(__name__)
 
 
+BENCHMARKS = {
+    "data": "data",
+    "train": "training",
+    "track": "evaluation",
+    "search": "search",
+    "serve": "serving",
+    "scale": "scale",
+}
+"""What can be measured, and the room that does it."""
+
+
 def main() -> int:
     """Run the job."""
     first, *rest = sys.argv[1:] or ["--help"]
-    if first == "data":
-        from lorat_platform.data.benchmark import DataBenchmark, benchmark_data
-
-        measure(DataBenchmark, benchmark_data, rest)
-    elif first == "train":
-        from lorat_platform.training.benchmark import TrainBenchmark, benchmark_train
-
-        measure(TrainBenchmark, benchmark_train, rest)
-    elif first == "track":
-        from lorat_platform.evaluation.benchmark import TrackBenchmark, benchmark_track
-
-        measure(TrackBenchmark, benchmark_track, rest)
-    elif first == "search":
-        from lorat_platform.search.benchmark import SearchBenchmark, benchmark_search
-
-        measure(SearchBenchmark, benchmark_search, rest)
+    if room := BENCHMARKS.get(first):
+        module = importlib.import_module(f"lorat_platform.{room}.benchmark")
+        kind, benchmark = f"{first.title()}Benchmark", f"benchmark_{first}"
+        measure(getattr(module, kind), getattr(module, benchmark), rest)
     elif first in ("-h", "--help"):
         print(__doc__.strip())
     elif first == "--describe" or first.startswith("--describe="):
@@ -63,9 +65,8 @@ def main() -> int:
         for variant in [name] if name else VARIANTS:
             print(describe(variant).text)
     else:
-        raise UserError(
-            f"There is no benchmark {first}; give data, train, track, search or --describe."
-        )
+        known = ", ".join(BENCHMARKS)
+        raise UserError(f"There is no benchmark {first}; give {known} or --describe.")
     return 0
 
 

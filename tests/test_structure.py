@@ -22,7 +22,7 @@ ROOMS = {
     ),
     "platform/lorat_platform": (
         "failures", "cluster", "recording", "runs", "data", "registry", "evaluation", "promotion",
-        "serving", "training", "search",
+        "serving", "training", "search", "scale",
     ),
 }  # fmt: skip
 """The rooms of each package, from the ground up: none imports from one above it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +57,11 @@ class Layout:
         """Blocks of the whole stream, a multiple of W."""
         rows = (self.end_step - self.start_step) * self.local_batch
         return math.ceil(rows / self.pairs_per_block) * self.num_workers
+
+    def blocks_of(self, ranks: range) -> Iterator[int]:
+        """Yield the blocks of some workers, dealt to them in turn."""
+        for first in range(0, self.num_blocks, self.num_workers):
+            yield from (first + rank for rank in ranks)
 
     def indices(self, block: int) -> np.ndarray:
         """Return the pairs of a block, int64 (pairs_per_block,), -1 for padding."""

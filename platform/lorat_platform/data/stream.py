@@ -9,12 +9,17 @@ worker j mod W: with ``preserve_order`` and an equal ``streaming_split`` Ray Dat
 robin, however fast tasks and workers are.  That one row is one block also keeps Ray Data from
 cutting or merging blocks, and lets a single read task name all blocks of a run while it runs
 (one read task per block would take a millisecond each before the first batch).
+
+A control loop of Ray Data is one process and spends some milliseconds on a block.  So it serves a
+group of workers only, with decode actors of its own; which block is whose stays the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -41,6 +46,10 @@ CLOSE_S = 5.0
 """Longest wait for the block that is under way when a stream is closed."""
 BLOCKS_AHEAD = 3
 """Blocks that are kept decoded ahead, per worker, beside those in the making."""
+MAX_THREADS = 8
+"""Threads of an actor from which they would wait for Python's lock, which drawing pairs holds."""
+WORKERS_PER_LOOP = 4
+"""Most workers that one control loop serves (``jobs/benchmark.py scale`` measures what it can)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +96,7 @@ class DecodePool:
             )
             why = f"on nodes with the resource decode ({decode_nodes:g})"
         elif free >= 1:
-            actors = actors or max(1, min(int(free), 64))
+            actors = actors or max(min(int(free), 64), math.ceil(free / MAX_THREADS))
             pool = cls(actors=actors, threads=threads or max(1, round(free / actors)))
             why = f"on {free:g} free CPUs"
         else:
@@ -142,6 +151,54 @@ def split_stream(
         pool: who decodes.
         console: where damaged images are named.
     """
+    arguments = (config, sources, layout, pool.threads, console)
+    num_bytes = layout.pairs_per_block * pair_bytes(config.model_variant)
+    groups = worker_groups(layout.num_workers, pool)
+    return [
+        iterator
+        for ranks, part in groups
+        for iterator in split_blocks(
+            layout, ranks, part, BlockDecoder, arguments, num_bytes, num_loops=len(groups)
+        )
+    ]
+
+
+def worker_groups(num_workers: int, pool: DecodePool) -> list[tuple[range, DecodePool]]:
+    """Return the ranks that share a control loop, and who decodes for them, group by group.
+
+    A group has two actors at least, if there are as many: it must not stand still with one of them.
+    """
+    num = min(math.ceil(num_workers / WORKERS_PER_LOOP), max(1, pool.actors // 2))
+    workers, actors = ([i * n // num for i in range(num + 1)] for n in (num_workers, pool.actors))
+    return [
+        (range(*ranks), dataclasses.replace(pool, actors=last - first))
+        for ranks, (first, last) in zip(
+            itertools.pairwise(workers), itertools.pairwise(actors), strict=True
+        )
+    ]
+
+
+def split_blocks(
+    layout: Layout,
+    ranks: range,
+    pool: DecodePool,
+    decoder: type,
+    arguments: tuple[Any, ...],
+    num_bytes: int,
+    *,
+    num_loops: int = 1,
+) -> list[Any]:
+    """Start a control loop and return an iterator of blocks for each worker that it serves.
+
+    Args:
+        layout: names the blocks.
+        ranks: of the workers.
+        pool: who decodes.
+        decoder: class whose instances turn the row that names a block into the block.
+        arguments: of its constructor.
+        num_bytes: of a block.
+        num_loops: that share the object store.
+    """
     import ray
     import ray.data
     from ray.data import ActorPoolStrategy, DataContext
@@ -152,30 +209,29 @@ def split_stream(
     context.execution_options.preserve_order = True
     context.custom_execution_callback_classes = [_rest()]
     # What may be decoded ahead; never more than half of the object store, Ray Data's own limit.
-    block = layout.pairs_per_block * pair_bytes(config.model_variant)
-    ahead = BLOCKS_AHEAD * layout.num_workers + 3 * pool.actors
+    ahead = BLOCKS_AHEAD * len(ranks) + 3 * pool.actors
     half = ray.cluster_resources()["object_store_memory"] / 2
     context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-        object_store_memory=min(2 * ahead * block, half)
+        object_store_memory=min(2 * ahead * num_bytes, half / num_loops)
     )
     previous = DataContext.get_current()
     ray_internals.set_data_context(context)
     try:
         blocks = ray.data.read_datasource(
-            _block_numbers(layout.num_blocks),
+            _block_numbers(layout, ranks),
             override_num_blocks=1,
             num_cpus=0,
             memory=1,  # differs from the decoders' request, or Ray would fuse both into one task
         )
         dataset = blocks.map_batches(
-            BlockDecoder,
-            fn_constructor_args=(config, sources, layout, pool.threads, console),
+            decoder,
+            fn_constructor_args=arguments,
             batch_size=None,
             compute=ActorPoolStrategy(size=pool.actors, max_tasks_in_flight_per_actor=2),
             num_cpus=0,
             resources=pool.resources or None,
         )
-        return dataset.streaming_split(layout.num_workers, equal=True)
+        return dataset.streaming_split(len(ranks), equal=True)
     finally:
         ray_internals.set_data_context(previous)
 
@@ -193,14 +249,16 @@ def _rest() -> type:
     return Rest
 
 
-def _block_numbers(count: int) -> Any:
-    """Return a Ray datasource whose single read task names the blocks 0, ..., count - 1."""
+def _block_numbers(layout: Layout, ranks: range) -> Any:
+    """Return a Ray datasource whose single read task names the blocks of some workers."""
     import pyarrow as pa
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
 
+    count = layout.num_blocks // layout.num_workers * len(ranks)
+
     class BlockNumbers(Datasource):
-        """All block numbers of a stream."""
+        """The numbers of the blocks, in the order of :meth:`Layout.blocks_of`."""
 
         def get_read_tasks(
             self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
@@ -208,7 +266,9 @@ def _block_numbers(count: int) -> Any:
             size = BlockMetadata(
                 num_rows=count, size_bytes=8 * count, input_files=None, exec_stats=None
             )
-            return [ReadTask(lambda: (pa.table({"block": [i]}) for i in range(count)), size)]
+            return [
+                ReadTask(lambda: (pa.table({"block": [i]}) for i in layout.blocks_of(ranks)), size)
+            ]
 
         def estimate_inmemory_data_size(self) -> int | None:
             return 8 * count

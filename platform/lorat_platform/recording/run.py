@@ -46,12 +46,17 @@ ID_ATTEMPTS = 4
 """Failed attempts after which MLflow counts as out of reach for that."""
 SILENT_S = 12.0
 """Time without any answer of a server after which that is said, long before the call gives up."""
+SENDERS = 8
+"""Runs of a process that talk to MLflow at once.  Its database lets 15 in, and fails the others
+after half a minute."""
 UNREACHABLE: defaultdict[str, Trouble] = defaultdict(Trouble)
 """By address: MLflow does not answer."""
 NOT_WRITTEN = Trouble()
 """The disk does not take the journal."""
 LOST = Trouble()
 """Nor is there room in memory."""
+_may_send = threading.BoundedSemaphore(SENDERS)
+_may_send_others = threading.Lock()
 
 
 class Run(Recorder):
@@ -234,16 +239,21 @@ class Run(Recorder):
                     if num_sent == 0:
                         if not others_done and not self._closing.is_set():
                             others_done = True
-                            backlog.deliver_quietly()
+                            if _may_send_others.acquire(blocking=False):
+                                try:
+                                    backlog.deliver_quietly()
+                                finally:
+                                    _may_send_others.release()
                         self._pause(POLL_S)
             self._pause(POLL_S)
 
     def _ask(self) -> int:
-        self._asked_at = time.monotonic()
-        try:
-            return self._delivery.step()
-        finally:
-            self._asked_at = None
+        with _may_send:
+            self._asked_at = time.monotonic()
+            try:
+                return self._delivery.step()
+            finally:
+                self._asked_at = None
 
     def _note_silence(self) -> None:
         """Say that a call hangs; making a local store may take as long and is no trouble."""

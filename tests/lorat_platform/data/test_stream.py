@@ -18,9 +18,11 @@ from lorat.data.pairs.batches import Batch, Decoder
 from lorat.data.shards.frame_index import FrameIndex
 from lorat_platform import cluster
 from lorat_platform.cluster.console import ConsolePrinter
+from lorat_platform.data import stream
 from lorat_platform.data.layout import Layout, local_range, pair_bytes
 from lorat_platform.data.sources import Source, open_pairs
-from lorat_platform.data.stream import DecodePool, RayStream, split_stream
+from lorat_platform.data.stream import DecodePool, RayStream, split_stream, worker_groups
+from lorat_platform.scale.blocks import block_rate
 from tests.lorat_platform.local_source import LocalSource
 from tests.small_shards import make_shards
 
@@ -28,6 +30,7 @@ pytestmark = pytest.mark.processes(minutes=1)
 
 ONE_ACTOR = DecodePool(actors=1, threads=1)
 TWO_ACTORS = DecodePool(actors=2, threads=1)
+FOUR_ACTORS = DecodePool(actors=4, threads=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,13 +110,25 @@ def test_every_pair_of_every_step_is_in_exactly_one_block(
             assert (row[last - first :] == -1).all()
 
 
+def test_a_control_loop_serves_few_workers_however_many_there_are() -> None:
+    for workers, actors in [(1, 1), (8, 3), (9, 2), (9, 1), (64, 64), (256, 100), (250, 40)]:
+        pool = DecodePool(actors=actors, threads=4, resources={"decode": 1.0})
+        groups = worker_groups(workers, pool)
+        assert [rank for ranks, _ in groups for rank in ranks] == list(range(workers))
+        assert sum(part.actors for _, part in groups) == actors
+        assert all(part.actors >= min(2, actors) and part.threads == 4 for _, part in groups)
+        assert all(part.resources == pool.resources for _, part in groups)
+        assert len(groups) == max(1, actors // 2) or max(len(ranks) for ranks, _ in groups) <= 4
+
+
 def test_the_stream_is_the_same_for_one_two_and_three_workers(
-    sources: tuple[Source, ...],
+    sources: tuple[Source, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stream, "WORKERS_PER_LOOP", 2)  # three workers have two control loops
     settings = config(batch_size=10)  # 3 does not divide it
     runs = {
-        workers: consume(settings, sources, workers=workers, start=0, end=30, pool=TWO_ACTORS)
-        for workers in (1, 2, 3)
+        workers: consume(settings, sources, workers=workers, start=0, end=30, pool=pool)
+        for workers, pool in ((1, TWO_ACTORS), (2, TWO_ACTORS), (3, FOUR_ACTORS))
     }
     for step in range(30):
         reference = joined(runs[1], step)
@@ -122,6 +137,13 @@ def test_the_stream_is_the_same_for_one_two_and_three_workers(
             batch = joined(runs[workers], step)
             for name, values in reference.items():
                 np.testing.assert_array_equal(values, batch[name], err_msg=f"{workers} {name}")
+
+
+def test_blocks_of_several_control_loops_can_be_counted() -> None:
+    rate = block_rate(5, 1.0, one_loop=False)
+    assert (rate.consumers, rate.loops) == (5, 2)
+    assert rate.blocks_per_s > 1
+    assert 0.1 < rate.loop_ms < 1000
 
 
 def test_the_stream_resumed_at_a_step_is_the_rest_of_the_uninterrupted_one(
@@ -149,9 +171,9 @@ def test_workers_that_ask_for_all_cpus_do_not_starve_the_stream(
 
     @ray.remote(num_cpus=1)
     def work(rank: int) -> int:
-        stream = RayStream(iterators[rank], layout, rank)
+        own = RayStream(iterators[rank], layout, rank)
         time.sleep(2)  # both hold their CPU before the first batch
-        return sum(len(batch["index"]) for batch in stream.batches(0))
+        return sum(len(batch["index"]) for batch in own.batches(0))
 
     assert ray.get([work.remote(0), work.remote(1)], timeout=300) == [80, 80]
 
@@ -159,6 +181,8 @@ def test_workers_that_ask_for_all_cpus_do_not_starve_the_stream(
 def test_the_decode_pool_leaves_the_workers_cpus_alone() -> None:
     pool = DecodePool.plan(worker_cpus=4, cluster_cpus=12)
     assert pool.actors * pool.threads == 8
+    large = DecodePool.plan(worker_cpus=256, cluster_cpus=4096)
+    assert (large.actors, large.threads) == (480, 8)
     placed = DecodePool.plan(worker_cpus=8, cluster_cpus=8, decode_nodes=3)
     assert (placed.actors, placed.resources) == (3, {"decode": 1.0})
     more = DecodePool.plan(worker_cpus=8, cluster_cpus=8, decode_nodes=3, actors=5)
@@ -183,8 +207,8 @@ def test_a_slow_consumer_does_not_fill_the_object_store_nor_a_cpu(
     earlier = set(coordinators())
     free = ray.available_resources()["object_store_memory"]
     (iterator,) = split_stream(settings, sources, layout, TWO_ACTORS)
-    stream = RayStream(iterator, layout, 0)
-    batches = stream.batches(0)
+    own = RayStream(iterator, layout, 0)
+    batches = own.batches(0)
     next(batches)
     (coordinator,) = set(coordinators()) - earlier
     busy = coordinator.cpu_times()
@@ -195,7 +219,7 @@ def test_a_slow_consumer_does_not_fill_the_object_store_nor_a_cpu(
         used.append(free - ray.available_resources()["object_store_memory"])
     busy_s = sum(coordinator.cpu_times()[:2]) - sum(busy[:2])
     assert busy_s < 0.35 * 12, "the control loop turns without a rest"
-    stream.close()
+    own.close()
     block = layout.pairs_per_block * pair_bytes(settings.model_variant)
     assert max(used) < 20 * block  # of 500 in all
 

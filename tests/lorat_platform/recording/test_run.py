@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from lorat_platform.recording import run as recording
+from lorat_platform.recording.delivery import Delivery
 from lorat_platform.recording.store import connect, ensure_experiment, tracking_uri
 from tests.mlflow_runs import find_runs, history
 from tests.mlflow_server import Server
@@ -54,6 +57,33 @@ def test_metrics_params_tags_and_status_arrive(tmp_path: Path) -> None:
     }  # fmt: skip
     assert stored.data.tags["variant"] == "N-112"
     assert stored.data.tags["mlflow.note.content"] == "# Hello"
+
+
+def test_many_runs_of_a_process_reach_mlflow_a_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The database of a default store lets 15 connections in, and fails the sixteenth."""
+    mutex, talking, most = threading.Lock(), 0, 0
+    step = Delivery.step
+
+    def counted_step(delivery: Delivery) -> int:
+        nonlocal talking, most
+        with mutex:
+            talking += 1
+            most = max(most, talking)
+        try:
+            time.sleep(0.05)
+            return step(delivery)
+        finally:
+            with mutex:
+                talking -= 1
+
+    monkeypatch.setattr(Delivery, "step", counted_step)
+    runs = [recording.open_run("lorat", f"trial-{number}") for number in range(20)]
+    assert all(run.close() for run in runs)
+    assert len(find_runs("lorat")) == 20
+    assert 1 < most <= recording.SENDERS + 1 < 15  # one may deliver what others left
+    assert "cannot be reached" not in capsys.readouterr().err
 
 
 def test_a_user_without_a_name_is_known_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +142,7 @@ def test_deleted_experiment_comes_back_instead_of_losing_metrics(tmp_path: Path)
 WRITER = """
 import sys
 from lorat_platform.recording import run as recording
+from lorat_platform.recording.delivery import Delivery
 number, count, folder, barrier = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 open(f"{barrier}/{number}", "w").close()
 import os, time

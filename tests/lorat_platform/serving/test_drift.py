@@ -79,7 +79,7 @@ def test_shadow_tracks_beside_and_never_answers(own_store: Path) -> None:
     """The same weights agree in every frame, others do not; both are found by promotion."""
     engine = Engine(served(1), ServingSettings())
     same, other, unseen = (
-        Shadow(served(7), 1.0),
+        Shadow(served(7, random_tracker(1)), 1.0),
         Shadow(served(2, shrinking_tracker()), 1.0),
         Shadow(served(3), 0.0),
     )

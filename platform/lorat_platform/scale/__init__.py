@@ -1,0 +1,1 @@
+"""How far the platform goes: what does not depend on pixels, measured on this machine."""
