@@ -1,13 +1,15 @@
-"""Evaluate a tracker on benchmarks and keep scores, plots, clips and result files in MLflow.
+"""Evaluate trackers on benchmarks and keep scores, plots, clips and result files in MLflow.
 
 python jobs/evaluate.py --model models:/lorat@champion --data URI
-python jobs/evaluate.py --model static --data synthetic
+python jobs/evaluate.py --model models:/lorat@champion models:/lorat@candidate static
+python jobs/evaluate.py --model models:/lorat/3 results:FOLDER --data URI
 """
 
 from __future__ import annotations
 
 import bootstrap
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -24,9 +26,8 @@ from lorat.errors import UserError
 from lorat.files.home import home
 from lorat.files.storage import locate
 from lorat_platform import cluster
-from lorat_platform.evaluation.report import check_place, record, write_report
-from lorat_platform.evaluation.sets import check_distinct, evaluate
-from lorat_platform.evaluation.subject import load_subject
+from lorat_platform.evaluation import contest
+from lorat_platform.evaluation.report import check_place
 from lorat_platform.evaluation.workers import EvaluationConfig
 from lorat_platform.recording.run import open_run
 from lorat_platform.recording.store import tracking_uri
@@ -37,11 +38,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Evaluate a tracker on benchmarks by tracking every sequence from its first box."""
+    """Evaluate trackers on benchmarks by tracking every sequence from its first box."""
 
-    model: str
-    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, a checkpoint folder, a
-    released file, or the baselines static, mil and, where OpenCV has it, csrt."""
+    model: tuple[str, ...]
+    """One or several, which are compared on the same sequences: models:/NAME@ALIAS,
+    models:/NAME/VERSION, runs:/RUN_ID/model, a checkpoint folder, a released file, the baselines
+    static, mil and, where OpenCV has it, csrt, or results:FOLDER, the raw result files of a
+    tracker as published (pytracking, GOT-10k, TrackingNet, OTB; a zip as well)."""
     data: tuple[str, ...] = ("synthetic",)
     """Shards with full frames, one URI or more; synthetic means the synthetic validation set."""
     variant: str | None = None
@@ -59,17 +62,10 @@ class Options:
     )
 
     def __post_init__(self) -> None:
+        if not self.model:
+            raise UserError("model is empty; give one tracker or several.")
         if not self.data:
             raise UserError("data is empty; give at least one URI of shards with full frames.")
-
-
-def dataset_uri(name: str) -> str:
-    """Return the URI of a data set; ``synthetic`` is made on first use."""
-    if name == "synthetic":
-        from lorat.data import synthetic
-
-        return synthetic.ensure(None, "val")
-    return name
 
 
 def main() -> int:
@@ -77,36 +73,38 @@ def main() -> int:
     options = flags.parse(Options, description=__doc__)
     if options.output is not None:
         check_place(options.output)
-    subject = load_subject(options.model, variant=options.variant)
-    uris = [dataset_uri(name) for name in options.data]
-    check_distinct(uris)
+    entrants = contest.load_entrants(options.model, variant=options.variant)
+    uris = contest.dataset_uris(options.data)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    unique = f"{stamp}-{subject.fingerprint[:8]}-{secrets.token_hex(2)}"
+    unique = f"{stamp}-{entrants[0].fingerprint[:8]}-{secrets.token_hex(2)}"
     folder = options.output or home() / "reports" / unique
     check_place(folder)
     location = locate(folder)
     location.make()
+    name = ", ".join(contest.labels(entrants))
+    tags = {"job": "evaluate", "git_revision": command.git_revision(bootstrap.ROOT) or "unknown"}
     with (
         Lease(location, f"The report {folder}", "give another --output").claim() as lease,
-        cluster.connected(options.address) as ray_cluster,
+        cluster.connected(options.address)
+        if contest.need_tracking(entrants)
+        else contextlib.nullcontext("result files alone") as ray_cluster,
         open_run(
             options.experiment,
-            f"{subject.name} {stamp}",
+            f"{name} {stamp}",
             folder=home() / "journals" / f"evaluate-{unique}",
-            tags={
-                "job": "evaluate",
-                "git_revision": command.git_revision(bootstrap.ROOT) or "unknown",
-            },
+            tags=tags,
         ) as run,
     ):
-        log.info("Evaluating %s with %s.", subject.name, ray_cluster)
-        run.log_params(dataclasses.asdict(options) | {"data": uris})
-        datasets = [evaluate(subject, uri, options.evaluation) for uri in uris]
+        log.info("Evaluating %s with %s.", name, ray_cluster)
+        given = dataclasses.asdict(options)
+        run.log_params(given | {"data": uris, "model": " ".join(options.model)})
+        by_set = [contest.evaluate_entrants(entrants, uri, options.evaluation) for uri in uris]
+        results = [list(of_one) for of_one in zip(*by_set, strict=True)]
         lease.confirm()
-        text = write_report(subject, datasets, folder, clips=options.clips)
-        settings = {"model": options.model, "data": uris, "variant": subject.variant}
+        text = contest.write_comparison(entrants, results, folder, clips=options.clips)
+        settings = {"model": options.model, "data": uris, "variant": options.variant}
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        record(run, subject, datasets, folder)
+        contest.record_all(run, entrants, results, folder, experiment=options.experiment)
         log.info("\n%s", text)
         log.info("files   %s", folder)
     if run.run_id is not None:  # else the end of the run has said what waits, and where

@@ -11,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#4b5563")
+LINES = ("-", "--", ":", "-.")
+"""Line styles, which tell what has the same colour apart."""
 GREY = "#6b7280"
 DPI = 130
 
@@ -72,8 +74,10 @@ def _curves(
     ranked = sorted(curves.items(), key=lambda item: -item[1][1])
     for position, (name, (rates, score)) in enumerate(ranked):
         thresholds = np.linspace(0, end, len(rates))
-        color = COLORS[position % len(COLORS)]
-        axes.plot(thresholds, rates, label=f"{name}  {score:.3f}", color=color, linewidth=2)
+        axes.plot(
+            thresholds, rates, label=f"{name}  {score:.3f}", color=COLORS[position % len(COLORS)],
+            linestyle=LINES[position // len(COLORS) % len(LINES)], linewidth=2,
+        )  # fmt: skip
     axes.set_xlim(0, end)
     axes.set_ylim(0, 1.02)
     axes.legend(frameon=False)
@@ -124,6 +128,35 @@ def attribute_radar(scores: Mapping[str, Mapping[str, float]], title: str) -> Fi
     figure.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold")
     figure.legend(loc="lower right", frameon=False)
     return figure
+
+
+def attribute_bars(
+    scores: Mapping[str, Mapping[str, float]], counts: Mapping[str, int], title: str
+) -> Figure:
+    """Draw a score per attribute, the bars of all trackers side by side.
+
+    Args:
+        scores: tracker -> attribute -> score; all trackers have the same attributes.
+        counts: sequences of each attribute.
+        title: what was evaluated.
+    """
+    attributes = list(next(iter(scores.values())))
+    height = min(16.0, 1.2 + len(attributes) * (0.16 * len(scores) + 0.14))
+    axes = new_axes(title, "AO", "", size=(6.8, max(2.6, height)))
+    thickness = 0.8 / len(scores)
+    places = np.arange(len(attributes))
+    for position, (name, values) in enumerate(scores.items()):
+        axes.barh(
+            places + (position - (len(scores) - 1) / 2) * thickness,
+            [values[attribute] for attribute in attributes],
+            height=thickness, color=COLORS[position % len(COLORS)], label=name,
+            hatch=("", "//", "..")[position // len(COLORS) % 3],
+        )  # fmt: skip
+    axes.set_yticks(places, [f"{name} ({counts[name]})" for name in attributes], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.legend(frameon=False, fontsize=8, loc="best")
+    return _figure(axes)
 
 
 def overlap_timeline(overlaps: Mapping[str, np.ndarray], title: str) -> Figure:

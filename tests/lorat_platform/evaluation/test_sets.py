@@ -223,9 +223,9 @@ class _Dying(SequenceWorker):
     """Ends its process in the middle of its first chunk, once."""
 
     def track(  # type: ignore[override]
-        self, uri: str, tracks: list[int]
-    ) -> Iterator[tuple[SequenceResult, Conditions]]:
-        for result in super().track(uri, tracks):
+        self, uri: str, tracks: list[int], numbers: list[int]
+    ) -> Iterator[tuple[int, SequenceResult, Conditions]]:
+        for result in super().track(uri, tracks, numbers):
             yield result
             mark = Path(os.environ["LORAT_TEST_MARK"])
             if not mark.exists():
