@@ -1,0 +1,557 @@
+"""What is unusual about a result set, cause by cause, and the boxes once each is mended.
+
+A file's first row is the given box in every published layout; that tells the form of the boxes
+exactly, whichever tracker it was.  What it cannot tell (frames out of step) is seen beside the
+results that it is compared with, or beside the annotation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lorat.image.boxes import xywh_from_xyxy, xyxy_from_xywh
+from lorat.metrics.alignment import align
+from lorat.metrics.conventions import (
+    FORMS,
+    TRUSTED,
+    USUAL,
+    Convention,
+    find_form,
+    find_offset,
+    find_scale,
+    rows_iou,
+)
+from lorat.metrics.dialects import GroundTruth
+from lorat.metrics.raw_results import RawFile, RawResults
+
+KINDS = (
+    "sequence names", "missing files", "text of the files", "sequences mixed up",
+    "boxes' convention", "first frame", "frame shift", "frame order", "frame rate",
+    "absent frames", "rows missing", "rows twice", "short files", "long files",
+    "rows without a box", "same box again", "rounding",
+)  # fmt: skip
+"""Kinds of causes, in the order in which they are mended."""
+NOWHERE = np.array([-9999.0, -9999.0, -9998.0, -9998.0])
+"""A box that overlaps with nothing: of a frame without a row."""
+SAME = 0.98
+"""Overlap from which two boxes are the same but for rounding."""
+MOST = 0.6
+"""Share of the sequences that makes something the set's own habit."""
+FROZEN = 0.2
+"""Share of a sequence that one box must last to be remarked."""
+
+
+@dataclass(kw_only=True)
+class Cause:
+    """Something unusual, and where."""
+
+    kind: str
+    """Of :data:`KINDS`."""
+    text: str
+    sequences: list[str]
+
+
+@dataclass(kw_only=True)
+class Diagnosis:
+    """A result set as the toolkits would take it, and mended step by step."""
+
+    naive: dict[str, np.ndarray]
+    """(n, 4) xyxy of each sequence, 0-based by the data set's custom."""
+    causes: list[Cause] = field(default_factory=list)
+    mended: dict[str, list[tuple[str, np.ndarray]]] = field(default_factory=dict)
+    """By sequence, the boxes (n, 4) after each kind of cause was mended."""
+    decimals: int = 3
+    """Digits after the point, of most files."""
+
+    def note(self, kind: str, text: str, sequence: str) -> None:
+        """Add a sequence to a cause."""
+        for cause in self.causes:
+            if (cause.kind, cause.text) == (kind, text):
+                if sequence and sequence not in cause.sequences:
+                    cause.sequences.append(sequence)
+                return
+        self.causes.append(Cause(kind=kind, text=text, sequences=[sequence] if sequence else []))
+
+    def mend(self, sequence: str, kind: str, boxes: np.ndarray) -> None:
+        """Note the boxes of a sequence once a kind of cause is mended."""
+        self.mended.setdefault(sequence, []).append((kind, boxes))
+
+    def after(self, kind: str | None) -> dict[str, np.ndarray]:
+        """Return the boxes once all kinds up to this one are mended; none means no kind."""
+        last = -1 if kind is None else KINDS.index(kind)
+        boxes = dict(self.naive)
+        for sequence, steps in self.mended.items():
+            for step, mended in steps:
+                if KINDS.index(step) <= last:
+                    boxes[sequence] = mended
+        return boxes
+
+    def final(self) -> dict[str, np.ndarray]:
+        """Return the boxes with everything mended."""
+        return self.after(KINDS[-1])
+
+
+def in_frames(boxes: np.ndarray, num: int) -> np.ndarray:
+    """Return boxes (n, 4) of n frames: cut, or :data:`NOWHERE` where there is none."""
+    whole = np.tile(NOWHERE, (num, 1))
+    whole[: min(num, len(boxes))] = boxes[:num]
+    return whole
+
+
+def diagnose(
+    raw: RawResults,
+    truths: Mapping[str, GroundTruth],
+    other: Mapping[str, np.ndarray],
+    *,
+    custom: float,
+) -> Diagnosis:
+    """Find what is unusual about result files.
+
+    Args:
+        raw: the files.
+        truths: annotation of every sequence.
+        other: boxes (n, 4) xyxy of the results that they are compared with; frames that cannot be
+            mended are taken from them, so that they make no difference any more.
+        custom: coordinate of the first pixel in the files of this data set.
+    """
+    found = Diagnosis(naive={})
+    files = _named_files(raw, truths, found)
+    for name, truth in truths.items():
+        usual = name in files and name not in raw.other_names and name in raw.files
+        rows = files[name].rows[~files[name].is_empty] if usual else np.empty((0, 4))
+        found.naive[name] = in_frames(xyxy_from_xywh(rows) - custom, len(truth.boxes))
+    shared = _set_convention(files, truths, other, custom)
+    files, moved = _unmixed(files, truths, shared, found)
+    conventions = {
+        name: _own_convention(file, truths[name], shared[name], custom)
+        for name, file in files.items()
+    }
+    digits = [file.decimals for file in files.values()]
+    found.decimals = int(np.median(digits)) if digits else 3
+    for name, truth in truths.items():
+        if name in files:
+            _diagnose_one(
+                name, files[name], truth, other[name], conventions[name], found, custom=custom,
+                moved=name in moved,
+            )  # fmt: skip
+        else:
+            found.note("missing files", "no file", name)
+            found.mend(name, "missing files", other[name])
+    _note_text(raw, files, found)
+    _note_rounding(files, truths, found)
+    _drop_habits(found, len(files))
+    return found
+
+
+def _size(truth: GroundTruth) -> np.ndarray:
+    if truth.size_wh is None:
+        return np.array([1.0, 1.0])
+    return np.asarray(np.reshape(truth.size_wh, (-1, 2))[0], dtype=np.float64)
+
+
+def _first_row(file: RawFile) -> np.ndarray | None:
+    rows = file.rows[np.isfinite(file.rows).all(axis=1)]
+    return rows[0] if len(file.rows) and len(rows) else None
+
+
+def _named_files(
+    raw: RawResults, truths: Mapping[str, GroundTruth], found: Diagnosis
+) -> dict[str, RawFile]:
+    """Return the files by sequence, those with strange names by their first boxes."""
+    files = {name: file for name, file in raw.files.items() if name in truths}
+    for name, other_name in raw.other_names.items():
+        if name in files:
+            found.note("sequence names", f"other names, such as {other_name}", name)
+    missing = [name for name in truths if name not in files]
+    strangers = [file for file in raw.unread.values() if _first_row(file) is not None]
+    if missing and strangers:
+        for name, file in _by_first_boxes(missing, strangers, truths).items():
+            files[name] = file
+            found.note("sequence names", f"other names, such as {file.path}", name)
+    left = [path for path in raw.unknown if all(file.path != path for file in files.values())]
+    if left:
+        text = f"{len(left)} files of no sequence, such as {left[0]}"
+        found.note("sequence names", text, "")
+    return files
+
+
+def _by_first_boxes(
+    missing: list[str], strangers: list[RawFile], truths: Mapping[str, GroundTruth]
+) -> dict[str, RawFile]:
+    """Match files with sequences by their first boxes, in the form that matches most."""
+    best: dict[str, RawFile] = {}
+    for form in FORMS.values():
+        matched: dict[str, RawFile] = {}
+        for file in strangers:
+            row = _first_row(file)
+            assert row is not None
+            fits = {
+                name: rows_iou(form(row[None], _size(truths[name])), truths[name].boxes[:1])[0]
+                - 0.2 * (len(truths[name].boxes) != len(file.rows))
+                for name in missing
+                if name not in matched
+            }
+            name = max(fits, key=lambda name: fits[name], default="")
+            if name and fits[name] >= TRUSTED - 0.2:
+                matched[name] = file
+        if len(matched) > len(best):
+            best = matched
+    return best
+
+
+def _set_convention(
+    files: Mapping[str, RawFile],
+    truths: Mapping[str, GroundTruth],
+    other: Mapping[str, np.ndarray],
+    custom: float,
+) -> dict[str, Convention]:
+    """Find how the rows of most files are read; the scale may be each sequence's own."""
+    rows = {name: row for name, file in files.items() if (row := _first_row(file)) is not None}
+    names = list(rows)
+    givens = {name: truths[name].boxes[0] for name in names}
+    sizes = {name: _size(truths[name]) for name in names}
+    form, fit = find_form(
+        [rows[n] for n in names], [givens[n] for n in names], [sizes[n] for n in names]
+    )
+    scales: dict[str, tuple[float, float]] = {}
+    if fit < TRUSTED:
+        scales = {n: s for n in names if (s := find_scale(rows[n], givens[n])) is not None}
+        if len(scales) >= MOST * len(names) > 0:
+            form = USUAL
+            if all(abs(x / y - 1) < 0.02 for x, y in scales.values()):
+                middle = float(np.median(list(scales.values())))
+                if all(abs(x / middle - 1) < 0.05 for x, _ in scales.values()):
+                    scales = dict.fromkeys(names, (middle, middle))
+        else:
+            scales = {}
+            if fit < 0.5:
+                form = _form_of_tracks(files, truths, other)
+    plain = {
+        name: Convention(form=form, scale_xy=scales.get(name, (1.0, 1.0)),
+                         offset_xy=(custom, custom))
+        for name in files
+    }  # fmt: skip
+    offset, sides = _set_offset(plain, rows, givens, sizes, files, other)
+    enlarged = 1.0
+    if offset is None and form == USUAL and not scales:
+        enlarged = _set_enlargement(plain, rows, givens, sizes)
+    x, y = (custom, custom) if offset is None else (custom + offset[0], custom + offset[1])
+    return {
+        name: Convention(
+            form=form, scale_xy=convention.scale_xy, offset_xy=(x, y), sides=sides,
+            enlarged=enlarged,
+        )
+        for name, convention in plain.items()
+    }  # fmt: skip
+
+
+def _form_of_tracks(
+    files: Mapping[str, RawFile],
+    truths: Mapping[str, GroundTruth],
+    other: Mapping[str, np.ndarray],
+) -> str:
+    """Find the form by all rows, where the first ones are not the given boxes."""
+
+    def fit(form: str) -> float:
+        means = []
+        for name, file in files.items():
+            num = min(len(file.rows), len(truths[name].boxes))
+            boxes = FORMS[form](file.rows[:num], _size(truths[name]))
+            both = (truths[name].boxes, other[name])
+            means += [rows_iou(boxes, anchor[:num]).mean() for anchor in both if num]
+        return float(np.mean(means)) if means else 0.0
+
+    fits = {form: fit(form) for form in FORMS}
+    best = max(fits, key=lambda form: fits[form])
+    return best if fits[best] > fits[USUAL] + 0.1 else USUAL
+
+
+def _set_offset(
+    conventions: Mapping[str, Convention],
+    rows: Mapping[str, np.ndarray],
+    givens: Mapping[str, np.ndarray],
+    sizes: Mapping[str, np.ndarray],
+    files: Mapping[str, RawFile],
+    other: Mapping[str, np.ndarray],
+) -> tuple[tuple[float, float] | None, float]:
+    """Return by how much most files are moved, none if by nothing, and what their sides lack."""
+    if not rows:
+        return None, 0.0
+    read = {n: conventions[n].read(row[None], sizes[n])[0] for n, row in rows.items()}
+    steps = [read[n] - givens[n] for n in rows]
+    if np.median([rows_iou(read[n][None], givens[n][None])[0] for n in rows]) < 0.5:
+        return _moved(steps) or (None, 0.0)
+    if (found := _moved(steps)) is not None:
+        return found
+    steps = []
+    for name in rows:
+        num = min(len(files[name].rows), len(other[name]))
+        boxes = conventions[name].read(files[name].rows[:num], sizes[name])
+        step = boxes - other[name][:num]
+        step = step[np.isfinite(step).all(axis=1)]
+        if len(step) and np.abs(step - np.median(step, axis=0)).mean() < 0.3:
+            steps.append(np.median(step, axis=0))
+    return (_moved(steps) if len(steps) >= MOST * len(rows) else None) or (None, 0.0)
+
+
+def _moved(steps: list[np.ndarray]) -> tuple[tuple[float, float] | None, float] | None:
+    """Return the common move of corners and sides, in half pixels; none if there is none."""
+    if not steps:
+        return None
+    table = np.array(steps)
+    corner, sides = find_offset(table, np.zeros_like(table))
+    corner, sides = np.round(2 * corner) / 2, np.round(2 * sides) / 2
+    middle = np.concatenate([corner, corner + sides])
+    agreeing = (np.abs(table - middle).max(axis=1) < 0.3).mean()
+    if agreeing < MOST or (not corner.any() and not sides.any()) or sides[0] != sides[1]:
+        return None
+    return ((float(corner[0]), float(corner[1])) if corner.any() else None), -float(sides[0])
+
+
+def _set_enlargement(
+    conventions: Mapping[str, Convention],
+    rows: Mapping[str, np.ndarray],
+    givens: Mapping[str, np.ndarray],
+    sizes: Mapping[str, np.ndarray],
+) -> float:
+    """Return how many times too long the sides of most first boxes are, about their centres."""
+    ratios = []
+    for name, row in rows.items():
+        box, given = conventions[name].read(row[None], sizes[name])[0], givens[name]
+        ratio = (box[2:] - box[:2]) / (given[2:] - given[:2])
+        centred = np.abs((box[:2] + box[2:]) - (given[:2] + given[2:])).max() < 2
+        if centred and abs(ratio[0] / ratio[1] - 1) < 0.02:
+            ratios.append(float(ratio.mean()))
+    if len(ratios) < MOST * len(rows) or not ratios:
+        return 1.0
+    middle = float(np.median(ratios))
+    alike = np.mean(np.abs(np.array(ratios) / middle - 1) < 0.02) > MOST
+    return middle if alike and abs(middle - 1) > 0.02 else 1.0
+
+
+def _unmixed(
+    files: Mapping[str, RawFile],
+    truths: Mapping[str, GroundTruth],
+    conventions: Mapping[str, Convention],
+    found: Diagnosis,
+) -> tuple[dict[str, RawFile], set[str]]:
+    """Give each sequence the file that begins with its box; return which were moved."""
+    first = {
+        name: conventions[name].read(row[None], _size(truths[name]))
+        for name, file in files.items()
+        if (row := _first_row(file)) is not None
+    }
+    fits = {
+        name: {to: rows_iou(box, truths[to].boxes[:1])[0] for to in truths}
+        for name, box in first.items()
+    }
+    lost = [name for name in first if fits[name][name] < 0.5]
+    kept, moved = dict(files), set()
+    for name in lost:
+        # The file that begins with this sequence's box, of those that fit nothing of their own.
+        sources = [n for n in lost if n != name and fits[n][name] >= TRUSTED]
+        if sources:
+            source = max(sources, key=lambda n: fits[n][name])
+            kept[name] = files[source]
+            moved.add(name)
+            pair = " and ".join(sorted((name, source)))
+            found.note("sequences mixed up", f"results swapped: {pair}", name)
+            continue
+        owners = [
+            n
+            for n in first
+            if n != name and fits[name][n] >= TRUSTED
+            and files[n].rows.shape == files[name].rows.shape
+            and np.array_equal(files[n].rows, files[name].rows, equal_nan=True)
+        ]  # fmt: skip
+        if owners:
+            found.note("sequences mixed up", f"holds the results of {owners[0]}", name)
+            del kept[name]
+    return kept, moved
+
+
+def _own_convention(
+    file: RawFile, truth: GroundTruth, shared: Convention, custom: float
+) -> Convention:
+    """Return how the rows of one file are read, if it clearly differs from the others."""
+    row, given, size = _first_row(file), truth.boxes[0], _size(truth)
+    if row is None:
+        return shared
+    box = shared.read(row[None], size)
+    fit = rows_iou(box, given[None])[0]
+    step = box[0] - given
+    if fit >= 0.5 and file.decimals:
+        for offset in (-1.0, 1.0):
+            if np.abs(step - offset).max() < 0.05:
+                x, y = shared.offset_xy
+                return Convention(
+                    form=shared.form, scale_xy=shared.scale_xy,
+                    offset_xy=(x + offset, y + offset), sides=shared.sides,
+                    enlarged=shared.enlarged,
+                )  # fmt: skip
+    if fit >= TRUSTED:
+        return shared
+    form, own_fit = find_form([row], [given], [size])
+    if own_fit >= 0.95 and own_fit > fit + 0.1:
+        return Convention(form=form, offset_xy=shared.offset_xy if form == USUAL else (0.0, 0.0))
+    scale = find_scale(row, given)
+    if scale is not None and shared.scale_xy == (1.0, 1.0):
+        return Convention(scale_xy=scale)
+    return shared
+
+
+def _diagnose_one(
+    name: str,
+    file: RawFile,
+    truth: GroundTruth,
+    other: np.ndarray,
+    convention: Convention,
+    found: Diagnosis,
+    *,
+    custom: float,
+    moved: bool,
+) -> None:
+    num, size = len(truth.boxes), _size(truth)
+    if not len(file.rows) or not np.isfinite(file.rows).any():
+        found.note("missing files", "an empty file, or none that can be read", name)
+        found.mend(name, "missing files", other)
+        return
+    rows = file.placed(num)
+    boxes = xyxy_from_xywh(rows) - custom
+
+    def mend(kind: str) -> None:
+        found.mend(name, kind, in_frames(boxes, num))
+
+    if name in {n for c in found.causes if c.kind == "sequence names" for n in c.sequences}:
+        mend("sequence names")
+    if file.is_empty.any():
+        mend("text of the files")
+    if moved:
+        mend("sequences mixed up")
+    words = convention.described(custom)
+    if words:
+        boxes = convention.read(rows, size)
+        for text in words:
+            found.note("boxes' convention", text, name)
+        mend("boxes' convention")
+    is_absent = ~truth.visibility | ~np.isfinite(truth.boxes).all(axis=1)
+    tolerance = 0.05 if file.decimals else 1.0
+    known = np.where((other == NOWHERE).all(axis=1)[:, None], np.nan, other)
+    alignment = align(boxes, known, truth.boxes[0], is_absent, tolerance_px=tolerance)
+    if not alignment.kind:
+        alignment = align(boxes, truth.boxes, truth.boxes[0], is_absent, tolerance_px=tolerance)
+    if alignment.kind:
+        found.note(alignment.kind, alignment.text, name)
+        boxes = np.where((alignment.row >= 0)[:, None], boxes[alignment.row], NOWHERE)
+        unknown = alignment.row < 0
+        boxes[unknown] = other[unknown]
+        if unknown[0] and alignment.kind == "first frame":
+            boxes[0] = truth.boxes[0]
+        mend(alignment.kind)
+    elif len(boxes) != num:
+        short = len(boxes) < num
+        kind = "short files" if short else "long files"
+        found.note(kind, "fewer rows than frames" if short else "more rows than frames", name)
+        boxes = np.concatenate([boxes[:num], other[len(boxes) :]])
+        mend(kind)
+    _diagnose_rows(name, boxes, truth, other, found, tolerance=tolerance, is_absent=is_absent)
+
+
+def _diagnose_rows(
+    name: str,
+    boxes: np.ndarray,
+    truth: GroundTruth,
+    other: np.ndarray,
+    found: Diagnosis,
+    *,
+    tolerance: float,
+    is_absent: np.ndarray,
+) -> None:
+    """Look at boxes (n, 4), each of its own frame."""
+    sides = boxes[:, 2:] - boxes[:, :2]
+    if np.abs(boxes[0] - truth.boxes[0]).max() > tolerance and rows_iou(boxes[:1], truth.boxes[:1])[
+        0
+    ] < (SAME if tolerance < 1 else TRUSTED):
+        found.note("first frame", "another box than the given one", name)
+        boxes = np.concatenate([truth.boxes[:1], boxes[1:]])
+        found.mend(name, "first frame", boxes)
+    is_no_number = ~np.isfinite(boxes).all(axis=1)
+    is_zero = ~is_no_number & (np.abs(sides) < 1e-9).all(axis=1)
+    is_negative = ~is_no_number & ~is_zero & ~(sides > 0).all(axis=1)
+    for which, what in (
+        (is_no_number, "rows of NaN, or of no numbers"),
+        (is_zero, "rows of zeros, or of boxes without sides"),
+        (is_negative, "boxes with negative sides"),
+    ):
+        if not which.any():
+            continue
+        of_absent = is_absent.any() and (which & is_absent).sum() >= 0.9 * which.sum()
+        kind = "absent frames" if of_absent else "rows without a box"
+        found.note(kind, f"{what}{' where no target is' if of_absent else ''}", name)
+        boxes = np.where(which[:, None], other, boxes)
+        found.mend(name, kind, boxes)
+    start = _frozen_from(boxes)
+    moves = float(np.nanmax(np.abs(np.diff(truth.boxes, axis=0)), initial=0.0)) > 0.5
+    if moves and 0 < start < len(boxes) - max(10, FROZEN * len(boxes)):
+        found.note("same box again", "one box to the end, though the target moves", name)
+        boxes = np.concatenate([boxes[:start], other[start:]])
+        found.mend(name, "same box again", boxes)
+
+
+def _frozen_from(boxes: np.ndarray) -> int:
+    """Return the first frame of the run of equal boxes at the end; 0 if all are equal."""
+    differs = np.flatnonzero((boxes[1:] != boxes[:-1]).any(axis=1))
+    return int(differs[-1] + 1) if len(differs) else 0
+
+
+def _note_text(raw: RawResults, files: Mapping[str, RawFile], found: Diagnosis) -> None:
+    usual = {"tabs", "commas"}
+    kinds = [file.separator for file in files.values()]
+    most = max(set(kinds), key=kinds.count) if kinds else "commas"
+    for name, file in files.items():
+        for oddity in file.oddities:
+            words = oddity.lstrip("0123456789 ") if "empty" in oddity else oddity
+            found.note("text of the files", words, name)
+        if file.separator not in usual | {"nothing"}:
+            text = f"separator: {file.separator}, where commas or tabs are usual"
+            found.note("text of the files", text, name)
+        elif file.separator != most and file.separator in usual:
+            text = f"separator: {file.separator}, where the others have {most}"
+            found.note("text of the files", text, name)
+        if name in raw.several_runs:
+            found.note("text of the files", "several runs, of which the first is taken", name)
+
+
+def _note_rounding(
+    files: Mapping[str, RawFile], truths: Mapping[str, GroundTruth], found: Diagnosis
+) -> None:
+    if not any(np.any(truths[name].boxes % 1) for name in files):
+        return  # the annotation is of whole pixels, and so may be what a tracker says
+    for name, file in files.items():
+        rows = file.rows[1:]  # the first box is the given one
+        rows = rows[np.isfinite(rows).all(axis=1)]
+        whole = len(rows) > 1 and bool((rows == np.round(rows)).all())
+        if whole and np.ptp(rows, axis=0).any():
+            found.note("rounding", "whole pixels", name)
+        elif file.decimals == 1 and len(rows):
+            found.note("rounding", "one decimal", name)
+
+
+def _drop_habits(found: Diagnosis, num_files: int) -> None:
+    """Drop what is a tracker's own way, not a fault: one that never moves repeats its box."""
+    habits = [c for c in found.causes if c.kind == "same box again"]
+    for cause in habits:
+        if len(cause.sequences) > 0.5 * max(num_files, 1):
+            found.causes.remove(cause)
+            for name in cause.sequences:
+                found.mended[name] = [s for s in found.mended[name] if s[0] != cause.kind]
+
+
+def rounded(boxes: np.ndarray, decimals: int) -> np.ndarray:
+    """Return xyxy boxes as they are in files of so many decimals; the first stays."""
+    ltwh = xywh_from_xyxy(boxes)
+    ltwh[1:] = np.round(ltwh[1:], decimals)
+    return xyxy_from_xywh(ltwh)
