@@ -3,20 +3,20 @@
 python jobs/evaluate.py --model models:/lorat@champion --data URI
 python jobs/evaluate.py --model models:/lorat@champion models:/lorat@candidate static
 python jobs/evaluate.py --model models:/lorat/3 results:FOLDER --data URI
+python jobs/evaluate.py --model models:/lorat/3 --data URI --explain FOLDER
 """
 
 from __future__ import annotations
 
 import bootstrap
 
-import contextlib
 import dataclasses
-import json
 import logging
 import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import command
 import flags
@@ -25,9 +25,10 @@ import tyro
 from lorat.errors import UserError
 from lorat.files.home import home
 from lorat.files.storage import locate
-from lorat_platform import cluster
+from lorat.metrics import DIALECTS
 from lorat_platform.evaluation import contest
 from lorat_platform.evaluation.report import check_place
+from lorat_platform.evaluation.session import EvaluationPlan, evaluate_plan
 from lorat_platform.evaluation.workers import EvaluationConfig
 from lorat_platform.recording.run import open_run
 from lorat_platform.recording.store import tracking_uri
@@ -49,6 +50,10 @@ class Options:
     """Shards with full frames, one URI or more; synthetic means the synthetic validation set."""
     variant: str | None = None
     """Variant of a released file, which does not name it."""
+    explain: Path | None = None
+    """Explain why the scores are not those of published result files, in this folder or zip."""
+    dialect: Annotated[str | None, tyro.conf.arg(name="as")] = None
+    """Score in this toolkit's dialect as well, and explain in it; one of lorat.metrics.DIALECTS."""
     output: Path | None = None
     """Folder for reports and result files; none means one under the home folder."""
     clips: bool = True
@@ -66,6 +71,10 @@ class Options:
             raise UserError("model is empty; give one tracker or several.")
         if not self.data:
             raise UserError("data is empty; give at least one URI of shards with full frames.")
+        if self.explain is not None and len(self.model) > 1:
+            raise UserError("Several models are given with --explain; give one of them.")
+        if self.dialect not in (None, *DIALECTS):
+            raise UserError(f"There is no {self.dialect} for --as; give {', '.join(DIALECTS)}.")
 
 
 def main() -> int:
@@ -81,37 +90,29 @@ def main() -> int:
     check_place(folder)
     location = locate(folder)
     location.make()
+    plan = EvaluationPlan(
+        entrants=entrants, uris=uris, folder=folder, experiment=options.experiment,
+        config=options.evaluation, clips=options.clips, dialect=options.dialect,
+        explain=options.explain,
+    )  # fmt: skip
     name = ", ".join(contest.labels(entrants))
     tags = {"job": "evaluate", "git_revision": command.git_revision(bootstrap.ROOT) or "unknown"}
     with (
         Lease(location, f"The report {folder}", "give another --output").claim() as lease,
-        cluster.connected(options.address)
-        if contest.need_tracking(entrants)
-        else contextlib.nullcontext("result files alone") as ray_cluster,
+        contest.connected(entrants, options.address) as ray_cluster,
         open_run(
-            options.experiment,
-            f"{name} {stamp}",
+            options.experiment, f"{name} {stamp}", tags=tags,
             folder=home() / "journals" / f"evaluate-{unique}",
-            tags=tags,
         ) as run,
-    ):
+    ):  # fmt: skip
         log.info("Evaluating %s with %s.", name, ray_cluster)
         given = dataclasses.asdict(options)
         run.log_params(given | {"data": uris, "model": " ".join(options.model)})
-        by_set = [contest.evaluate_entrants(entrants, uri, options.evaluation) for uri in uris]
-        results = [list(of_one) for of_one in zip(*by_set, strict=True)]
-        lease.confirm()
-        text = contest.write_comparison(entrants, results, folder, clips=options.clips)
-        settings = {"model": options.model, "data": uris, "variant": options.variant}
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        contest.record_all(run, entrants, results, folder, experiment=options.experiment)
-        log.info("\n%s", text)
+        log.info("\n%s", evaluate_plan(plan, run, before_writing=lease.confirm))
         log.info("files   %s", folder)
     if run.run_id is not None:  # else the end of the run has said what waits, and where
-        log.info(
-            "MLflow  %s, experiment %s, run %s",
-            tracking_uri(), options.experiment, run.run_id,
-        )  # fmt: skip
+        where = tracking_uri(), options.experiment, run.run_id
+        log.info("MLflow  %s, experiment %s, run %s", *where)
     return 0
 
 

@@ -10,6 +10,10 @@ from lorat.metrics.conventions import rows_iou
 
 NEARLY = 0.02
 """Gain of the mean overlap below which one reading is as good as another."""
+CLEARLY = 0.05
+"""The same where rows are too few or too many, for which the end is the first suspect."""
+TOLD = 0.1
+"""Loss of the mean overlap up to which what the rows themselves tell is believed."""
 MAX_SHIFT = 3
 MAX_STEP = 10
 
@@ -21,6 +25,8 @@ class Alignment:
     kind: str = ""
     """Name of the cause; empty where each row is its own frame's."""
     text: str = ""
+    is_told: bool = False
+    """The rows themselves tell, so it need not lie better than the usual reading."""
     row: np.ndarray
     """int (n,): row of each frame, -1 where there is none."""
 
@@ -32,6 +38,7 @@ def align(
     is_absent: np.ndarray,
     *,
     tolerance_px: float,
+    told_shift: int = 0,
 ) -> Alignment:
     """Find the frames of rows.
 
@@ -42,6 +49,7 @@ def align(
         given: (4,) xyxy, the box that tracking began with.
         is_absent: bool (n,), frames without a target.
         tolerance_px: how far a first row may be from the given box and still be it.
+        told_shift: what :func:`shift_of_all` says.
     """
     num, rows = len(anchor), len(boxes)
     usual = np.where(np.arange(num) < rows, np.arange(num), -1)
@@ -49,8 +57,8 @@ def align(
         return Alignment(row=usual)
     candidates: list[Alignment] = []
 
-    def add(kind: str, text: str, row: np.ndarray) -> None:
-        candidates.append(Alignment(kind=kind, text=text, row=row))
+    def add(kind: str, text: str, row: np.ndarray, *, is_told: bool = False) -> None:
+        candidates.append(Alignment(kind=kind, text=text, row=row, is_told=is_told))
 
     first_is_given = bool(np.abs(boxes[0] - given).max() <= tolerance_px)
     frames, lost = np.arange(num), num - rows
@@ -60,7 +68,7 @@ def align(
             row = np.where((row >= 0) & (row < rows), row, -1)
             how = "late" if shift < 0 else "early"
             text = f"rows {abs(shift)} frame{'s' * (abs(shift) > 1)} too {how}"
-            add("frame shift", text, row)
+            add("frame shift", text, row, is_told=shift == told_shift)
         add("frame order", "rows from the last frame to the first", frames[::-1])
     elif lost > 0:
         if rows == int((~is_absent).sum()):
@@ -73,7 +81,7 @@ def align(
         if lost <= num // 2:
             if not first_is_given:
                 what = "the first frame has no row" if lost == 1 else f"the first {lost} have none"
-                add("first frame", what, frames - lost)
+                add("first frame", what, frames - lost, is_told=lost == 1)
             place = _cut(boxes, anchor, lost)
             row = np.where(
                 frames < place, frames, np.where(frames < place + lost, -1, frames - lost)
@@ -83,13 +91,44 @@ def align(
             elif place == 0:
                 add("first frame", "the first frame has no row", row)
     else:
-        if -lost <= 3:
-            add("first frame", "a row before that of the first frame", frames - lost)
-        place = _cut(anchor, boxes, -lost)
-        if 0 < place < num:
-            add("rows twice", f"a row too many at frame {place}",
-                np.where(frames < place, frames, frames - lost))  # fmt: skip
-    return _best(boxes, anchor, usual, candidates, first_is_given=first_is_given, lost=lost)
+        again = np.flatnonzero((boxes[1:] == boxes[:-1]).all(axis=1)) + 1
+        told = len(again) == -lost  # no others: it is not a tracker that stays where it was
+        places = [int(again[0])] if told else []
+        places += [0] if -lost <= MAX_SHIFT else []
+        places += [_cut(anchor, boxes, -lost)]
+        for place in places:
+            kind, text = "rows twice", f"a row too many at frame {place}"
+            if place == 0 or (told and place == 1):
+                kind, text = "first frame", "a row before that of the first frame"
+            if place < num:
+                row = np.where(frames < place, frames, frames - lost)
+                add(kind, text, row, is_told=told and place == again[0])
+    return _best(boxes, anchor, usual, candidates, lost=lost)
+
+
+def shift_of_all(tracks: list[np.ndarray], givens: list[np.ndarray], tolerance_px: float) -> int:
+    """Return by how many frames the rows of most files are too early, less than 0 if too late.
+
+    Rows moved back leave the given box twice at the beginning, rows moved on the last one twice at
+    the end and no given box; whoever moved them kept the number of rows.
+
+    Args:
+        tracks: boxes (m, 4) of each file.
+        givens: (4,) of each, the box that tracking began with.
+        tolerance_px: how far a first row may be from it and still be it.
+    """
+    votes = []
+    for boxes, given in zip(tracks, givens, strict=True):
+        again = (boxes[1:] == boxes[:-1]).all(axis=1) if len(boxes) > 2 else np.ones(1, dtype=bool)
+        if again.mean() > 0.2:
+            votes.append(0)  # it does not move, or only now and then
+            continue
+        is_given = bool(np.abs(boxes[0] - given).max() <= tolerance_px)
+        votes.append(-1 if is_given and again[0] else 1 if not is_given and again[-1] else 0)
+    for shift in (-1, 1):
+        if len(votes) > 1 and votes.count(shift) >= 0.8 * len(votes):
+            return shift
+    return 0
 
 
 def _best(
@@ -98,7 +137,6 @@ def _best(
     usual: np.ndarray,
     candidates: list[Alignment],
     *,
-    first_is_given: bool,
     lost: int,
 ) -> Alignment:
     """Choose the reading whose boxes lie where the target is; the usual one where it is as good."""
@@ -106,13 +144,16 @@ def _best(
     plain = now
     for candidate in candidates:
         fit = _fit(boxes, anchor, candidate.row)
-        # Another reading must explain the rows as they are, not just lie a little better: of the
-        # same number of rows, it must halve what is left of the distance to the anchor.
         gain = fit - now
-        enough = NEARLY if lost == 0 or first_is_given or best.kind else 0.0
-        if lost == 0 and not (1 - fit < 0.5 * (1 - plain)):
-            continue
-        if gain > enough or (1 - now > 1e-6 and 1 - fit < 1e-3 and gain > 0):
+        exact = 1 - fit < 1e-3 and 1 - now > 1e-6 and gain > 0
+        # Of the same number of rows, another reading must halve what is left of the distance to
+        # the anchor: one that lies just a little better explains nothing.
+        halved = lost != 0 or 1 - fit < 0.5 * (1 - plain)
+        if candidate.is_told and not best.is_told:
+            better = gain > -TOLD
+        else:
+            better = halved and gain > (CLEARLY if lost else NEARLY)
+        if exact or better:
             best, now = candidate, fit
     return best
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lorat.image.boxes import xywh_from_xyxy, xyxy_from_xywh
-from lorat.metrics.alignment import align
+from lorat.metrics.alignment import Alignment, align, shift_of_all
 from lorat.metrics.conventions import (
     FORMS,
     TRUSTED,
@@ -101,6 +101,24 @@ def in_frames(boxes: np.ndarray, num: int) -> np.ndarray:
     return whole
 
 
+def naive_boxes(
+    raw: RawResults, truths: Mapping[str, GroundTruth], custom: float
+) -> dict[str, np.ndarray]:
+    """Return the boxes (n, 4) xyxy that a toolkit finds in files: by name, row by row.
+
+    Args:
+        raw: the files.
+        truths: annotation of the sequences.
+        custom: coordinate of the first pixel in the files of this data set.
+    """
+    boxes = {}
+    for name, truth in truths.items():
+        usual = name in raw.files and name not in raw.other_names
+        rows = raw.files[name].rows[~raw.files[name].is_empty] if usual else np.empty((0, 4))
+        boxes[name] = in_frames(xyxy_from_xywh(rows) - custom, len(truth.boxes))
+    return boxes
+
+
 def diagnose(
     raw: RawResults,
     truths: Mapping[str, GroundTruth],
@@ -117,27 +135,28 @@ def diagnose(
             mended are taken from them, so that they make no difference any more.
         custom: coordinate of the first pixel in the files of this data set.
     """
-    found = Diagnosis(naive={})
+    found = Diagnosis(naive=naive_boxes(raw, truths, custom))
     files = _named_files(raw, truths, found)
-    for name, truth in truths.items():
-        usual = name in files and name not in raw.other_names and name in raw.files
-        rows = files[name].rows[~files[name].is_empty] if usual else np.empty((0, 4))
-        found.naive[name] = in_frames(xyxy_from_xywh(rows) - custom, len(truth.boxes))
     shared = _set_convention(files, truths, other, custom)
-    files, moved = _unmixed(files, truths, shared, found)
+    files, moved = _unmixed(files, truths, shared, other, found)
     conventions = {
         name: _own_convention(file, truths[name], shared[name], custom)
         for name, file in files.items()
     }
+    tracks = {n: conventions[n].read(f.rows, _size(truths[n])) for n, f in files.items()}
+    shift = 0
+    if any(file.decimals for file in files.values()):  # whole pixels repeat by themselves
+        names = [n for n in tracks if len(tracks[n]) == len(truths[n].boxes)]
+        shift = shift_of_all([tracks[n] for n in names], [truths[n].boxes[0] for n in names], 0.05)
     digits = [file.decimals for file in files.values()]
     found.decimals = int(np.median(digits)) if digits else 3
     for name, truth in truths.items():
         if name in files:
             _diagnose_one(
                 name, files[name], truth, other[name], conventions[name], found, custom=custom,
-                moved=name in moved,
+                moved=name in moved, shift=shift,
             )  # fmt: skip
-        else:
+        elif name not in found.mended:
             found.note("missing files", "no file", name)
             found.mend(name, "missing files", other[name])
     _note_text(raw, files, found)
@@ -227,7 +246,7 @@ def _set_convention(
                     scales = dict.fromkeys(names, (middle, middle))
         else:
             scales = {}
-            if fit < 0.5:
+            if fit < 0.5 or form != USUAL:
                 form = _form_of_tracks(files, truths, other)
     plain = {
         name: Convention(form=form, scale_xy=scales.get(name, (1.0, 1.0)),
@@ -286,14 +305,14 @@ def _set_offset(
         return _moved(steps) or (None, 0.0)
     if (found := _moved(steps)) is not None:
         return found
-    steps = []
+    steps = []  # the first boxes are others than the given ones
     for name in rows:
         num = min(len(files[name].rows), len(other[name]))
         boxes = conventions[name].read(files[name].rows[:num], sizes[name])
         step = boxes - other[name][:num]
         step = step[np.isfinite(step).all(axis=1)]
         if len(step) and np.abs(step - np.median(step, axis=0)).mean() < 0.3:
-            steps.append(np.median(step, axis=0))
+            steps.append(np.round(np.median(step, axis=0)))
     return (_moved(steps) if len(steps) >= MOST * len(rows) else None) or (None, 0.0)
 
 
@@ -336,6 +355,7 @@ def _unmixed(
     files: Mapping[str, RawFile],
     truths: Mapping[str, GroundTruth],
     conventions: Mapping[str, Convention],
+    other: Mapping[str, np.ndarray],
     found: Diagnosis,
 ) -> tuple[dict[str, RawFile], set[str]]:
     """Give each sequence the file that begins with its box; return which were moved."""
@@ -370,6 +390,7 @@ def _unmixed(
         if owners:
             found.note("sequences mixed up", f"holds the results of {owners[0]}", name)
             del kept[name]
+            found.mend(name, "sequences mixed up", other[name])
     return kept, moved
 
 
@@ -413,6 +434,7 @@ def _diagnose_one(
     *,
     custom: float,
     moved: bool,
+    shift: int,
 ) -> None:
     num, size = len(truth.boxes), _size(truth)
     if not len(file.rows) or not np.isfinite(file.rows).any():
@@ -440,9 +462,12 @@ def _diagnose_one(
     is_absent = ~truth.visibility | ~np.isfinite(truth.boxes).all(axis=1)
     tolerance = 0.05 if file.decimals else 1.0
     known = np.where((other == NOWHERE).all(axis=1)[:, None], np.nan, other)
-    alignment = align(boxes, known, truth.boxes[0], is_absent, tolerance_px=tolerance)
-    if not alignment.kind:
-        alignment = align(boxes, truth.boxes, truth.boxes[0], is_absent, tolerance_px=tolerance)
+    alignment = Alignment(row=np.arange(num))
+    for anchor in (known, truth.boxes):
+        if not alignment.kind:
+            alignment = align(
+                boxes, anchor, truth.boxes[0], is_absent, tolerance_px=tolerance, told_shift=shift
+            )
     if alignment.kind:
         found.note(alignment.kind, alignment.text, name)
         boxes = np.where((alignment.row >= 0)[:, None], boxes[alignment.row], NOWHERE)

@@ -144,8 +144,9 @@ def find_scale(rows: np.ndarray, given: np.ndarray) -> tuple[float, float] | Non
     if not (np.isfinite(ends).all() and (ends[2:] > 1e-6).all()):
         return None
     scale = given[2:] / ends[2:]
-    scaled = ends * np.tile(scale, 2)
-    if rows_iou(scaled[None], given[None])[0] < 0.95 or np.abs(scale - 1).max() < 0.02:
+    off_px = np.abs(ends * np.tile(scale, 2) - given).max()
+    allowed_px = 0.01 * (given[2:] - given[:2]).min() + 0.3 * scale.max()
+    if off_px > allowed_px or np.abs(scale - 1).max() < 0.02:
         return None
     return float(scale[0]), float(scale[1])
 

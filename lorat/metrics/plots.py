@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -194,6 +194,44 @@ def comparison_plot(
         right.axvline(end, color=GREY, linestyle="--", linewidth=1.2)
     right.set_xlabel("mean difference, bootstrap")
     right.set_yticks([])
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure
+
+
+def gap_plot(
+    parts: Sequence[tuple[str, float]], differences: Sequence[float], title: str
+) -> Figure:
+    """Draw what a gap between two results is made of, and their differences per sequence.
+
+    Args:
+        parts: of the gap, with their shares; they are put end to end.
+        differences: theirs less ours, AO per sequence.
+        title: who is compared on what.
+    """
+    figure = Figure(
+        figsize=(10.4, max(3.6, 1.4 + 0.34 * len(parts))), dpi=DPI, layout="constrained"
+    )
+    left, right = figure.subplots(1, 2)
+    shares = np.array([share for _, share in parts])
+    starts = np.concatenate([[0.0], np.cumsum(shares)[:-1]])
+    colors = [COLORS[0] if share >= 0 else COLORS[1] for share in shares]
+    places = range(len(parts) + 1)
+    left.barh(places, [*shares, shares.sum()], left=[*starts, 0.0], color=[*colors, GREY])
+    left.set_yticks(places, [*(name for name, _ in parts), "the gap"], fontsize=8)
+    left.invert_yaxis()
+    left.axvline(0, color="black", linewidth=1)
+    left.set_xlabel("theirs − ours, AO")
+    ordered = np.sort(np.asarray(differences, dtype=np.float64))[::-1]
+    right.bar(
+        range(len(ordered)), ordered, width=0.9,
+        color=[COLORS[0] if value >= 0 else COLORS[1] for value in ordered],
+    )  # fmt: skip
+    right.axhline(0, color="black", linewidth=1)
+    right.set_xlabel("sequences, sorted")
+    right.set_ylabel("theirs − ours, AO")
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -6,19 +6,21 @@ comparison is a run above them, so that MLflow lists them together.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lorat.errors import UserError
 from lorat.metrics import SCORE_NAMES, plots
 from lorat.metrics.comparison import GateConfig, compare
 from lorat.metrics.raw_results import PREFIX
+from lorat_platform import cluster
 from lorat_platform.data.sources import SYNTHETIC
 from lorat_platform.evaluation import published
 from lorat_platform.evaluation.published import Published
@@ -28,6 +30,7 @@ from lorat_platform.evaluation.report import (
     SCORES,
     check_place,
     flat_metrics,
+    headline,
     markdown_table,
     record,
     remarks,
@@ -39,6 +42,7 @@ from lorat_platform.evaluation.sets import (
     check_distinct,
     evaluate_all,
     restricted,
+    scored_as,
 )
 from lorat_platform.evaluation.subject import Subject, load_subject
 from lorat_platform.evaluation.workers import EvaluationConfig
@@ -86,15 +90,35 @@ def dataset_uris(names: Sequence[str]) -> list[str]:
     return uris
 
 
-def need_tracking(entrants: Sequence[Entrant]) -> bool:
-    """Tell whether any of them is to be run, for which a cluster is needed."""
-    return any(isinstance(entrant, Subject) for entrant in entrants)
+@contextlib.contextmanager
+def connected(entrants: Sequence[Entrant], address: str | None) -> Iterator[object]:
+    """Connect to a Ray cluster if any of the trackers is to be run; yields what says how."""
+    if not any(isinstance(entrant, Subject) for entrant in entrants):
+        yield "no cluster, which result files do not need"
+        return
+    with cluster.connected(address) as found:
+        yield found
 
 
 def evaluate_entrants(
-    entrants: Sequence[Entrant], uri: str, config: EvaluationConfig
+    entrants: Sequence[Entrant],
+    uri: str,
+    config: EvaluationConfig,
+    *,
+    dialect: str | None = None,
+    as_they_are: bool = False,
 ) -> list[DatasetResult]:
     """Evaluate all on the sequences of a data set that all have; each frame is decoded once.
+
+    Args:
+        entrants: the trackers.
+        uri: shards with full frames.
+        config: how to spread the work.
+        dialect: in which they are scored as well.
+        as_they_are: as of :func:`lorat_platform.evaluation.published.read`.
+
+    Returns:
+        By entrant.
 
     Raises:
         UserError: as :func:`lorat_platform.evaluation.sets.evaluate`, or if they have no sequence
@@ -103,13 +127,16 @@ def evaluate_entrants(
     subjects = [entrant for entrant in entrants if isinstance(entrant, Subject)]
     tracked = iter(evaluate_all(subjects, uri, config) if subjects else [])
     results = [
-        next(tracked) if isinstance(entrant, Subject) else published.read(entrant, uri, config)[0]
+        next(tracked)
+        if isinstance(entrant, Subject)
+        else published.read(entrant, uri, config, as_they_are=as_they_are)
         for entrant in entrants
     ]
     common = set.intersection(*(set(result.results) for result in results))
     if not common:
         raise UserError(f"No sequence of {uri} has results of all; give results of one data set.")
-    return [restricted(result, common, "not all have results of it") for result in results]
+    results = [restricted(result, common, "not all have results of it") for result in results]
+    return [scored_as(result, dialect) if dialect else result for result in results]
 
 
 def comparison(entrants: Sequence[Entrant], results: Sequence[Sequence[DatasetResult]]) -> str:
@@ -268,6 +295,7 @@ def record_all(
     folder: Path,
     *,
     experiment: str,
+    explanation: str = "",
 ) -> None:
     """Put an evaluation into an MLflow run; of several, each tracker into a run below it.
 
@@ -279,9 +307,12 @@ def record_all(
         results: by entrant, of each one per data set.
         folder: what :func:`write_comparison` has written.
         experiment: of the run.
+        explanation: Markdown of a gap, below the scores of one tracker.
     """
     if len(entrants) == 1:
         record(run, entrants[0], results[0], folder)
+        if explanation:
+            run.set_description(f"{headline(entrants[0], results[0])}\n{explanation}")
     else:
         run.set_description(comparison(entrants, results))
         run.set_tags({"subjects": ", ".join(entrant.name for entrant in entrants)})

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from lorat.errors import UserError, named
-from lorat.metrics.raw_results import PREFIX, RawResults, read_results
+from lorat.metrics.causes import naive_boxes
+from lorat.metrics.dialects import first_pixel
+from lorat.metrics.raw_results import PREFIX, read_results
 from lorat.tracking.one_pass import SequenceResult, ground_truth
 from lorat_platform.evaluation.sets import (
     DatasetResult,
@@ -50,11 +52,17 @@ def published(address: str) -> Published:
 
 
 def read(
-    entrant: Published, uri: str, config: EvaluationConfig
-) -> tuple[DatasetResult, RawResults]:
+    entrant: Published, uri: str, config: EvaluationConfig, *, as_they_are: bool = False
+) -> DatasetResult:
     """Score published results on a data set, as far as they fit it.
 
-    Sequences without a file, or with another number of rows than frames, are left out and named.
+    Args:
+        entrant: the results.
+        uri: shards with full frames.
+        config: which sequences.
+        as_they_are: score every sequence, by the data set's custom, and frames without a row as
+            failures; otherwise sequences without a file, or with another number of rows than
+            frames, are left out and named, and the first boxes tell whether files are 1-based.
 
     Raises:
         UserError: if the files cannot be read, or none fits.
@@ -62,9 +70,11 @@ def read(
     index = open_full_frames(uri)
     tracks, left_out = chosen_tracks(index, config)
     names = {index.sequence(track): track for track in tracks}
-    raw = read_results(entrant.folder, list(names), index.name)
     truths = {name: ground_truth(index, track) for name, track in names.items()}
+    raw = read_results(entrant.folder, list(names), index.name)
     boxes, without = raw.boxes(truths, index.name)
+    if as_they_are:
+        boxes, without = naive_boxes(raw, truths, first_pixel(index.name)), {}
     if not boxes:
         name, why = next(iter(without.items()))
         raise UserError(
@@ -83,4 +93,4 @@ def read(
         for name, track in names.items()
         if name in boxes
     }
-    return scored(index, results, left_out | without), raw
+    return scored(index, results, left_out | without)

@@ -293,6 +293,14 @@ def restricted(result: DatasetResult, names: Collection[str], why: str) -> Datas
     )
 
 
+def scored_as(result: DatasetResult, dialect: str) -> DatasetResult:
+    """Score a result in one more dialect."""
+    if dialect in result.evaluations or not result.evaluations:
+        return result
+    more = _score_in(result.index, result.results, result.attributes, dialect)
+    return dataclasses.replace(result, evaluations=result.evaluations | {dialect: more})
+
+
 def _score(
     index: FrameIndex, results: dict[str, SequenceResult], attributes: dict[str, list[str]]
 ) -> dict[str, Evaluation]:
@@ -302,16 +310,22 @@ def _score(
     dialects = list(REPORTED)
     if index.name in TOOLKITS:
         dialects.append(TOOLKITS[index.name])
-    return {
-        dialect: score(
-            {name: result.boxes for name, result in results.items()},
-            truths,
-            dialect=dialect,
-            dataset=index.name,
-            attributes=attributes,
-        )
-        for dialect in dialects
-    }
+    return {dialect: _score_in(index, results, attributes, dialect) for dialect in dialects}
+
+
+def _score_in(
+    index: FrameIndex,
+    results: dict[str, SequenceResult],
+    attributes: dict[str, list[str]],
+    dialect: str,
+) -> Evaluation:
+    return score(
+        {name: result.boxes for name, result in results.items()},
+        {name: ground_truth(index, result.track) for name, result in results.items()},
+        dialect=dialect,
+        dataset=index.name,
+        attributes=attributes,
+    )
 
 
 _Found = dict[int, tuple[SequenceResult, Conditions]]
