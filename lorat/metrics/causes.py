@@ -520,7 +520,9 @@ def _diagnose_rows(
         found.mend(name, kind, boxes)
     start = _frozen_from(boxes)
     moves = float(np.nanmax(np.abs(np.diff(truth.boxes, axis=0)), initial=0.0)) > 0.5
-    if moves and 0 < start < len(boxes) - max(10, FROZEN * len(boxes)):
+    # A tracker that has lost its target may stay where it is; one that is on it does not stop.
+    is_on_it = start and rows_iou(boxes[start : start + 1], truth.boxes[start : start + 1])[0] > 0.5
+    if moves and is_on_it and start < len(boxes) - max(10, FROZEN * len(boxes)):
         found.note("same box again", "one box to the end, though the target moves", name)
         boxes = np.concatenate([boxes[:start], other[start:]])
         found.mend(name, "same box again", boxes)

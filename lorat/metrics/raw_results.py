@@ -204,9 +204,9 @@ def _match(
     usual = {name: name for name in sequences}
     usual |= {pytracking_name(name, dataset): name for name in sequences}
     loose: dict[str, set[str]] = {}
-    for name in sequences:
-        for form in (name, pytracking_name(name, dataset)):
-            loose.setdefault(_plain(form), set()).add(name)
+    for sequence in sequences:
+        for form in (sequence, pytracking_name(sequence, dataset)):
+            loose.setdefault(_plain(form), set()).add(sequence)
     found: dict[str, list[Path]] = {}
     spelled: dict[str, str] = {}
     rest = []
