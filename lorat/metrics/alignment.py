@@ -39,6 +39,7 @@ def align(
     *,
     tolerance_px: float,
     told_shift: int = 0,
+    told_text: str = "",
 ) -> Alignment:
     """Find the frames of rows.
 
@@ -50,6 +51,7 @@ def align(
         is_absent: bool (n,), frames without a target.
         tolerance_px: how far a first row may be from the given box and still be it.
         told_shift: what :func:`shift_of_all` says.
+        told_text: of the alignment that most files of the set have.
     """
     num, rows = len(anchor), len(boxes)
     usual = np.where(np.arange(num) < rows, np.arange(num), -1)
@@ -58,7 +60,8 @@ def align(
     candidates: list[Alignment] = []
 
     def add(kind: str, text: str, row: np.ndarray, *, is_told: bool = False) -> None:
-        candidates.append(Alignment(kind=kind, text=text, row=row, is_told=is_told))
+        told = is_told or text == told_text
+        candidates.append(Alignment(kind=kind, text=text, row=row, is_told=told))
 
     first_is_given = bool(np.abs(boxes[0] - given).max() <= tolerance_px)
     frames, lost = np.arange(num), num - rows
@@ -69,7 +72,11 @@ def align(
             how = "late" if shift < 0 else "early"
             text = f"rows {abs(shift)} frame{'s' * (abs(shift) > 1)} too {how}"
             add("frame shift", text, row, is_told=shift == told_shift)
-        add("frame order", "rows from the last frame to the first", frames[::-1])
+        last_is_given = bool(np.abs(boxes[-1] - given).max() <= tolerance_px)
+        add(
+            "frame order", "rows from the last frame to the first", frames[::-1],
+            is_told=last_is_given and not first_is_given,
+        )  # fmt: skip
     elif lost > 0:
         if rows == int((~is_absent).sum()):
             row = np.where(is_absent, -1, np.cumsum(~is_absent) - 1)
@@ -93,6 +100,7 @@ def align(
     else:
         again = np.flatnonzero((boxes[1:] == boxes[:-1]).all(axis=1)) + 1
         told = len(again) == -lost  # no others: it is not a tracker that stays where it was
+        told |= lost == -1 and first_is_given and again[:1] == 1 and len(again) < rows // 2
         places = [int(again[0])] if told else []
         places += [0] if -lost <= MAX_SHIFT else []
         places += [_cut(anchor, boxes, -lost)]
@@ -121,12 +129,11 @@ def shift_of_all(tracks: list[np.ndarray], givens: list[np.ndarray], tolerance_p
     for boxes, given in zip(tracks, givens, strict=True):
         again = (boxes[1:] == boxes[:-1]).all(axis=1) if len(boxes) > 2 else np.ones(1, dtype=bool)
         if again.mean() > 0.2:
-            votes.append(0)  # it does not move, or only now and then
-            continue
+            continue  # it does not move, or only now and then
         is_given = bool(np.abs(boxes[0] - given).max() <= tolerance_px)
         votes.append(-1 if is_given and again[0] else 1 if not is_given and again[-1] else 0)
-    for shift in (-1, 1):
-        if len(votes) > 1 and votes.count(shift) >= 0.8 * len(votes):
+    for shift, share in ((-1, 0.8), (1, 0.6)):  # a slow target's box may be the same twice
+        if len(votes) > 1 and votes.count(shift) >= share * len(votes):
             return shift
     return 0
 

@@ -144,17 +144,20 @@ def diagnose(
         for name, file in files.items()
     }
     tracks = {n: conventions[n].read(f.rows, _size(truths[n])) for n, f in files.items()}
-    shift = 0
-    if any(file.decimals for file in files.values()):  # whole pixels repeat by themselves
-        names = [n for n in tracks if len(tracks[n]) == len(truths[n].boxes)]
-        shift = shift_of_all([tracks[n] for n in names], [truths[n].boxes[0] for n in names], 0.05)
+    names = [n for n in tracks if len(tracks[n]) == len(truths[n].boxes)]
+    shift = shift_of_all(
+        [tracks[n] for n in names],
+        [truths[n].boxes[0] for n in names],
+        min((_tolerance_px(files[n]) for n in names), default=1.0),
+    )
+    aligned = _alignments(files, conventions, truths, other, shift)
     digits = [file.decimals for file in files.values()]
     found.decimals = int(np.median(digits)) if digits else 3
     for name, truth in truths.items():
         if name in files:
             _diagnose_one(
                 name, files[name], truth, other[name], conventions[name], found, custom=custom,
-                moved=name in moved, shift=shift,
+                moved=name in moved, alignment=aligned.get(name),
             )  # fmt: skip
         elif name not in found.mended:
             found.note("missing files", "no file", name)
@@ -255,7 +258,7 @@ def _set_convention(
     }  # fmt: skip
     offset, sides = _set_offset(plain, rows, givens, sizes, files, other)
     enlarged = 1.0
-    if offset is None and form == USUAL and not scales:
+    if offset is None and not sides and form == USUAL and not scales:
         enlarged = _set_enlargement(plain, rows, givens, sizes)
     x, y = (custom, custom) if offset is None else (custom + offset[0], custom + offset[1])
     return {
@@ -404,7 +407,7 @@ def _own_convention(
     box = shared.read(row[None], size)
     fit = rows_iou(box, given[None])[0]
     step = box[0] - given
-    if fit >= 0.5 and file.decimals:
+    if fit >= 0.5 and (file.decimals or not (given % 1).any()):
         for offset in (-1.0, 1.0):
             if np.abs(step - offset).max() < 0.05:
                 x, y = shared.offset_xy
@@ -424,6 +427,46 @@ def _own_convention(
     return shared
 
 
+def _tolerance_px(file: RawFile) -> float:
+    """Return how far a first row may be from the given box and still be it."""
+    return 0.05 if file.decimals else 1.0
+
+
+def _is_absent(truth: GroundTruth) -> np.ndarray:
+    return ~truth.visibility | ~np.isfinite(truth.boxes).all(axis=1)
+
+
+def _alignments(
+    files: Mapping[str, RawFile],
+    conventions: Mapping[str, Convention],
+    truths: Mapping[str, GroundTruth],
+    other: Mapping[str, np.ndarray],
+    shift: int,
+) -> dict[str, Alignment]:
+    """Find the frames of the rows of all files that have some; what most have tells the others."""
+
+    def find(name: str, text: str = "") -> Alignment:
+        truth, found = truths[name], Alignment(row=np.arange(len(truths[name].boxes)))
+        rows = files[name].placed(len(truth.boxes))
+        boxes = conventions[name].read(rows, _size(truth))
+        known = np.where((other[name] == NOWHERE).all(axis=1)[:, None], np.nan, other[name])
+        for anchor in (known, truth.boxes):
+            if not found.kind:
+                found = align(
+                    boxes, anchor, truth.boxes[0], _is_absent(truth),
+                    tolerance_px=_tolerance_px(files[name]), told_shift=shift, told_text=text,
+                )  # fmt: skip
+        return found
+
+    names = [name for name, file in files.items() if np.isfinite(file.rows).any()]
+    aligned = {name: find(name) for name in names}
+    texts = [alignment.text for alignment in aligned.values() if alignment.kind]
+    most = max(set(texts), key=texts.count, default="")
+    if most and texts.count(most) > 0.5 * len(names):
+        aligned |= {name: find(name, most) for name in names if aligned[name].text != most}
+    return aligned
+
+
 def _diagnose_one(
     name: str,
     file: RawFile,
@@ -434,10 +477,10 @@ def _diagnose_one(
     *,
     custom: float,
     moved: bool,
-    shift: int,
+    alignment: Alignment | None,
 ) -> None:
     num, size = len(truth.boxes), _size(truth)
-    if not len(file.rows) or not np.isfinite(file.rows).any():
+    if alignment is None:
         found.note("missing files", "an empty file, or none that can be read", name)
         found.mend(name, "missing files", other)
         return
@@ -459,15 +502,6 @@ def _diagnose_one(
         for text in words:
             found.note("boxes' convention", text, name)
         mend("boxes' convention")
-    is_absent = ~truth.visibility | ~np.isfinite(truth.boxes).all(axis=1)
-    tolerance = 0.05 if file.decimals else 1.0
-    known = np.where((other == NOWHERE).all(axis=1)[:, None], np.nan, other)
-    alignment = Alignment(row=np.arange(num))
-    for anchor in (known, truth.boxes):
-        if not alignment.kind:
-            alignment = align(
-                boxes, anchor, truth.boxes[0], is_absent, tolerance_px=tolerance, told_shift=shift
-            )
     if alignment.kind:
         found.note(alignment.kind, alignment.text, name)
         boxes = np.where((alignment.row >= 0)[:, None], boxes[alignment.row], NOWHERE)
@@ -482,7 +516,7 @@ def _diagnose_one(
         found.note(kind, "fewer rows than frames" if short else "more rows than frames", name)
         boxes = np.concatenate([boxes[:num], other[len(boxes) :]])
         mend(kind)
-    _diagnose_rows(name, boxes, truth, other, found, tolerance=tolerance, is_absent=is_absent)
+    _diagnose_rows(name, boxes, truth, other, found, tolerance=_tolerance_px(file))
 
 
 def _diagnose_rows(
@@ -493,9 +527,9 @@ def _diagnose_rows(
     found: Diagnosis,
     *,
     tolerance: float,
-    is_absent: np.ndarray,
 ) -> None:
     """Look at boxes (n, 4), each of its own frame."""
+    is_absent = _is_absent(truth)
     sides = boxes[:, 2:] - boxes[:, :2]
     if np.abs(boxes[0] - truth.boxes[0]).max() > tolerance and rows_iou(boxes[:1], truth.boxes[:1])[
         0
@@ -558,13 +592,14 @@ def _note_rounding(
     if not any(np.any(truths[name].boxes % 1) for name in files):
         return  # the annotation is of whole pixels, and so may be what a tracker says
     for name, file in files.items():
-        rows = file.rows[1:]  # the first box is the given one
-        rows = rows[np.isfinite(rows).all(axis=1)]
-        whole = len(rows) > 1 and bool((rows == np.round(rows)).all())
-        if whole and np.ptp(rows, axis=0).any():
-            found.note("rounding", "whole pixels", name)
-        elif file.decimals == 1 and len(rows):
-            found.note("rounding", "one decimal", name)
+        rows = file.rows[np.isfinite(file.rows).all(axis=1)]
+        if len(rows) < 3 or not np.ptp(rows, axis=0).any():
+            continue
+        for decimals, text in ((0, "whole pixels"), (1, "one decimal")):
+            # The given box, which may stand in more than one row, is not the tracker's.
+            if (rows == np.round(rows, decimals)).all(axis=1).sum() >= len(rows) - 2:
+                found.note("rounding", text, name)
+                break
 
 
 def _drop_habits(found: Diagnosis, num_files: int) -> None:

@@ -29,6 +29,7 @@ from lorat.files.scratch import sweep, whole_file
 from lorat.metrics import Evaluation
 from lorat.metrics import evaluate as score
 from lorat.metrics.attributes import sequences_by_attribute
+from lorat.metrics.uncertainty import Interval
 from lorat.tracking.one_pass import SequenceResult, ground_truth, usable_tracks
 from lorat_platform.evaluation.subject import Subject
 from lorat_platform.evaluation.workers import Conditions, EvaluationConfig, Workers
@@ -82,6 +83,11 @@ class DatasetResult:
     def scores(self) -> dict[str, float]:
         """Headline scores, in the compatible dialect."""
         return self.evaluations["compatible"].scores if self.evaluations else {}
+
+    @property
+    def intervals(self) -> dict[str, Interval]:
+        """95 % intervals of the headline scores over sequences."""
+        return self.evaluations["compatible"].intervals if self.evaluations else {}
 
     @property
     def overlaps(self) -> dict[str, float]:
