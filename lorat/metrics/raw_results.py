@@ -35,7 +35,9 @@ NO_BOXES = re.compile(
 )
 """Ends of the names of files that hold something else than boxes."""
 MAX_FILE_BYTES = 1 << 26
-"""Of a result file in a zip; ten thousand frames need less than a megabyte."""
+"""Of a result file; ten thousand frames need less than a megabyte.  Larger ones are left out."""
+MAX_ZIP_BYTES = 1 << 32
+"""Of all result files in a zip, unpacked."""
 _DECIMAL_COMMA = re.compile(r"[-+]?[0-9]+,[0-9]+")
 _RUN = re.compile(r"_([0-9]{1,3})$")
 
@@ -141,7 +143,9 @@ def read_results(folder: str | Path, sequences: Sequence[str], dataset: str) -> 
         paths = [
             path.relative_to(place)
             for path in sorted(place.rglob("*.txt"))
-            if path.is_file() and not _is_other(path.relative_to(place))
+            if not _is_other(path.relative_to(place))
+            and path.is_file()
+            and path.stat().st_size <= MAX_FILE_BYTES
         ]
         if not paths:
             raise UserError(
@@ -174,9 +178,17 @@ def _unpacked(folder: Path) -> Iterator[Path]:
         return
     try:
         with zipfile.ZipFile(folder) as archive, temporary_folder() as scratch:
-            for entry in archive.infolist():
-                if entry.filename.endswith(".txt") and entry.file_size <= MAX_FILE_BYTES:
-                    archive.extract(entry, scratch)
+            entries = [
+                entry
+                for entry in archive.infolist()
+                if entry.filename.endswith(".txt") and entry.file_size <= MAX_FILE_BYTES
+            ]
+            if sum(entry.file_size for entry in entries) > MAX_ZIP_BYTES:
+                raise UserError(
+                    f"{named(folder)} unpacks to more than {MAX_ZIP_BYTES >> 30} GiB of text; give "
+                    "the results of one tracker on one data set."
+                )
+            archive.extractall(scratch, entries)
             yield scratch
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(
