@@ -67,8 +67,8 @@ class Explanation:
     """They add up to the gap; the last one is what is left."""
     sequences: list[SequenceGap]
     """By the difference of AO, where we are furthest behind first."""
-    scores: dict[str, dict[str, dict[str, float]]]
-    """By dialect, then by side (``ours``, ``theirs``, and both mended), all scores."""
+    boxes: dict[str, dict[str, np.ndarray]]
+    """By side (``ours``, ``theirs``, and both mended), (n, 4) xyxy of each sequence."""
     causes: dict[str, list[Cause]]
     """What is unusual, by side."""
 
@@ -130,17 +130,27 @@ def explain(
         dialect=dialect,
         parts=parts,
         sequences=_sequences(first, second, state, truths, scores),
-        scores={
-            name: {
-                OURS: scores(first.naive, name).scores,
-                THEIRS: scores(second.naive, name).scores,
-                f"{OURS}, mended": scores(first.final(), name).scores,
-                f"{THEIRS}, mended": scores(second.final(), name).scores,
-            }
-            for name in DIALECTS
+        boxes={
+            OURS: first.naive,
+            THEIRS: second.naive,
+            f"{OURS}, mended": first.final(),
+            f"{THEIRS}, mended": second.final(),
         },
         causes={OURS: first.causes, THEIRS: second.causes},
     )
+
+
+def scores_by_dialect(
+    found: Explanation, truths: Mapping[str, GroundTruth], *, dataset: str
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return all scores by dialect and side, of the boxes as they are and mended."""
+    return {
+        dialect: {
+            side: evaluate(boxes, truths, dialect=dialect, dataset=dataset).scores
+            for side, boxes in found.boxes.items()
+        }
+        for dialect in DIALECTS
+    }
 
 
 def _diagnose_both(

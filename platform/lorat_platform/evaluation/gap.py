@@ -9,7 +9,14 @@ from pathlib import Path
 
 from lorat.errors import UserError, named
 from lorat.metrics import plots
-from lorat.metrics.explanation import OURS, SPLIT, THEIRS, Explanation, explain
+from lorat.metrics.explanation import (
+    OURS,
+    SPLIT,
+    THEIRS,
+    Explanation,
+    explain,
+    scores_by_dialect,
+)
 from lorat.metrics.raw_results import PREFIX, RawResults, read_results
 from lorat.tracking.one_pass import ground_truth
 from lorat_platform.evaluation.published import Published
@@ -20,6 +27,8 @@ from lorat_platform.recording.recorder import Recorder
 
 FOLDER = "explanation"
 """Of a data set's report."""
+Scores = dict[str, dict[str, dict[str, float]]]
+"""By dialect and side."""
 SHOWN = 20
 """Sequences in the Markdown; the file has them all."""
 
@@ -70,10 +79,12 @@ def explain_gaps(
             ours, theirs, truths, dataset=index.name,
             dialect=dialect or TOOLKITS.get(index.name, "compatible"),
         )  # fmt: skip
-        text = described(found, entrant.name, named(published), dataset.name)
+        scores = scores_by_dialect(found, truths, dataset=index.name)
+        text = described(found, scores, entrant.name, named(published), dataset.name)
         place = folder / dataset.name / FOLDER
         place.mkdir(parents=True, exist_ok=True)
-        _write(found, text, f"{entrant.name} and {named(published.name)}, {dataset.name}", place)
+        title = f"{entrant.name} and {named(published.name)}, {dataset.name}"
+        _write(found, scores, text, title, place)
         if run is not None:
             run.log_metrics(
                 {f"{dataset.name}/gap_{name}": found.gap[name] for name in SPLIT}
@@ -84,7 +95,7 @@ def explain_gaps(
     return "\n".join(texts)
 
 
-def described(found: Explanation, ours: str, theirs: str, dataset: str) -> str:
+def described(found: Explanation, by_dialect: Scores, ours: str, theirs: str, dataset: str) -> str:
     """Return the Markdown of an explanation."""
     gap = ", ".join(f"{name} {found.gap[name]:+.4f}" for name in SPLIT)
     rows: list[list[object]] = [
@@ -104,7 +115,7 @@ def described(found: Explanation, ours: str, theirs: str, dataset: str) -> str:
             [
                 [dialect, *(float(scores[side][name])
                             for side in (OURS, THEIRS) for name in ("AO", "SUC", "P"))]
-                for dialect, scores in found.scores.items()
+                for dialect, scores in by_dialect.items()
             ],
         ),
     ]  # fmt: skip
@@ -129,7 +140,7 @@ def described(found: Explanation, ours: str, theirs: str, dataset: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _write(found: Explanation, text: str, title: str, place: Path) -> None:
+def _write(found: Explanation, scores: Scores, text: str, title: str, place: Path) -> None:
     (place / "explanation.md").write_text(text)
     account = [
         [part.cause, part.side, part.num_sequences,
@@ -140,10 +151,10 @@ def _write(found: Explanation, text: str, title: str, place: Path) -> None:
     (place / "account.csv").write_text(_csv([header, *account]))
     by_dialect = [
         [dialect, side, *(f"{value:.4f}" for value in of_side.values())]
-        for dialect, scores in found.scores.items()
-        for side, of_side in scores.items()
+        for dialect, by_side in scores.items()
+        for side, of_side in by_side.items()
     ]
-    names = list(next(iter(found.scores.values()))[OURS])
+    names = list(next(iter(scores.values()))[OURS])
     (place / "dialects.csv").write_text(_csv([["dialect", "whose", *names], *by_dialect]))
     columns = [f"{name}_{what}" for name in SPLIT for what in ("ours", "theirs", "difference")]
     sequences = [
