@@ -98,6 +98,9 @@ def align(
             elif place == 0:
                 add("first frame", "the first frame has no row", row)
     else:
+        for step in range(2, MAX_STEP + 1):
+            if rows == step * num:
+                add("frame rate", f"{step} rows for every frame", frames * step, is_told=True)
         again = np.flatnonzero((boxes[1:] == boxes[:-1]).all(axis=1)) + 1
         told = len(again) == -lost  # no others: it is not a tracker that stays where it was
         told |= lost == -1 and first_is_given and again[:1] == 1 and len(again) < rows // 2

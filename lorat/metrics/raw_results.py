@@ -29,6 +29,8 @@ from lorat.metrics.result_files import pytracking_name
 
 PREFIX = "results:"
 """Begins the name of raw results where a model could stand."""
+SUFFIXES = (".txt", ".csv")
+"""Of result files; the toolkits read the first."""
 NO_BOXES = re.compile(
     r"_(time|times|fps|scores?|confidences?|confidence_value|all_boxes|all_scores|object_presence"
     r"_scores?|max_scores?)$"
@@ -142,8 +144,9 @@ def read_results(folder: str | Path, sequences: Sequence[str], dataset: str) -> 
     with _unpacked(folder) as place:
         paths = [
             path.relative_to(place)
-            for path in sorted(place.rglob("*.txt"))
-            if not _is_other(path.relative_to(place))
+            for path in sorted(place.rglob("*"))
+            if path.suffix in SUFFIXES
+            and not _is_other(path.relative_to(place))
             and path.is_file()
             and path.stat().st_size <= MAX_FILE_BYTES
         ]
@@ -181,7 +184,7 @@ def _unpacked(folder: Path) -> Iterator[Path]:
             entries = [
                 entry
                 for entry in archive.infolist()
-                if entry.filename.endswith(".txt") and entry.file_size <= MAX_FILE_BYTES
+                if entry.filename.endswith(SUFFIXES) and entry.file_size <= MAX_FILE_BYTES
             ]
             if sum(entry.file_size for entry in entries) > MAX_ZIP_BYTES:
                 raise UserError(
@@ -266,6 +269,11 @@ def parse_file(file: Path, path: str) -> RawFile:
     lines = read_lines(file)
     if file.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff"):
         oddities.append("saved as UTF-16")
+    if file.suffix != SUFFIXES[0]:
+        oddities.append(f"named {file.suffix} in the place of {SUFFIXES[0]}")
+    if any(line[:1] in ("[", "(") for line in lines):
+        oddities.append("brackets around the rows")
+        lines = [line.strip("[](), ") for line in lines]
     if lines and any(c.isalpha() for c in lines[0]) and not _numbers(lines[0])[0]:
         oddities.append("a header line")
         lines = lines[1:]
@@ -343,6 +351,12 @@ def _box_columns(table: np.ndarray) -> tuple[np.ndarray, list[str]]:
         if np.isfinite(steps).any() and (steps[np.isfinite(steps)] == 1).all():
             table = table[:, 1:]
             oddities.append("frame numbers in the first column")
+    if table.shape[1] > 4 and len(table):
+        score, others = table[:, 0], table[:, 1:]
+        known = np.isfinite(table).all(axis=1)
+        if known.any() and (np.abs(score[known]) <= 1).all() and (others[known] > 1.5).any():
+            table = others
+            oddities.append("scores in the first column")
     if table.shape[1] == 8:
         corners = table.reshape(-1, 4, 2)
         low, high = corners.min(axis=1), corners.max(axis=1)

@@ -233,6 +233,22 @@ CAUSES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "scores behind": (
         lines_of(lambda lines: [f"{line}\t0.5" for line in lines]), "text of the files",
         "more columns"),
+    "scores in front": (
+        lines_of(lambda lines: [f"0.5\t{line}" for line in lines]), "text of the files",
+        "scores in the first column"),
+    "brackets": (
+        lines_of(lambda lines: [f"[{line.replace(chr(9), ', ')}]" for line in lines]),
+        "text of the files", "brackets"),
+    "two rows a frame": (
+        rows_of(lambda r: np.repeat(r, 2, axis=0)), "frame rate", "2 rows for every frame"),
+    "half a pixel": (rows_of(lambda r: r + CORNERS / 2), "boxes' convention", "shifted by +0.5"),
+    "polygons": (
+        rows_of(lambda r: np.c_[r[:, :2], r[:, 0] + r[:, 2], r[:, 1], r[:, 0] + r[:, 2],
+                                r[:, 1] + r[:, 3], r[:, 0], r[:, 1] + r[:, 3]]),
+        "text of the files", "polygons"),
+    "named .csv": (
+        lambda folder: [f.rename(f.with_suffix(".csv")) for f in folder.glob("*.txt")] and None,
+        "text of the files", "named .csv"),
     "other case": (renamed(str.lower), "sequence names", "other names"),
     "a prefix": (renamed(lambda name: f"walks_{name}"), "sequence names", "other names"),
     "numbers for names": (
