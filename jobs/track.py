@@ -76,10 +76,8 @@ def main() -> int:
     for option in [name for name in ("select", "show") if getattr(options, name)]:
         need_screen(f"--{option}")
     source = VideoSource(options.source)
-    frames = iter(source)
-    first = next(frames)
-    for each in objects:
-        check_inside(each.box, first.image)
+    first = next(frames := iter(source))
+    check_inside(objects, first.image)
     if device := {"auto": None, "cpu": "cpu", "gpu": "cuda"}[options.device]:
         from lorat.tracking.tracker import resolve_device
 
@@ -103,9 +101,8 @@ def main() -> int:
             bar.update()
             try:
                 for frame in trajectory.follow(frames):
-                    clip.write(
-                        drawn := annotate_objects(frame.image, *trajectory.last), frame.time_s
-                    )
+                    drawn = annotate_objects(frame.image, *trajectory.last)
+                    clip.write(drawn, frame.time_s)
                     bar.update()
                     if options.show and not show(drawn):
                         break

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#4b5563")
 LINES = ("-", "--", ":", "-.")
@@ -71,9 +72,9 @@ def _curves(
     curves: Mapping[str, tuple[np.ndarray, float]], title: str, x: str, y: str, end: float
 ) -> Figure:
     axes = new_axes(title, x, y)
-    ranked = sorted(curves.items(), key=lambda item: -item[1][1])
-    for position, (name, (rates, score)) in enumerate(ranked):
-        thresholds = np.linspace(0, end, len(rates))
+    given = list(curves)  # a colour goes with the name, whatever its rank in this plot
+    for name, (rates, score) in sorted(curves.items(), key=lambda item: -item[1][1]):
+        thresholds, position = np.linspace(0, end, len(rates)), given.index(name)
         axes.plot(
             thresholds, rates, label=f"{name}  {score:.3f}", color=COLORS[position % len(COLORS)],
             linestyle=LINES[position // len(COLORS) % len(LINES)], linewidth=2,
@@ -230,6 +231,7 @@ def gap_plot(
         color=[COLORS[0] if value >= 0 else COLORS[1] for value in ordered],
     )  # fmt: skip
     right.axhline(0, color="black", linewidth=1)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set_xlabel("sequences, sorted")
     right.set_ylabel("theirs − ours, AO")
     for axes in (left, right):

@@ -84,16 +84,17 @@ def parse_box(text: str) -> np.ndarray:
     return xyxy_from_xywh(values)
 
 
-def check_inside(box: np.ndarray, frame: np.ndarray) -> None:
-    """Refuse a box that does not lie in the frame.
+def check_inside(objects: Sequence[FirstBox], frame: np.ndarray) -> None:
+    """Refuse a box that does not lie in the first frame of the video.
 
     Raises:
         UserError: if less than a pixel of it does, or it sticks out.
     """
     height, width = frame.shape[:2]
-    if (box[:2] < 0).any() or box[2] > width or box[3] > height:
-        given = ",".join(f"{value:g}" for value in xywh_from_xyxy(box))
-        raise UserError(
-            f"The box {given} does not lie inside the first frame of {width}x{height} pixels; "
-            "give left,top,width,height within it."
-        )
+    for box in (each.box for each in objects):
+        if (box[:2] < 0).any() or box[2] > width or box[3] > height:
+            given = ",".join(f"{value:g}" for value in xywh_from_xyxy(box))
+            raise UserError(
+                f"The box {given} does not lie inside the first frame of {width}x{height} pixels; "
+                "give left,top,width,height within it."
+            )

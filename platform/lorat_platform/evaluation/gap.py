@@ -168,7 +168,13 @@ def _write(found: Explanation, scores: Scores, text: str, title: str, place: Pat
     header = ["sequence", "frames", *columns, *left, "apart_at_frame", "causes"]
     (place / "sequences.csv").write_text(_csv([header, *sequences]))
     figure = plots.gap_plot(
-        [(f"{p.cause}{f' ({p.side})' if p.side else ''}", p.gap["AO"]) for p in found.parts],
+        [
+            (
+                f"{part.cause} ({part.side})" if part.side else part.text or part.cause,
+                part.gap["AO"],
+            )
+            for part in found.parts
+        ],
         [s.theirs["AO"] - s.ours["AO"] for s in found.sequences],
         title,
     )
