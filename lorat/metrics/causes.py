@@ -204,21 +204,22 @@ def _by_first_boxes(
     missing: list[str], strangers: list[RawFile], truths: Mapping[str, GroundTruth]
 ) -> dict[str, RawFile]:
     """Match files with sequences by their first boxes, in the form that matches most."""
+    givens = np.array([truths[name].boxes[0] for name in missing])
+    sizes = np.array([_size(truths[name]) for name in missing])
+    lengths = np.array([len(truths[name].boxes) for name in missing])
     best: dict[str, RawFile] = {}
     for form in FORMS.values():
         matched: dict[str, RawFile] = {}
+        is_free = np.ones(len(missing), dtype=bool)
         for file in strangers:
             row = _first_row(file)
             assert row is not None
-            fits = {
-                name: rows_iou(form(row[None], _size(truths[name])), truths[name].boxes[:1])[0]
-                - 0.2 * (len(truths[name].boxes) != len(file.rows))
-                for name in missing
-                if name not in matched
-            }
-            name = max(fits, key=lambda name: fits[name], default="")
-            if name and fits[name] >= TRUSTED - 0.2:
-                matched[name] = file
+            fits = rows_iou(form(np.tile(row, (len(missing), 1)), sizes), givens)
+            fits = np.where(is_free, fits - 0.2 * (lengths != len(file.rows)), -1.0)
+            place = int(fits.argmax())
+            if fits[place] >= TRUSTED - 0.2:
+                matched[missing[place]] = file
+                is_free[place] = False
         if len(matched) > len(best):
             best = matched
     return best
@@ -367,11 +368,14 @@ def _unmixed(
         for name, file in files.items()
         if (row := _first_row(file)) is not None
     }
+    givens = np.array([truth.boxes[0] for truth in truths.values()])
+    lost = [name for name, box in first.items() if rows_iou(box, truths[name].boxes[:1])[0] < 0.5]
     fits = {
-        name: {to: rows_iou(box, truths[to].boxes[:1])[0] for to in truths}
-        for name, box in first.items()
+        name: dict(
+            zip(truths, rows_iou(np.repeat(first[name], len(givens), axis=0), givens), strict=True)
+        )
+        for name in lost
     }
-    lost = [name for name in first if fits[name][name] < 0.5]
     kept, moved = dict(files), set()
     for name in lost:
         # The file that begins with this sequence's box, of those that fit nothing of their own.

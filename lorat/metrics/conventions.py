@@ -11,7 +11,7 @@ from lorat.image.boxes import xyxy_from_xywh
 from lorat.metrics.overlap import iou
 
 Form = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Turns rows (m, 4) and the frame's size (2,) into xyxy."""
+"""Turns rows (m, 4) and the frame's size (2,), or those of m frames (m, 2), into xyxy."""
 
 
 def _centred(rows: np.ndarray, size_wh: np.ndarray) -> np.ndarray:
@@ -19,7 +19,7 @@ def _centred(rows: np.ndarray, size_wh: np.ndarray) -> np.ndarray:
 
 
 def _mirrored(rows: np.ndarray, size_wh: np.ndarray) -> np.ndarray:
-    left = size_wh[0] - rows[:, :1] - rows[:, 2:3]
+    left = size_wh[..., :1] - rows[:, :1] - rows[:, 2:3]
     return xyxy_from_xywh(np.concatenate([left, rows[:, 1:]], axis=1))
 
 
