@@ -8,115 +8,22 @@ results that it is compared with, or beside the annotation.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from lorat.image.boxes import xywh_from_xyxy, xyxy_from_xywh
+from lorat.image.boxes import xyxy_from_xywh
 from lorat.metrics.alignment import Alignment, align, shift_of_all
-from lorat.metrics.conventions import (
-    FORMS,
-    TRUSTED,
-    USUAL,
-    Convention,
-    find_form,
-    find_offset,
-    find_scale,
-    rows_iou,
-)
+from lorat.metrics.conventions import FORMS, TRUSTED, Convention, rows_iou
+from lorat.metrics.diagnosis import NOWHERE, Diagnosis, in_frames, naive_boxes
 from lorat.metrics.dialects import GroundTruth
 from lorat.metrics.raw_results import RawFile, RawResults
+from lorat.metrics.reading import first_row, frame_size, own_convention, set_convention
 
-KINDS = (
-    "sequence names", "missing files", "text of the files", "sequences mixed up",
-    "boxes' convention", "first frame", "frame shift", "frame order", "frame rate",
-    "absent frames", "rows missing", "rows twice", "short files", "long files",
-    "rows without a box", "same box again", "rounding",
-)  # fmt: skip
-"""Kinds of causes, in the order in which they are mended."""
-NOWHERE = np.array([-9999.0, -9999.0, -9998.0, -9998.0])
-"""A box that overlaps with nothing: of a frame without a row."""
 SAME = 0.98
 """Overlap from which two boxes are the same but for rounding."""
-MOST = 0.6
-"""Share of the sequences that makes something the set's own habit."""
+
 FROZEN = 0.2
 """Share of a sequence that one box must last to be remarked."""
-
-
-@dataclass(kw_only=True)
-class Cause:
-    """Something unusual, and where."""
-
-    kind: str
-    """Of :data:`KINDS`."""
-    text: str
-    sequences: list[str]
-
-
-@dataclass(kw_only=True)
-class Diagnosis:
-    """A result set as the toolkits would take it, and mended step by step."""
-
-    naive: dict[str, np.ndarray]
-    """(n, 4) xyxy of each sequence, 0-based by the data set's custom."""
-    causes: list[Cause] = field(default_factory=list)
-    mended: dict[str, list[tuple[str, np.ndarray]]] = field(default_factory=dict)
-    """By sequence, the boxes (n, 4) after each kind of cause was mended."""
-    decimals: int = 3
-    """Digits after the point, of most files."""
-
-    def note(self, kind: str, text: str, sequence: str) -> None:
-        """Add a sequence to a cause."""
-        for cause in self.causes:
-            if (cause.kind, cause.text) == (kind, text):
-                if sequence and sequence not in cause.sequences:
-                    cause.sequences.append(sequence)
-                return
-        self.causes.append(Cause(kind=kind, text=text, sequences=[sequence] if sequence else []))
-
-    def mend(self, sequence: str, kind: str, boxes: np.ndarray) -> None:
-        """Note the boxes of a sequence once a kind of cause is mended."""
-        self.mended.setdefault(sequence, []).append((kind, boxes))
-
-    def after(self, kind: str | None) -> dict[str, np.ndarray]:
-        """Return the boxes once all kinds up to this one are mended; none means no kind."""
-        last = -1 if kind is None else KINDS.index(kind)
-        boxes = dict(self.naive)
-        for sequence, steps in self.mended.items():
-            for step, mended in steps:
-                if KINDS.index(step) <= last:
-                    boxes[sequence] = mended
-        return boxes
-
-    def final(self) -> dict[str, np.ndarray]:
-        """Return the boxes with everything mended."""
-        return self.after(KINDS[-1])
-
-
-def in_frames(boxes: np.ndarray, num: int) -> np.ndarray:
-    """Return boxes (n, 4) of n frames: cut, or :data:`NOWHERE` where there is none."""
-    whole = np.tile(NOWHERE, (num, 1))
-    whole[: min(num, len(boxes))] = boxes[:num]
-    return whole
-
-
-def naive_boxes(
-    raw: RawResults, truths: Mapping[str, GroundTruth], custom: float
-) -> dict[str, np.ndarray]:
-    """Return the boxes (n, 4) xyxy that a toolkit finds in files: by name, row by row.
-
-    Args:
-        raw: the files.
-        truths: annotation of the sequences.
-        custom: coordinate of the first pixel in the files of this data set.
-    """
-    boxes = {}
-    for name, truth in truths.items():
-        usual = name in raw.files and name not in raw.other_names
-        rows = raw.files[name].rows[~raw.files[name].is_empty] if usual else np.empty((0, 4))
-        boxes[name] = in_frames(xyxy_from_xywh(rows) - custom, len(truth.boxes))
-    return boxes
 
 
 def diagnose(
@@ -137,13 +44,13 @@ def diagnose(
     """
     found = Diagnosis(naive=naive_boxes(raw, truths, custom))
     files = _named_files(raw, truths, found)
-    shared = _set_convention(files, truths, other, custom)
+    shared = set_convention(files, truths, other, custom)
     files, moved = _unmixed(files, truths, shared, other, found)
     conventions = {
-        name: _own_convention(file, truths[name], shared[name], custom)
+        name: own_convention(file, truths[name], shared[name], custom)
         for name, file in files.items()
     }
-    tracks = {n: conventions[n].read(f.rows, _size(truths[n])) for n, f in files.items()}
+    tracks = {n: conventions[n].read(f.rows, frame_size(truths[n])) for n, f in files.items()}
     names = [n for n in tracks if len(tracks[n]) == len(truths[n].boxes)]
     shift = shift_of_all(
         [tracks[n] for n in names],
@@ -151,8 +58,6 @@ def diagnose(
         min((_tolerance_px(files[n]) for n in names), default=1.0),
     )
     aligned = _alignments(files, conventions, truths, other, shift)
-    digits = [file.decimals for file in files.values()]
-    found.decimals = int(np.median(digits)) if digits else 3
     for name, truth in truths.items():
         if name in files:
             _diagnose_one(
@@ -168,17 +73,6 @@ def diagnose(
     return found
 
 
-def _size(truth: GroundTruth) -> np.ndarray:
-    if truth.size_wh is None:
-        return np.array([1.0, 1.0])
-    return np.asarray(np.reshape(truth.size_wh, (-1, 2))[0], dtype=np.float64)
-
-
-def _first_row(file: RawFile) -> np.ndarray | None:
-    rows = file.rows[np.isfinite(file.rows).all(axis=1)]
-    return rows[0] if len(file.rows) and len(rows) else None
-
-
 def _named_files(
     raw: RawResults, truths: Mapping[str, GroundTruth], found: Diagnosis
 ) -> dict[str, RawFile]:
@@ -188,7 +82,7 @@ def _named_files(
         if name in files:
             found.note("sequence names", f"other names, such as {other_name}", name)
     missing = [name for name in truths if name not in files]
-    strangers = [file for file in raw.unread.values() if _first_row(file) is not None]
+    strangers = [file for file in raw.unread.values() if first_row(file) is not None]
     if missing and strangers:
         for name, file in _by_first_boxes(missing, strangers, truths).items():
             files[name] = file
@@ -205,14 +99,14 @@ def _by_first_boxes(
 ) -> dict[str, RawFile]:
     """Match files with sequences by their first boxes, in the form that matches most."""
     givens = np.array([truths[name].boxes[0] for name in missing])
-    sizes = np.array([_size(truths[name]) for name in missing])
+    sizes = np.array([frame_size(truths[name]) for name in missing])
     lengths = np.array([len(truths[name].boxes) for name in missing])
     best: dict[str, RawFile] = {}
     for form in FORMS.values():
         matched: dict[str, RawFile] = {}
         is_free = np.ones(len(missing), dtype=bool)
         for file in strangers:
-            row = _first_row(file)
+            row = first_row(file)
             assert row is not None
             fits = rows_iou(form(np.tile(row, (len(missing), 1)), sizes), givens)
             fits = np.where(is_free, fits - 0.2 * (lengths != len(file.rows)), -1.0)
@@ -225,136 +119,6 @@ def _by_first_boxes(
     return best
 
 
-def _set_convention(
-    files: Mapping[str, RawFile],
-    truths: Mapping[str, GroundTruth],
-    other: Mapping[str, np.ndarray],
-    custom: float,
-) -> dict[str, Convention]:
-    """Find how the rows of most files are read; the scale may be each sequence's own."""
-    rows = {name: row for name, file in files.items() if (row := _first_row(file)) is not None}
-    names = list(rows)
-    givens = {name: truths[name].boxes[0] for name in names}
-    sizes = {name: _size(truths[name]) for name in names}
-    form, fit = find_form(
-        [rows[n] for n in names], [givens[n] for n in names], [sizes[n] for n in names]
-    )
-    scales: dict[str, tuple[float, float]] = {}
-    if fit < TRUSTED:
-        scales = {n: s for n in names if (s := find_scale(rows[n], givens[n])) is not None}
-        if len(scales) >= MOST * len(names) > 0:
-            form = USUAL
-            if all(abs(x / y - 1) < 0.02 for x, y in scales.values()):
-                middle = float(np.median(list(scales.values())))
-                if all(abs(x / middle - 1) < 0.05 for x, _ in scales.values()):
-                    scales = dict.fromkeys(names, (middle, middle))
-        else:
-            scales = {}
-            if fit < 0.5 or form != USUAL:
-                form = _form_of_tracks(files, truths, other)
-    plain = {
-        name: Convention(form=form, scale_xy=scales.get(name, (1.0, 1.0)),
-                         offset_xy=(custom, custom))
-        for name in files
-    }  # fmt: skip
-    offset, sides = _set_offset(plain, rows, givens, sizes, files, other)
-    enlarged = 1.0
-    if offset is None and not sides and form == USUAL and not scales:
-        enlarged = _set_enlargement(plain, rows, givens, sizes)
-    x, y = (custom, custom) if offset is None else (custom + offset[0], custom + offset[1])
-    return {
-        name: Convention(
-            form=form, scale_xy=convention.scale_xy, offset_xy=(x, y), sides=sides,
-            enlarged=enlarged,
-        )
-        for name, convention in plain.items()
-    }  # fmt: skip
-
-
-def _form_of_tracks(
-    files: Mapping[str, RawFile],
-    truths: Mapping[str, GroundTruth],
-    other: Mapping[str, np.ndarray],
-) -> str:
-    """Find the form by all rows, where the first ones are not the given boxes."""
-
-    def fit(form: str) -> float:
-        means = []
-        for name, file in files.items():
-            num = min(len(file.rows), len(truths[name].boxes))
-            boxes = FORMS[form](file.rows[:num], _size(truths[name]))
-            both = (truths[name].boxes, other[name])
-            means += [rows_iou(boxes, anchor[:num]).mean() for anchor in both if num]
-        return float(np.mean(means)) if means else 0.0
-
-    fits = {form: fit(form) for form in FORMS}
-    best = max(fits, key=lambda form: fits[form])
-    return best if fits[best] > fits[USUAL] + 0.1 else USUAL
-
-
-def _set_offset(
-    conventions: Mapping[str, Convention],
-    rows: Mapping[str, np.ndarray],
-    givens: Mapping[str, np.ndarray],
-    sizes: Mapping[str, np.ndarray],
-    files: Mapping[str, RawFile],
-    other: Mapping[str, np.ndarray],
-) -> tuple[tuple[float, float] | None, float]:
-    """Return by how much most files are moved, none if by nothing, and what their sides lack."""
-    if not rows:
-        return None, 0.0
-    read = {n: conventions[n].read(row[None], sizes[n])[0] for n, row in rows.items()}
-    steps = [read[n] - givens[n] for n in rows]
-    if np.median([rows_iou(read[n][None], givens[n][None])[0] for n in rows]) < 0.5:
-        return _moved(steps) or (None, 0.0)
-    if (found := _moved(steps)) is not None:
-        return found
-    steps = []  # the first boxes are others than the given ones
-    for name in rows:
-        num = min(len(files[name].rows), len(other[name]))
-        boxes = conventions[name].read(files[name].rows[:num], sizes[name])
-        step = boxes - other[name][:num]
-        step = step[np.isfinite(step).all(axis=1)]
-        if len(step) and np.abs(step - np.median(step, axis=0)).mean() < 0.3:
-            steps.append(np.round(np.median(step, axis=0)))
-    return (_moved(steps) if len(steps) >= MOST * len(rows) else None) or (None, 0.0)
-
-
-def _moved(steps: list[np.ndarray]) -> tuple[tuple[float, float] | None, float] | None:
-    """Return the common move of corners and sides, in half pixels; none if there is none."""
-    if not steps:
-        return None
-    table = np.array(steps)
-    corner, sides = find_offset(table, np.zeros_like(table))
-    corner, sides = np.round(2 * corner) / 2, np.round(2 * sides) / 2
-    middle = np.concatenate([corner, corner + sides])
-    agreeing = (np.abs(table - middle).max(axis=1) < 0.3).mean()
-    if agreeing < MOST or (not corner.any() and not sides.any()) or sides[0] != sides[1]:
-        return None
-    return ((float(corner[0]), float(corner[1])) if corner.any() else None), -float(sides[0])
-
-
-def _set_enlargement(
-    conventions: Mapping[str, Convention],
-    rows: Mapping[str, np.ndarray],
-    givens: Mapping[str, np.ndarray],
-    sizes: Mapping[str, np.ndarray],
-) -> float:
-    """Return how many times too long the sides of most first boxes are, about their centres."""
-    ratios = []
-    for name, row in rows.items():
-        box, given = conventions[name].read(row[None], sizes[name])[0], givens[name]
-        ratio = (box[2:] - box[:2]) / (given[2:] - given[:2])
-        centred = np.abs((box[:2] + box[2:]) - (given[:2] + given[2:])).max() < 2
-        if centred and abs(ratio[0] / ratio[1] - 1) < 0.02:
-            ratios.append(float(ratio.mean()))
-    if len(ratios) < MOST * len(rows) or not ratios:
-        return 1.0
-    middle = float(np.median(ratios))
-    alike = np.mean(np.abs(np.array(ratios) / middle - 1) < 0.02) > MOST
-    return middle if alike and abs(middle - 1) > 0.02 else 1.0
-
-
 def _unmixed(
     files: Mapping[str, RawFile],
     truths: Mapping[str, GroundTruth],
@@ -364,9 +128,9 @@ def _unmixed(
 ) -> tuple[dict[str, RawFile], set[str]]:
     """Give each sequence the file that begins with its box; return which were moved."""
     first = {
-        name: conventions[name].read(row[None], _size(truths[name]))
+        name: conventions[name].read(row[None], frame_size(truths[name]))
         for name, file in files.items()
-        if (row := _first_row(file)) is not None
+        if (row := first_row(file)) is not None
     }
     givens = np.array([truth.boxes[0] for truth in truths.values()])
     lost = [name for name, box in first.items() if rows_iou(box, truths[name].boxes[:1])[0] < 0.5]
@@ -401,36 +165,6 @@ def _unmixed(
     return kept, moved
 
 
-def _own_convention(
-    file: RawFile, truth: GroundTruth, shared: Convention, custom: float
-) -> Convention:
-    """Return how the rows of one file are read, if it clearly differs from the others."""
-    row, given, size = _first_row(file), truth.boxes[0], _size(truth)
-    if row is None:
-        return shared
-    box = shared.read(row[None], size)
-    fit = rows_iou(box, given[None])[0]
-    step = box[0] - given
-    if fit >= 0.5 and (file.decimals or not (given % 1).any()):
-        for offset in (-1.0, 1.0):
-            if np.abs(step - offset).max() < 0.05:
-                x, y = shared.offset_xy
-                return Convention(
-                    form=shared.form, scale_xy=shared.scale_xy,
-                    offset_xy=(x + offset, y + offset), sides=shared.sides,
-                    enlarged=shared.enlarged,
-                )  # fmt: skip
-    if fit >= TRUSTED:
-        return shared
-    form, own_fit = find_form([row], [given], [size])
-    if own_fit >= 0.95 and own_fit > fit + 0.1:
-        return Convention(form=form, offset_xy=shared.offset_xy if form == USUAL else (0.0, 0.0))
-    scale = find_scale(row, given)
-    if scale is not None and shared.scale_xy == (1.0, 1.0):
-        return Convention(scale_xy=scale)
-    return shared
-
-
 def _tolerance_px(file: RawFile) -> float:
     """Return how far a first row may be from the given box and still be it."""
     return 0.05 if file.decimals else 1.0
@@ -452,7 +186,7 @@ def _alignments(
     def find(name: str, text: str = "") -> Alignment:
         truth, found = truths[name], Alignment(row=np.arange(len(truths[name].boxes)))
         rows = files[name].placed(len(truth.boxes))
-        boxes = conventions[name].read(rows, _size(truth))
+        boxes = conventions[name].read(rows, frame_size(truth))
         known = np.where((other[name] == NOWHERE).all(axis=1)[:, None], np.nan, other[name])
         for anchor in (known, truth.boxes):
             if not found.kind:
@@ -483,7 +217,7 @@ def _diagnose_one(
     moved: bool,
     alignment: Alignment | None,
 ) -> None:
-    num, size = len(truth.boxes), _size(truth)
+    num, size = len(truth.boxes), frame_size(truth)
     if alignment is None:
         found.note("missing files", "an empty file, or none that can be read", name)
         found.mend(name, "missing files", other)
@@ -614,10 +348,3 @@ def _drop_habits(found: Diagnosis, num_files: int) -> None:
             found.causes.remove(cause)
             for name in cause.sequences:
                 found.mended[name] = [s for s in found.mended[name] if s[0] != cause.kind]
-
-
-def rounded(boxes: np.ndarray, decimals: int) -> np.ndarray:
-    """Return xyxy boxes as they are in files of so many decimals; the first stays."""
-    ltwh = xywh_from_xyxy(boxes)
-    ltwh[1:] = np.round(ltwh[1:], decimals)
-    return xyxy_from_xywh(ltwh)

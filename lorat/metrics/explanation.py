@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorat.metrics.causes import KINDS, Cause, Diagnosis, diagnose, rounded
+from lorat.metrics.causes import diagnose
 from lorat.metrics.conventions import rows_iou
+from lorat.metrics.diagnosis import KINDS, Cause, Diagnosis, rounded
 from lorat.metrics.dialects import DIALECTS, GroundTruth, first_pixel
 from lorat.metrics.raw_results import RawResults
 from lorat.metrics.scores import Evaluation, evaluate

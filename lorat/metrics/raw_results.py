@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Literal
 
 import numpy as np
 
@@ -42,8 +41,6 @@ MAX_ZIP_BYTES = 1 << 32
 """Of all result files in a zip, unpacked."""
 _DECIMAL_COMMA = re.compile(r"[-+]?[0-9]+,[0-9]+")
 _RUN = re.compile(r"_([0-9]{1,3})$")
-
-Layout = Literal["flat", "got10k", "zip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +72,6 @@ class RawResults:
     """The result files of one tracker on one data set."""
 
     folder: Path
-    layout: Layout
     files: dict[str, RawFile]
     """By sequence of the data set."""
     other_names: dict[str, str]
@@ -157,14 +153,8 @@ def read_results(folder: str | Path, sequences: Sequence[str], dataset: str) -> 
             )
         chosen, other_names, several, rest = _match(folder, paths, sequences, dataset)
         parsed = {path: parse_file(place / path, path.as_posix()) for path in paths}
-    nested = sum(_RUN.sub("", path.stem) == path.parent.name for path in chosen.values())
     return RawResults(
         folder=folder,
-        layout="got10k"
-        if 2 * nested > len(chosen)
-        else "zip"
-        if folder.suffix == ".zip"
-        else "flat",
         files={name: parsed[path] for name, path in chosen.items()},
         other_names=other_names,
         unknown=[path.as_posix() for path in rest],
@@ -260,14 +250,14 @@ def _match(
 
 
 def parse_file(file: Path, path: str) -> RawFile:
-    """Parse a result file, whatever it is like.
-
-    Raises:
-        UserError: if it cannot be read, or is no text.
-    """
+    """Parse a result file, whatever it is like; one that cannot be read has no rows."""
     oddities: list[str] = []
-    lines = read_lines(file)
-    if file.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    try:
+        lines = read_lines(file)
+    except UserError:
+        lines = []
+        oddities.append("no text, or not to be read")
+    if lines and file.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff"):
         oddities.append("saved as UTF-16")
     if file.suffix != SUFFIXES[0]:
         oddities.append(f"named {file.suffix} in the place of {SUFFIXES[0]}")

@@ -245,8 +245,9 @@ def test_object_selected_with_the_mouse_is_tracked_and_shown(
         (["{folder}"], "Give the object by one of --box"),
         (["{folder}", "--box", "1,1,5,5", "--select"], "one of --box L,T,W,H, --boxes FILE and"),
         (["{folder}", "--box", "1,1,5,5", "--box", "5000,10,20,20"], "does not lie inside"),
-        (["{folder}", "--boxes", "text.mp4"], "Line 1 of text.mp4 is no video; give left,top"),
+        (["{folder}", "--boxes", "text.mp4"], "text.mp4 holds no object; give left,top"),
         (["{folder}", "--boxes", "late.txt"], "No object of late.txt is there from the beginning"),
+        (["{folder}", "--boxes", "odd.txt"], "Line 2 of odd.txt is 9 9 5; give left,top,width"),
         (["{folder}", "--boxes", "gone.txt"], "gone.txt cannot be read"),
         (["tracked.mp4", "--box", "1,1,5,5"], "output is tracked.mp4, the video itself"),
         (["./a.mp4", "--box", "1,1,5,5", "--output", "{folder}/../a.mp4"], "the video itself"),
@@ -276,6 +277,7 @@ def test_mistake_is_one_sentence(
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "late.txt").write_text("1,1,5,5,3\n")
+    (tmp_path / "odd.txt").write_text("1,1,5,5\n9 9 5\n")
     for suffix in (".mp4", ".json"):
         folder.with_suffix(suffix).mkdir()
     monkeypatch.chdir(tmp_path)

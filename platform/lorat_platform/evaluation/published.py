@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lorat.errors import UserError, named
-from lorat.metrics.causes import naive_boxes
+from lorat.metrics.diagnosis import naive_boxes
 from lorat.metrics.dialects import first_pixel
 from lorat.metrics.raw_results import PREFIX, read_results
 from lorat.tracking.one_pass import SequenceResult, ground_truth
