@@ -14,6 +14,7 @@ CLEARLY = 0.05
 """The same where rows are too few or too many, for which the end is the first suspect."""
 TOLD = 0.1
 """Loss of the mean overlap up to which what the rows themselves tell is believed."""
+ROW_EVERY = "a row for every {} frames"
 MAX_SHIFT = 3
 MAX_STEP = 10
 
@@ -72,7 +73,8 @@ def align(
             how = "late" if shift < 0 else "early"
             text = f"rows {abs(shift)} frame{'s' * (abs(shift) > 1)} too {how}"
             add("frame shift", text, row, is_told=shift == told_shift)
-        last_is_given = bool(np.abs(boxes[-1] - given).max() <= tolerance_px)
+        moves = (boxes[1:] != boxes[:-1]).any(axis=1).mean() > 0.5
+        last_is_given = bool(moves and np.abs(boxes[-1] - given).max() <= tolerance_px)
         add(
             "frame order", "rows from the last frame to the first", frames[::-1],
             is_told=last_is_given and not first_is_given,
@@ -84,7 +86,7 @@ def align(
         for step in range(2, MAX_STEP + 1):
             if rows == -(-num // step):
                 row = np.where(frames % step == 0, frames // step, -1)
-                add("frame rate", f"a row for every {step} frames", row)
+                add("frame rate", ROW_EVERY.format(step), row)
         if lost <= num // 2:
             if not first_is_given:
                 what = "the first frame has no row" if lost == 1 else f"the first {lost} have none"
@@ -139,6 +141,15 @@ def shift_of_all(tracks: list[np.ndarray], givens: list[np.ndarray], tolerance_p
         if len(votes) > 1 and votes.count(shift) >= share * len(votes):
             return shift
     return 0
+
+
+def step_of_all(num_rows: list[int], num_frames: list[int]) -> int:
+    """Return for every how many frames nearly all files have a row; 1 where they have not."""
+    for step in range(2, MAX_STEP + 1):
+        fits = [rows == -(-num // step) for rows, num in zip(num_rows, num_frames, strict=True)]
+        if len(fits) > 1 and sum(fits) >= 0.8 * len(fits):
+            return step
+    return 1
 
 
 def _best(

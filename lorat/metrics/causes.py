@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lorat.image.boxes import xyxy_from_xywh
-from lorat.metrics.alignment import Alignment, align, shift_of_all
+from lorat.metrics.alignment import ROW_EVERY, Alignment, align, shift_of_all, step_of_all
 from lorat.metrics.conventions import FORMS, TRUSTED, Convention, rows_iou
 from lorat.metrics.diagnosis import NOWHERE, Diagnosis, in_frames, naive_boxes
 from lorat.metrics.dialects import GroundTruth
@@ -197,7 +197,10 @@ def _alignments(
         return found
 
     names = [name for name, file in files.items() if np.isfinite(file.rows).any()]
-    aligned = {name: find(name) for name in names}
+    lengths = [len(truths[name].boxes) for name in names]
+    step = step_of_all([len(files[name].rows) for name in names], lengths)
+    told = ROW_EVERY.format(step) if step > 1 else ""
+    aligned = {name: find(name, told) for name in names}
     texts = [alignment.text for alignment in aligned.values() if alignment.kind]
     most = max(set(texts), key=texts.count, default="")
     if most and texts.count(most) > 0.5 * len(names):

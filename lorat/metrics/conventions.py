@@ -117,15 +117,16 @@ def find_form(
 ) -> tuple[str, float]:
     """Return the form in which first rows (4,) are the given boxes (4,) xyxy, and how well.
 
-    How well is the median overlap; the usual form is taken where it is as good.
+    How well is the median overlap, where files may be 1-based: a pixel is much of a small box.  The
+    usual form is taken where it is as good.
     """
+    if not firsts:
+        return USUAL, 0.0
     best, best_fit = USUAL, -1.0
+    rows, boxes, sizes_wh = np.array(firsts), np.array(givens), np.array(sizes)
     for name, form in FORMS.items():
-        overlaps = [
-            rows_iou(form(row[None], size), given[None])[0]
-            for row, given, size in zip(firsts, givens, sizes, strict=True)
-        ]
-        fit = float(np.median(overlaps)) if overlaps else 0.0
+        read = form(rows, sizes_wh)
+        fit = max(float(np.median(rows_iou(read - origin, boxes))) for origin in (0.0, 1.0, -1.0))
         if fit > best_fit + (0.02 if best_fit >= 0 else 0):
             best, best_fit = name, fit
     return best, best_fit
