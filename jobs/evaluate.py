@@ -26,7 +26,7 @@ from lorat.errors import UserError
 from lorat.files.home import home
 from lorat.files.storage import locate
 from lorat.metrics import DIALECTS
-from lorat_platform.evaluation import contest
+from lorat_platform.evaluation import contest, gap
 from lorat_platform.evaluation.report import check_place
 from lorat_platform.evaluation.session import EvaluationPlan, evaluate_plan
 from lorat_platform.evaluation.workers import EvaluationConfig
@@ -71,8 +71,8 @@ class Options:
             raise UserError("model is empty; give one tracker or several.")
         if not self.data:
             raise UserError("data is empty; give at least one URI of shards with full frames.")
-        if self.explain is not None and len(self.model) > 1:
-            raise UserError("Several models are given with --explain; give one of them.")
+        if self.explain is not None:
+            gap.check_explainable(self.model, self.explain)
         if self.dialect not in (None, *DIALECTS):
             raise UserError(f"There is no {self.dialect} for --as; give {', '.join(DIALECTS)}.")
 

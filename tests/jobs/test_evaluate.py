@@ -280,6 +280,7 @@ def test_export_writes_a_parity_report(home: Path, uri: str, tmp_path: Path) -> 
         ("evaluate", ["--model", "results:/nowhere"], "There is no /nowhere; give results:FOLDER"),
         ("evaluate", ["--model", "static", "--as", "vot"], "There is no vot for --as; give compat"),
         ("evaluate", ["--model", "static", "mil", "--explain", "a"], "give one of them"),
+        ("evaluate", ["--model", "static", "--explain", "/nowhere"], "There is no /nowhere; give"),
         ("promote", [], "There is no models:/lorat@candidate"),
         ("promote", ["--rollback", "--force"], "give one of them"),
         ("export", ["--model", "nowhere"], "There is no model nowhere"),

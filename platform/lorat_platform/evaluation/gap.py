@@ -17,9 +17,9 @@ from lorat.metrics.explanation import (
     explain,
     scores_by_dialect,
 )
-from lorat.metrics.raw_results import PREFIX, RawResults, read_results
+from lorat.metrics.raw_results import RawResults, read_results
 from lorat.tracking.one_pass import ground_truth
-from lorat_platform.evaluation.published import Published
+from lorat_platform.evaluation.published import Published, published
 from lorat_platform.evaluation.report import markdown_table
 from lorat_platform.evaluation.sets import TOOLKITS, DatasetResult
 from lorat_platform.evaluation.subject import Subject
@@ -33,10 +33,21 @@ SHOWN = 20
 """Sequences in the Markdown; the file has them all."""
 
 
+def check_explainable(models: Sequence[str], results: Path) -> None:
+    """Refuse what cannot be explained, before the work.
+
+    Raises:
+        UserError: for several models, or results that are not there.
+    """
+    if len(models) > 1:
+        raise UserError("Several models are given with --explain; give one of them.")
+    published(str(results))
+
+
 def explain_gaps(
     entrant: Subject | Published,
     datasets: Sequence[DatasetResult],
-    published: Path,
+    files: Path,
     folder: Path,
     *,
     dialect: str | None = None,
@@ -50,7 +61,7 @@ def explain_gaps(
     Args:
         entrant: what was evaluated.
         datasets: its results; of published ones, scored as they are.
-        published: folder or zip of the other tracker's files.
+        files: folder or zip of the other tracker.
         folder: of the report.
         dialect: in which both are scored; none means the data set's own toolkit.
         run: gets the gap and what is left of it as metrics.
@@ -61,7 +72,7 @@ def explain_gaps(
     Raises:
         UserError: if the files cannot be read, or only first boxes are annotated.
     """
-    published = Path(str(published).removeprefix(PREFIX))
+    files = published(str(files)).folder
     texts = []
     for dataset in datasets:
         if not dataset.evaluations:
@@ -71,7 +82,7 @@ def explain_gaps(
             )
         index = dataset.index
         truths = {name: ground_truth(index, r.track) for name, r in dataset.results.items()}
-        theirs = read_results(published, list(truths), index.name)
+        theirs = read_results(files, list(truths), index.name)
         ours: RawResults | dict = {name: r.boxes for name, r in dataset.results.items()}
         if isinstance(entrant, Published):
             ours = read_results(entrant.folder, list(truths), index.name)
@@ -80,10 +91,10 @@ def explain_gaps(
             dialect=dialect or TOOLKITS.get(index.name, "compatible"),
         )  # fmt: skip
         scores = scores_by_dialect(found, truths, dataset=index.name)
-        text = described(found, scores, entrant.name, named(published), dataset.name)
+        text = described(found, scores, entrant.name, named(files), dataset.name)
         place = folder / dataset.name / FOLDER
         place.mkdir(parents=True, exist_ok=True)
-        title = f"{entrant.name} and {named(published.name)}, {dataset.name}"
+        title = f"{entrant.name} and {named(files.name)}, {dataset.name}"
         _write(found, scores, text, title, place)
         if run is not None:
             run.log_metrics(
