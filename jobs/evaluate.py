@@ -1,7 +1,9 @@
-"""Evaluate a tracker on benchmarks and keep scores, plots, clips and result files in MLflow.
+"""Evaluate trackers on benchmarks and keep scores, plots, clips and result files in MLflow.
 
 python jobs/evaluate.py --model models:/lorat@champion --data URI
-python jobs/evaluate.py --model static --data synthetic
+python jobs/evaluate.py --model models:/lorat@champion models:/lorat@candidate static
+python jobs/evaluate.py --model models:/lorat/3 results:FOLDER --data URI
+python jobs/evaluate.py --model models:/lorat/3 --data URI --explain FOLDER
 """
 
 from __future__ import annotations
@@ -9,12 +11,12 @@ from __future__ import annotations
 import bootstrap
 
 import dataclasses
-import json
 import logging
 import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import command
 import flags
@@ -23,10 +25,10 @@ import tyro
 from lorat.errors import UserError
 from lorat.files.home import home
 from lorat.files.storage import locate
-from lorat_platform import cluster
-from lorat_platform.evaluation.report import check_place, record, write_report
-from lorat_platform.evaluation.sets import check_distinct, evaluate
-from lorat_platform.evaluation.subject import load_subject
+from lorat.metrics import DIALECTS
+from lorat_platform.evaluation import contest, gap
+from lorat_platform.evaluation.report import check_place
+from lorat_platform.evaluation.session import EvaluationPlan, evaluate_plan
 from lorat_platform.evaluation.workers import EvaluationConfig
 from lorat_platform.recording.run import open_run
 from lorat_platform.recording.store import tracking_uri
@@ -37,15 +39,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Evaluate a tracker on benchmarks by tracking every sequence from its first box."""
+    """Evaluate trackers on benchmarks by tracking every sequence from its first box."""
 
-    model: str
-    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID/model, a checkpoint folder, a
-    released file, or the baselines static, mil and, where OpenCV has it, csrt."""
+    model: tuple[str, ...]
+    """One or several, which are compared on the same sequences: models:/NAME@ALIAS,
+    models:/NAME/VERSION, runs:/RUN_ID/model, a checkpoint folder, a released file, the baselines
+    static, mil and, where OpenCV has it, csrt, or results:FOLDER, the raw result files of a
+    tracker as published (pytracking, GOT-10k, TrackingNet, OTB; a zip as well)."""
     data: tuple[str, ...] = ("synthetic",)
     """Shards with full frames, one URI or more; synthetic means the synthetic validation set."""
     variant: str | None = None
     """Variant of a released file, which does not name it."""
+    explain: Path | None = None
+    """Explain why the scores are not those of published result files, in this folder or zip."""
+    dialect: Annotated[str | None, tyro.conf.arg(name="as")] = None
+    """Score in this toolkit's dialect as well, and explain in it; one of lorat.metrics.DIALECTS."""
     output: Path | None = None
     """Folder for reports and result files; none means one under the home folder."""
     clips: bool = True
@@ -59,17 +67,14 @@ class Options:
     )
 
     def __post_init__(self) -> None:
+        if not self.model:
+            raise UserError("model is empty; give one tracker or several.")
         if not self.data:
             raise UserError("data is empty; give at least one URI of shards with full frames.")
-
-
-def dataset_uri(name: str) -> str:
-    """Return the URI of a data set; ``synthetic`` is made on first use."""
-    if name == "synthetic":
-        from lorat.data import synthetic
-
-        return synthetic.ensure(None, "val")
-    return name
+        if self.explain is not None:
+            gap.check_explainable(self.model, self.explain)
+        if self.dialect not in (None, *DIALECTS):
+            raise UserError(f"There is no {self.dialect} for --as; give {', '.join(DIALECTS)}.")
 
 
 def main() -> int:
@@ -77,43 +82,37 @@ def main() -> int:
     options = flags.parse(Options, description=__doc__)
     if options.output is not None:
         check_place(options.output)
-    subject = load_subject(options.model, variant=options.variant)
-    uris = [dataset_uri(name) for name in options.data]
-    check_distinct(uris)
+    entrants = contest.load_entrants(options.model, variant=options.variant)
+    uris = contest.dataset_uris(options.data)
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    unique = f"{stamp}-{subject.fingerprint[:8]}-{secrets.token_hex(2)}"
+    unique = f"{stamp}-{entrants[0].fingerprint[:8]}-{secrets.token_hex(2)}"
     folder = options.output or home() / "reports" / unique
     check_place(folder)
     location = locate(folder)
     location.make()
+    plan = EvaluationPlan(
+        entrants=entrants, uris=uris, folder=folder, experiment=options.experiment,
+        config=options.evaluation, clips=options.clips, dialect=options.dialect,
+        explain=options.explain,
+    )  # fmt: skip
+    name = ", ".join(contest.labels(entrants))
+    tags = {"job": "evaluate", "git_revision": command.git_revision(bootstrap.ROOT) or "unknown"}
     with (
         Lease(location, f"The report {folder}", "give another --output").claim() as lease,
-        cluster.connected(options.address) as ray_cluster,
+        contest.connected(entrants, options.address) as ray_cluster,
         open_run(
-            options.experiment,
-            f"{subject.name} {stamp}",
+            options.experiment, f"{name} {stamp}", tags=tags,
             folder=home() / "journals" / f"evaluate-{unique}",
-            tags={
-                "job": "evaluate",
-                "git_revision": command.git_revision(bootstrap.ROOT) or "unknown",
-            },
         ) as run,
-    ):
-        log.info("Evaluating %s with %s.", subject.name, ray_cluster)
-        run.log_params(dataclasses.asdict(options) | {"data": uris})
-        datasets = [evaluate(subject, uri, options.evaluation) for uri in uris]
-        lease.confirm()
-        text = write_report(subject, datasets, folder, clips=options.clips)
-        settings = {"model": options.model, "data": uris, "variant": subject.variant}
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        record(run, subject, datasets, folder)
-        log.info("\n%s", text)
+    ):  # fmt: skip
+        log.info("Evaluating %s with %s.", name, ray_cluster)
+        given = dataclasses.asdict(options)
+        run.log_params(given | {"data": uris, "model": " ".join(options.model)})
+        log.info("\n%s", evaluate_plan(plan, run, before_writing=lease.confirm))
         log.info("files   %s", folder)
     if run.run_id is not None:  # else the end of the run has said what waits, and where
-        log.info(
-            "MLflow  %s, experiment %s, run %s",
-            tracking_uri(), options.experiment, run.run_id,
-        )  # fmt: skip
+        where = tracking_uri(), options.experiment, run.run_id
+        log.info("MLflow  %s, experiment %s, run %s", *where)
     return 0
 
 

@@ -1,6 +1,7 @@
-"""Track an object through a video and write the annotated video and the boxes.
+"""Track objects through a video and write the annotated video and the boxes.
 
 python jobs/track.py video.mp4 --box 100,80,60,90
+python jobs/track.py video.mp4 --box 100,80,60,90 --box 300,90,40,40
 python jobs/track.py FOLDER --box 100,80,60,90 --model models:/lorat@champion --output out.mp4
 python jobs/track.py camera:0 --select
 """
@@ -24,8 +25,8 @@ from lorat.config import fields
 from lorat.config.bounds import Count, check_bounds
 from lorat.errors import UserError, named
 from lorat.metrics.result_files import box_files, write_boxes
-from lorat.tracking.clips import ClipWriter, annotate, check_outputs
-from lorat.tracking.first_box import check_inside, parse_box
+from lorat.tracking.clips import ClipWriter, annotate_objects, check_outputs
+from lorat.tracking.first_box import FirstBox, check_inside, given_objects
 from lorat.tracking.trajectory import Trajectory
 from lorat.tracking.video_source import VideoSource
 from lorat.tracking.window import need_screen, select_box, show
@@ -37,14 +38,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Track one object, given by its box in the first frame."""
+    """Track objects, given by their boxes in the first frame."""
 
     source: tyro.conf.Positional[str]
     """A video file, a folder of images, or camera:0 (./camera:0 is a file)."""
-    box: str | None = None
-    """The object in the first frame: left,top,width,height in pixels."""
+    box: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """The object in the first frame: left,top,width,height in pixels; again for each other one."""
+    boxes: Path | None = None
+    """File with objects, one a line: left,top,width,height and, if not 0, their first frame."""
     select: bool = False
-    """Draw the box in a window instead."""
+    """Draw the box of one in a window instead."""
     model: str | None = None
     """Registered model, checkpoint folder or released file; or static, mil, or csrt (where
     OpenCV has it); none means models:/lorat@champion, or else models:/lorat@candidate."""
@@ -63,34 +66,31 @@ class Options:
     def __post_init__(self) -> None:
         check_bounds(self, fields.flag)
         check_outputs(self.output, self.source)
-        if (self.box is None) != self.select:
-            raise UserError("The object is not given once; give either --box L,T,W,H or --select.")
+        if bool(self.box) + (self.boxes is not None) + self.select != 1:
+            raise UserError("Give the object by one of --box L,T,W,H, --boxes FILE and --select.")
 
 
 def main() -> int:
     """Run the job; 1 if a frame, or a place of the video, is damaged and was passed over."""
     options = flags.parse(Options, description=__doc__)
-    given = parse_box(options.box) if options.box else None
+    objects = given_objects(options.box, options.boxes)
     for option in [name for name in ("select", "show") if getattr(options, name)]:
         need_screen(f"--{option}")
     source = VideoSource(options.source)
-    frames = iter(source)
-    first = next(frames)
-    if given is not None:
-        check_inside(given, first.image)
+    first = next(frames := iter(source))
+    check_inside(objects, first.image)
     if device := {"auto": None, "cpu": "cpu", "gpu": "cuda"}[options.device]:
         from lorat.tracking.tracker import resolve_device
 
         resolve_device(device)
     subject = load_subject(options.model or versions.usual(), variant=options.variant)
     tracker = subject.tracker(device)
-    box = select_box(first.image) if given is None else given
-
+    objects = objects or [FirstBox(box=select_box(first.image))]
     total = source.num_frames
     if options.max_frames is not None:
         total = min(total or options.max_frames, options.max_frames)
         frames = itertools.islice(frames, options.max_frames - 1)
-    trajectory = Trajectory(tracker, first, box)
+    trajectory = Trajectory(tracker, first, objects)
     stopped = 0
     about = {"source": options.source, "model": subject.name, "variant": subject.variant}
     try:
@@ -98,12 +98,11 @@ def main() -> int:
             ClipWriter(options.output, fps=source.fps) as clip,
             tqdm(total=total, unit="frame", desc=subject.name) as bar,
         ):
-            clip.write(annotate(first.image, box), first.time_s)
+            clip.write(annotate_objects(first.image, *trajectory.last), first.time_s)
             bar.update()
             try:
                 for frame in trajectory.follow(frames):
-                    text = f"{trajectory.scores[-1]:.2f}"
-                    drawn = annotate(frame.image, trajectory.boxes[-1], text=text)
+                    drawn = annotate_objects(frame.image, *trajectory.last)
                     clip.write(drawn, frame.time_s)
                     bar.update()
                     if options.show and not show(drawn):

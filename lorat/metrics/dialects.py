@@ -94,7 +94,7 @@ def family(dataset: str) -> str:
     return name
 
 
-def _origin(dataset: str) -> float:
+def first_pixel(dataset: str) -> float:
     """Return the index of the first pixel in the toolkit's own files of a data set."""
     return 1.0 if family(dataset) in ("lasot", "vasttrack", "otb") else 0.0
 
@@ -158,8 +158,8 @@ def _otb(truth: GroundTruth, predicted: np.ndarray, dataset: str) -> FrameErrors
 
 def _pysot(truth: GroundTruth, predicted: np.ndarray, dataset: str) -> FrameErrors:
     """Follow pysot-toolkit: no repair; absent frames of LaSOT leave only the denominator."""
-    gt = xywh_from_xyxy(truth.boxes + _origin(dataset))
-    result = xywh_from_xyxy(predicted + _origin(dataset))
+    gt = xywh_from_xyxy(truth.boxes + first_pixel(dataset))
+    result = xywh_from_xyxy(predicted + first_pixel(dataset))
     overlap, center, norm = _errors(gt, result)
     overlap[~(gt > 0).all(axis=1)] = -1
     middle = gt[:, :2] + 0.5 * (gt[:, 2:] - 1)
@@ -182,8 +182,8 @@ def _lasot(truth: GroundTruth, predicted: np.ndarray, dataset: str) -> FrameErro
 def _pytracking(truth: GroundTruth, predicted: np.ndarray, dataset: str) -> FrameErrors:
     """Follow pytracking: repaired predictions; a bad annotation is precise only after scaling."""
     kind = family(dataset)
-    gt = xywh_from_xyxy(truth.boxes + _origin(dataset))
-    result = _repaired(gt, xywh_from_xyxy(predicted + _origin(dataset)))
+    gt = xywh_from_xyxy(truth.boxes + first_pixel(dataset))
+    result = _repaired(gt, xywh_from_xyxy(predicted + first_pixel(dataset)))
     overlap, center, norm = _errors(gt, result, inclusive=True)
     bad = ~(gt > 0).all(axis=1)
     hidden = ~truth.visibility if kind == "lasot" else np.zeros(len(gt), dtype=bool)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#4b5563")
+LINES = ("-", "--", ":", "-.")
+"""Line styles, which tell what has the same colour apart."""
 GREY = "#6b7280"
 DPI = 130
 
@@ -69,11 +72,13 @@ def _curves(
     curves: Mapping[str, tuple[np.ndarray, float]], title: str, x: str, y: str, end: float
 ) -> Figure:
     axes = new_axes(title, x, y)
-    ranked = sorted(curves.items(), key=lambda item: -item[1][1])
-    for position, (name, (rates, score)) in enumerate(ranked):
-        thresholds = np.linspace(0, end, len(rates))
-        color = COLORS[position % len(COLORS)]
-        axes.plot(thresholds, rates, label=f"{name}  {score:.3f}", color=color, linewidth=2)
+    given = list(curves)  # a colour goes with the name, whatever its rank in this plot
+    for name, (rates, score) in sorted(curves.items(), key=lambda item: -item[1][1]):
+        thresholds, position = np.linspace(0, end, len(rates)), given.index(name)
+        axes.plot(
+            thresholds, rates, label=f"{name}  {score:.3f}", color=COLORS[position % len(COLORS)],
+            linestyle=LINES[position // len(COLORS) % len(LINES)], linewidth=2,
+        )  # fmt: skip
     axes.set_xlim(0, end)
     axes.set_ylim(0, 1.02)
     axes.legend(frameon=False)
@@ -126,6 +131,35 @@ def attribute_radar(scores: Mapping[str, Mapping[str, float]], title: str) -> Fi
     return figure
 
 
+def attribute_bars(
+    scores: Mapping[str, Mapping[str, float]], counts: Mapping[str, int], title: str
+) -> Figure:
+    """Draw a score per attribute, the bars of all trackers side by side.
+
+    Args:
+        scores: tracker -> attribute -> score; all trackers have the same attributes.
+        counts: sequences of each attribute.
+        title: what was evaluated.
+    """
+    attributes = list(next(iter(scores.values())))
+    height = min(16.0, 1.2 + len(attributes) * (0.16 * len(scores) + 0.14))
+    axes = new_axes(title, "AO", "", size=(6.8, max(2.6, height)))
+    thickness = 0.8 / len(scores)
+    places = np.arange(len(attributes))
+    for position, (name, values) in enumerate(scores.items()):
+        axes.barh(
+            places + (position - (len(scores) - 1) / 2) * thickness,
+            [values[attribute] for attribute in attributes],
+            height=thickness, color=COLORS[position % len(COLORS)], label=name,
+            hatch=("", "//", "..")[position // len(COLORS) % 3],
+        )  # fmt: skip
+    axes.set_yticks(places, [f"{name} ({counts[name]})" for name in attributes], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.legend(frameon=False, fontsize=8, loc="best")
+    return _figure(axes)
+
+
 def overlap_timeline(overlaps: Mapping[str, np.ndarray], title: str) -> Figure:
     """Draw the overlap over the frames of some sequences; negative values are left out."""
     axes = new_axes(title, "frame", "overlap (IoU)", size=(7.2, 3.6))
@@ -161,6 +195,45 @@ def comparison_plot(
         right.axvline(end, color=GREY, linestyle="--", linewidth=1.2)
     right.set_xlabel("mean difference, bootstrap")
     right.set_yticks([])
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure
+
+
+def gap_plot(
+    parts: Sequence[tuple[str, float]], differences: Sequence[float], title: str
+) -> Figure:
+    """Draw what a gap between two results is made of, and their differences per sequence.
+
+    Args:
+        parts: of the gap, with their shares; they are put end to end.
+        differences: theirs less ours, AO per sequence.
+        title: who is compared on what.
+    """
+    figure = Figure(
+        figsize=(10.4, max(3.6, 1.4 + 0.34 * len(parts))), dpi=DPI, layout="constrained"
+    )
+    left, right = figure.subplots(1, 2)
+    shares = np.array([share for _, share in parts])
+    starts = np.concatenate([[0.0], np.cumsum(shares)[:-1]])
+    colors = [COLORS[0] if share >= 0 else COLORS[1] for share in shares]
+    places = range(len(parts) + 1)
+    left.barh(places, [*shares, shares.sum()], left=[*starts, 0.0], color=[*colors, GREY])
+    left.set_yticks(places, [*(name for name, _ in parts), "the gap"], fontsize=8)
+    left.invert_yaxis()
+    left.axvline(0, color="black", linewidth=1)
+    left.set_xlabel("theirs − ours, AO")
+    ordered = np.sort(np.asarray(differences, dtype=np.float64))[::-1]
+    right.bar(
+        range(len(ordered)), ordered, width=0.9,
+        color=[COLORS[0] if value >= 0 else COLORS[1] for value in ordered],
+    )  # fmt: skip
+    right.axhline(0, color="black", linewidth=1)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.set_xlabel("sequences, sorted")
+    right.set_ylabel("theirs − ours, AO")
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -182,31 +182,50 @@ def box_files(video: Path) -> tuple[Path, Path]:
 def write_boxes(
     video: Path,
     boxes: Sequence[np.ndarray],
-    scores: Sequence[float],
+    scores: Sequence[np.ndarray],
     times_s: Sequence[float],
     about: Mapping[str, object],
 ) -> None:
-    """Write boxes as CSV (frame, x, y, w, h, score, time_s) and JSON beside a video.
+    """Write the boxes of one object or several as CSV and JSON beside a video.
+
+    The CSV has the columns frame, x, y, w, h, score and time_s.  Of several objects each has its
+    own, ``x_1`` to ``score_1`` and so on, empty in the frames before it began, and the JSON has
+    ``objects`` with the number of the first frame of each.
 
     Args:
         video: names the files.
-        boxes: xyxy (4,) in pixels of each frame.
-        scores: of each frame, 0 to 1.
+        boxes: xyxy (k, 4) in pixels of each frame; NaN of objects that have not begun.
+        scores: (k,) of each frame, 0 to 1.
         times_s: seconds since the first frame at which each is shown.
         about: more of what the JSON says.
     """
-    xywh = xywh_from_xyxy(np.array(boxes))
+    xywh, score = xywh_from_xyxy(np.array(boxes)), np.array(scores)
+    num = xywh.shape[1]
     table, content = box_files(video)
     with whole_file(table) as part, open(part, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["frame", "x", "y", "w", "h", "score", "time_s"])
-        for frame, (row, score, time_s) in enumerate(zip(xywh, scores, times_s, strict=True)):
-            values = (*(f"{value:.3f}" for value in row), f"{score:.4f}", f"{time_s:.3f}")
-            writer.writerow([frame, *values])
-    rounded = {
-        "boxes_xywh": np.round(xywh, 3).tolist(),
-        "scores": np.round(scores, 4).tolist(),
-        "times_s": np.round(times_s, 3).tolist(),
-    }
+        ends = [f"_{number}" for number in range(1, num + 1)] if num > 1 else [""]
+        columns = [f"{name}{end}" for end in ends for name in ("x", "y", "w", "h", "score")]
+        writer.writerow(["frame", *columns, "time_s"])
+        for frame, time_s in enumerate(times_s):
+            cells: list[str] = []
+            for row, value in zip(xywh[frame], score[frame], strict=True):
+                known = np.isfinite(row).all()
+                cells += [*(f"{v:.3f}" for v in row), f"{value:.4f}"] if known else [""] * 5
+            writer.writerow([frame, *cells, f"{time_s:.3f}"])
+    objects = []
+    for k in range(num):
+        begin = int(np.argmax(np.isfinite(xywh[:, k]).all(axis=1)))
+        known = np.isfinite(xywh[begin, k]).all()
+        rows = slice(begin, len(xywh) if known else begin)
+        objects.append(
+            {
+                "boxes_xywh": np.round(xywh[rows, k], 3).tolist(),
+                "scores": np.round(score[rows, k], 4).tolist(),
+            }
+            | ({"first_frame": begin if known else None} if num > 1 else {})
+        )
+    found = objects[0] if num == 1 else {"objects": objects}
+    times = {"times_s": np.round(times_s, 3).tolist()}
     with whole_file(content) as part:
-        part.write_text(json.dumps({**about, **rounded}) + "\n")
+        part.write_text(json.dumps({**about, **found, **times}) + "\n")

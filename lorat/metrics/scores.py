@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from lorat.errors import UserError
 from lorat.metrics.dialects import DIALECTS, Dialect, FrameErrors, GroundTruth
+from lorat.metrics.uncertainty import Interval, mean_intervals
 
 SCORE_NAMES = ("SUC", "P", "P_norm", "AO", "SR0.5", "SR0.75")
 """Success (area under its curve), precision at 20 px, normalised precision at 0.2, average
@@ -53,6 +55,17 @@ class Evaluation:
     sequences: dict[str, SequenceScores]
     attributes: dict[str, dict[str, float]] = field(default_factory=dict)
     """Scores over the sequences that have an attribute."""
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """95 % interval of each of :data:`SCORE_NAMES` over sequences; empty for a single one."""
+        sequences = list(self.sequences.values())
+        if len(sequences) < 2:
+            return {}
+        values = np.array([[s.scores[name] for name in SCORE_NAMES] for s in sequences])
+        pooled = DIALECTS[self.dialect].pooled
+        weights = np.array([float(s.num_frames) for s in sequences]) if pooled else None
+        return dict(zip(SCORE_NAMES, mean_intervals(values, weights), strict=True))
 
 
 def evaluate(

@@ -38,6 +38,11 @@ _TICKS_PER_S = {".mp4": 90_000, ".webm": 1000}
 PREDICTED_RGB = (255, 64, 64)
 TRUTH_RGB = (64, 220, 64)
 TEXT_RGB = (255, 255, 255)
+OBJECTS_RGB = (
+    PREDICTED_RGB, (64, 160, 255), (255, 196, 0), (80, 220, 120), (214, 96, 255), (0, 214, 214),
+    (255, 128, 0), (255, 128, 192),
+)  # fmt: skip
+"""Colours of several objects, in their order, and then again."""
 
 
 def check_outputs(clip: Path, source: str) -> None:
@@ -197,17 +202,54 @@ def annotate(
         text: drawn at the top left.
     """
     drawn = np.ascontiguousarray(frame).copy()
-    height, width = drawn.shape[:2]
-    thickness = max(2, round(max(height, width) / 320))
     for box, color in ((truth, TRUTH_RGB), (predicted, PREDICTED_RGB)):
-        if box is not None and np.isfinite(box).all():
-            x1, y1, x2, y2 = (round(float(value)) for value in box)
-            cv2.rectangle(drawn, (x1, y1), (x2, y2), color, thickness)
+        _draw_box(drawn, box, color)
     if text:
-        font, scale, weight = cv2.FONT_HERSHEY_SIMPLEX, max(0.4, width / 1000), 1 + width // 900
-        (text_width, text_height), base = cv2.getTextSize(text, font, scale, weight)
-        bottom = text_height + 2 * base
-        cv2.rectangle(drawn, (0, 0), (text_width + 2 * base, bottom), (0, 0, 0), cv2.FILLED)
-        place = (base, bottom - base)
-        cv2.putText(drawn, text, place, font, scale, TEXT_RGB, weight, cv2.LINE_AA)
+        _write(drawn, text, (0, 0))
     return drawn
+
+
+def annotate_objects(
+    frame: np.ndarray, boxes: np.ndarray, scores: np.ndarray | None = None
+) -> np.ndarray:
+    """Return a copy of an RGB frame with the boxes of all objects, each in its colour.
+
+    Args:
+        frame: uint8 RGB.
+        boxes: (k, 4) xyxy; NaN where an object has none.  Several get their numbers, from 1.
+        scores: (k,), of which a single object's is written at the top left; none means no text.
+    """
+    if len(boxes) == 1:
+        return annotate(frame, boxes[0], text="" if scores is None else f"{scores[0]:.2f}")
+    drawn = np.ascontiguousarray(frame).copy()
+    for number, box in enumerate(boxes):
+        color = OBJECTS_RGB[number % len(OBJECTS_RGB)]
+        _draw_box(drawn, box, color)
+        if np.isfinite(box).all():
+            _write(drawn, str(number + 1), (round(float(box[0])), round(float(box[1]))), color)
+    return drawn
+
+
+def _draw_box(
+    drawn: np.ndarray, box: Sequence[float] | np.ndarray | None, color: tuple[int, int, int]
+) -> None:
+    if box is None or not np.isfinite(box).all():
+        return
+    x1, y1, x2, y2 = (round(float(value)) for value in box)
+    cv2.rectangle(drawn, (x1, y1), (x2, y2), color, max(2, round(max(drawn.shape[:2]) / 320)))
+
+
+def _write(
+    drawn: np.ndarray,
+    text: str,
+    place: tuple[int, int],
+    ground: tuple[int, int, int] = (0, 0, 0),
+) -> None:
+    """Write a line of text on a ground whose top left corner lies at a place of the frame."""
+    width = drawn.shape[1]
+    font, scale, weight = cv2.FONT_HERSHEY_SIMPLEX, max(0.4, width / 1000), 1 + width // 900
+    (text_width, text_height), base = cv2.getTextSize(text, font, scale, weight)
+    x, y = place
+    end = (x + text_width + 2 * base, y + text_height + 2 * base)
+    cv2.rectangle(drawn, (x, y), end, ground, cv2.FILLED)
+    cv2.putText(drawn, text, (x + base, end[1] - base), font, scale, TEXT_RGB, weight, cv2.LINE_AA)

@@ -2,7 +2,8 @@
 
 At most ``batch_size`` sequences run at the same time, each advancing by one frame per step; the
 longest start first, and a finished one makes room for the next.  Nothing of a sequence depends on
-which others share its batch.
+which others share its batch.  Several trackers take each decoded frame one after the other, so
+what they are compared on is decoded once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -85,18 +86,26 @@ class SequenceResult:
 
 
 @dataclass
+class _Found:
+    """What one tracker has found in a running sequence."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    seconds: np.ndarray
+    target: Any = None
+
+
+@dataclass
 class _Running:
     track: int
     first_row: int
     length: int
-    target: Any = None
+    decode_seconds: np.ndarray
+    found: list[_Found]
+    """By tracker."""
     position: int = 0
     damaged: int = 0
     left_out: str = ""
-    boxes: np.ndarray = field(default_factory=lambda: np.empty((0, 4)))
-    scores: np.ndarray = field(default_factory=lambda: np.empty(0))
-    seconds: np.ndarray = field(default_factory=lambda: np.empty(0))
-    decode_seconds: np.ndarray = field(default_factory=lambda: np.empty(0))
 
     @property
     def ended(self) -> bool:
@@ -132,6 +141,40 @@ def track_sequences(
     Raises:
         UserError: if the data set holds windows, or a first frame has no usable box.
     """
+    (results,) = track_by_all(
+        [tracker],
+        index,
+        reader,
+        tracks,
+        batch_size=batch_size,
+        decode_threads=decode_threads,
+        on_sequence=None if on_sequence is None else lambda _, result: on_sequence(result),
+    )
+    return results
+
+
+def track_by_all(
+    trackers: Sequence[SequenceTracker],
+    index: FrameIndex,
+    reader: FrameReader,
+    tracks: Iterable[int],
+    *,
+    batch_size: int = 8,
+    decode_threads: int | None = None,
+    on_sequence: Callable[[int, SequenceResult], None] | None = None,
+) -> list[list[SequenceResult]]:
+    """Track sequences with several trackers, which share each decoded frame.
+
+    The trackers work one after the other, so each one's time is its own.
+
+    Args:
+        trackers: network trackers or baselines.
+        index: as of :func:`track_sequences`, and so are the others.
+        on_sequence: called with the tracker's number as well.
+
+    Returns:
+        As :func:`track_sequences`, by tracker.
+    """
     if index.storage == "window":
         raise UserError(
             f"Data set {index.name} stores windows around the target, which a tracker may leave; "
@@ -140,42 +183,48 @@ def track_sequences(
     if batch_size < 1:
         raise UserError(f"The batch size is {batch_size}; give 1 or more.")
     order = list(tracks)
-    pending = deque(sorted((_open(index, track) for track in order), key=lambda r: -r.length))
+    opened = (_open(index, track, len(trackers)) for track in order)
+    pending = deque(sorted(opened, key=lambda r: -r.length))
     running: list[_Running] = []
-    results: dict[int, SequenceResult] = {}
+    results: list[dict[int, SequenceResult]] = [{} for _ in trackers]
     num_threads = decode_threads or min(os.cpu_count() or 1, 8)
     with ThreadPoolExecutor(num_threads, "decode") as pool:
         while pending or running:
             new = [pending.popleft() for _ in range(min(batch_size - len(running), len(pending)))]
             if new:
-                _start(tracker, index, reader, new, pool)
+                _start(trackers, index, reader, new, pool)
                 running += new
             moving = [run for run in running if not run.ended]
             if moving:
-                _step(tracker, reader, moving, pool)
+                _step(trackers, reader, moving, pool)
             for run in [run for run in running if run.ended]:
                 running.remove(run)
-                results[run.track] = result = _result(index, run)
-                if on_sequence is not None:
-                    on_sequence(result)
-    return [results[track] for track in order if not results[track].left_out]
+                for number, found in enumerate(run.found):
+                    results[number][run.track] = result = _result(index, run, found)
+                    if on_sequence is not None:
+                        on_sequence(number, result)
+    return [
+        [by_track[track] for track in order if not by_track[track].left_out] for by_track in results
+    ]
 
 
-def _open(index: FrameIndex, track: int) -> _Running:
+def _open(index: FrameIndex, track: int, num_trackers: int) -> _Running:
     first, end = int(index.track_start[track]), int(index.track_start[track + 1])
     if not np.isfinite(index.box[first]).all() or not index.valid[first]:
         raise UserError(
             f"Sequence {index.sequence(track)} of {index.name} has no usable box in its first "
             "frame; leave it out or correct its annotation."
         )
-    run = _Running(track, first, end - first)
-    run.boxes = np.full((run.length, 4), np.nan)
-    run.scores, run.seconds, run.decode_seconds = (np.zeros(run.length) for _ in range(3))
-    return run
+    length = end - first
+    found = [
+        _Found(np.full((length, 4), np.nan), np.zeros(length), np.zeros(length))
+        for _ in range(num_trackers)
+    ]
+    return _Running(track, first, length, np.zeros(length), found)
 
 
 def _start(
-    tracker: SequenceTracker,
+    trackers: Sequence[SequenceTracker],
     index: FrameIndex,
     reader: FrameReader,
     runs: list[_Running],
@@ -184,6 +233,7 @@ def _start(
     frames, decode_seconds = _decode(reader, runs, pool)
     seen = [(run, frame) for run, frame in zip(runs, frames, strict=True) if frame is not None]
     for run, frame in zip(runs, frames, strict=True):
+        run.decode_seconds[0] = decode_seconds
         if frame is None:
             run.left_out = "the first frame is damaged"
             name = index.sequence(run.track)
@@ -191,17 +241,18 @@ def _start(
     if not seen:
         return
     boxes = [tuple(index.box[run.first_row].tolist()) for run, _ in seen]
-    began = time.perf_counter()
-    targets = tracker.start([frame for _, frame in seen], boxes)
-    seconds = (time.perf_counter() - began) / len(seen)
-    for (run, _), target, box in zip(seen, targets, boxes, strict=True):
-        run.target = target
-        run.boxes[0], run.scores[0] = box, 1.0
-        run.seconds[0], run.decode_seconds[0] = seconds, decode_seconds
+    for number, tracker in enumerate(trackers):
+        began = time.perf_counter()
+        targets = tracker.start([frame for _, frame in seen], boxes)
+        seconds = (time.perf_counter() - began) / len(seen)
+        for (run, _), target, box in zip(seen, targets, boxes, strict=True):
+            found = run.found[number]
+            found.target, found.boxes[0], found.scores[0] = target, box, 1.0
+            found.seconds[0] = seconds
 
 
 def _step(
-    tracker: SequenceTracker,
+    trackers: Sequence[SequenceTracker],
     reader: FrameReader,
     runs: list[_Running],
     pool: ThreadPoolExecutor,
@@ -210,17 +261,24 @@ def _step(
         run.position += 1
     frames, decode_seconds = _decode(reader, runs, pool)
     seen = [(run, frame) for run, frame in zip(runs, frames, strict=True) if frame is not None]
-    began = time.perf_counter()
-    if seen:
-        boxes, scores = tracker.step([run.target for run, _ in seen], [frame for _, frame in seen])
-        for (run, _), box, score in zip(seen, boxes, scores, strict=True):
-            run.boxes[run.position], run.scores[run.position] = box, score
-    seconds = (time.perf_counter() - began) / len(runs)
     for run, frame in zip(runs, frames, strict=True):
-        run.seconds[run.position], run.decode_seconds[run.position] = seconds, decode_seconds
-        if frame is None:
-            run.damaged += 1
-            run.boxes[run.position] = run.boxes[run.position - 1]
+        run.decode_seconds[run.position] = decode_seconds
+        run.damaged += frame is None
+    for number, tracker in enumerate(trackers):
+        began = time.perf_counter()
+        if seen:
+            boxes, scores = tracker.step(
+                [run.found[number].target for run, _ in seen], [frame for _, frame in seen]
+            )
+            for (run, _), box, score in zip(seen, boxes, scores, strict=True):
+                found = run.found[number]
+                found.boxes[run.position], found.scores[run.position] = box, score
+        seconds = (time.perf_counter() - began) / len(runs)
+        for run, frame in zip(runs, frames, strict=True):
+            found = run.found[number]
+            found.seconds[run.position] = seconds
+            if frame is None:
+                found.boxes[run.position] = found.boxes[run.position - 1]
 
 
 def _decode(
@@ -240,13 +298,13 @@ def _decode(
     return frames, (time.perf_counter() - began) / len(runs)
 
 
-def _result(index: FrameIndex, run: _Running) -> SequenceResult:
+def _result(index: FrameIndex, run: _Running, found: _Found) -> SequenceResult:
     return SequenceResult(
         track=run.track,
         name=index.sequence(run.track),
-        boxes=run.boxes,
-        scores=run.scores,
-        seconds=run.seconds,
+        boxes=found.boxes,
+        scores=found.scores,
+        seconds=found.seconds,
         decode_seconds=run.decode_seconds,
         damaged=run.damaged,
         left_out=run.left_out,

@@ -88,6 +88,48 @@ def test_evaluation_is_complete_in_mlflow(home: Path, uri: str, tmp_path: Path) 
     }
     assert {"report.md", "success.png", "sequences.csv", "attributes.png"} <= kept
     assert sum(name.endswith(".mp4") for name in kept) == 4
+    tags = client.get_model_version("lorat", version).tags
+    for name in ("AO", "AO_low", "AO_high"):
+        assert float(tags[f"score.synthetic-val/{name}"]) == pytest.approx(
+            run.data.metrics[f"synthetic-val/{name}"], abs=1e-4
+        )
+    results_are_compared_and_explained(tmp_path / "report" / "synthetic-val" / "results", uri)
+
+
+def results_are_compared_and_explained(results: Path, uri: str) -> None:
+    """Raw results need neither the model nor a cluster, and are compared as trackers are."""
+    flat, archive = results / "pytracking" / "lorat" / "N-112", results / "got10k.zip"
+    few = ("--data", uri, "--limit", 5, "--no-clips")
+    both = (f"results:{flat}", f"results:{archive}")
+    folder = results / "compared"
+    assert run_in_process("evaluate", "--model", *both, *few, "--output", folder) == 0
+    text = (folder / "report.md").read_text()
+    assert "| got10k.zip |" in text.replace("results/", "")
+    assert "behind the best" in text
+    compared = {path.name for path in (folder / "synthetic-val").iterdir()}
+    assert {"success.png", "precision.png", "attributes.png", "comparison.csv"} <= compared
+    client = connect()
+    [experiment] = client.search_experiments(filter_string="name = 'evaluation'")
+    runs = client.search_runs([experiment.experiment_id])
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    [parent] = {run.data.tags["mlflow.parentRunId"] for run in children}
+    assert {run.data.params["model"] for run in children} == set(both)
+    assert all("synthetic-val/AO_low" in run.data.metrics for run in children)
+    assert "behind the best" in client.get_run(parent).data.tags["mlflow.note.content"]
+
+    explain = ("--explain", archive, "--as", "got10k", "--output", results / "explained")
+    assert run_in_process("evaluate", "--model", both[0], *few, *explain) == 0
+    [run] = client.search_runs(
+        [experiment.experiment_id], "metrics.`synthetic-val/gap_AO` > -1", max_results=2
+    )
+    note = run.data.tags["mlflow.note.content"]
+    assert "| dialect |" in note
+    assert "| rounding | theirs |" in note
+    place = "evaluation/synthetic-val/explanation"
+    kept = {Path(entry.path).name for entry in client.list_artifacts(run.info.run_id, place)}
+    assert kept == {
+        "explanation.md", "account.csv", "dialects.csv", "sequences.csv", "gap.png",
+    }  # fmt: skip
 
 
 @pytest.mark.exhaustive
@@ -234,6 +276,11 @@ def test_export_writes_a_parity_report(home: Path, uri: str, tmp_path: Path) -> 
         ("evaluate", ["--model", "models:/lorat@champion"], "There is no models:/lorat@champion"),
         ("evaluate", ["--model", "static", "--data", "/nowhere"], "There is no dataset at"),
         ("evaluate", ["--model", "static", "--batch-size", "0"], "batch_size is 0"),
+        ("evaluate", ["--model", "static", "static"], "static and static are the same tracker"),
+        ("evaluate", ["--model", "results:/nowhere"], "There is no /nowhere; give results:FOLDER"),
+        ("evaluate", ["--model", "static", "--as", "vot"], "There is no vot for --as; give compat"),
+        ("evaluate", ["--model", "static", "mil", "--explain", "a"], "give one of them"),
+        ("evaluate", ["--model", "static", "--explain", "/nowhere"], "There is no /nowhere; give"),
         ("promote", [], "There is no models:/lorat@candidate"),
         ("promote", ["--rollback", "--force"], "give one of them"),
         ("export", ["--model", "nowhere"], "There is no model nowhere"),

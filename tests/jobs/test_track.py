@@ -105,6 +105,32 @@ def test_video_file_and_baseline(video: synthetic.Video, box: str, tmp_path: Pat
         assert float(clip.streams.video[0].average_rate) == pytest.approx(10)
 
 
+def test_several_objects_have_columns_and_colours_of_their_own(
+    folder: Path, box: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [folder, "--model", model]
+    assert run_in_process("track", *arguments, "--box", box, "--output", "one.mp4") == 0
+    two = ["--box", box, "--box", "20,30,40,50"]
+    assert run_in_process("track", *arguments, *two, "--output", "two.mp4") == 0
+    Path("objects.txt").write_text(f"left,top,width,height,frame\n{box}\n\n20 30 40 50 7\n")
+    late = ["--boxes", "objects.txt", "--output", "late.mp4"]
+    assert run_in_process("track", *arguments, *late) == 0
+    one = json.loads(Path("one.json").read_text())
+    for name, begins in (("two", [0, 0]), ("late", [0, 7])):
+        content = json.loads(Path(f"{name}.json").read_text())
+        assert [each["first_frame"] for each in content["objects"]] == begins
+        assert content["objects"][0]["boxes_xywh"] == pytest.approx(
+            np.array(one["boxes_xywh"]), abs=0.01
+        )
+        assert content["objects"][1]["boxes_xywh"][0] == [20, 30, 40, 50]
+        with open(f"{name}.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert [*rows[0]][:7] == ["frame", "x_1", "y_1", "w_1", "h_1", "score_1", "x_2"]
+        assert [row["x_2"] == "" for row in rows] == [t < begins[1] for t in range(12)]
+    assert (Path("two.mp4").stat().st_size, Path("late.mp4").stat().st_size) > (0, 0)
+
+
 def test_a_damaged_frame_is_passed_over_and_told_by_the_exit_code(
     folder: Path,
     box: str,
@@ -216,7 +242,13 @@ def test_object_selected_with_the_mouse_is_tracked_and_shown(
         (["{folder}", "--box", "-5,10,20,20"], "does not lie inside the first frame of"),
         (["{folder}", "--box", "10,10,0,20"], "give left,top,width,height in pixels"),
         (["{folder}", "--box", "10,10"], "give left,top,width,height in pixels"),
-        (["{folder}"], "give either --box"),
+        (["{folder}"], "Give the object by one of --box"),
+        (["{folder}", "--box", "1,1,5,5", "--select"], "one of --box L,T,W,H, --boxes FILE and"),
+        (["{folder}", "--box", "1,1,5,5", "--box", "5000,10,20,20"], "does not lie inside"),
+        (["{folder}", "--boxes", "text.mp4"], "text.mp4 holds no object; give left,top"),
+        (["{folder}", "--boxes", "late.txt"], "No object of late.txt is there from the beginning"),
+        (["{folder}", "--boxes", "odd.txt"], "Line 2 of odd.txt is 9 9 5; give left,top,width"),
+        (["{folder}", "--boxes", "gone.txt"], "gone.txt cannot be read"),
         (["tracked.mp4", "--box", "1,1,5,5"], "output is tracked.mp4, the video itself"),
         (["./a.mp4", "--box", "1,1,5,5", "--output", "{folder}/../a.mp4"], "the video itself"),
         (["{folder}", "--box", "1,1,5,5", "--device", "gpu"], "this machine has none"),
@@ -244,6 +276,8 @@ def test_mistake_is_one_sentence(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "late.txt").write_text("1,1,5,5,3\n")
+    (tmp_path / "odd.txt").write_text("1,1,5,5\n9 9 5\n")
     for suffix in (".mp4", ".json"):
         folder.with_suffix(suffix).mkdir()
     monkeypatch.chdir(tmp_path)

@@ -137,6 +137,12 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
     assert run.data.params["config.lora.rank"] == "2"
     assert run.data.tags["dataset.train"] == record["data"]["train"]
     assert {"train/loss", "system/samples_per_s", "val/ao", "eval/val/ao"} <= set(run.data.metrics)
+    low, ao, high = (f"eval/val/ao{end}" for end in ("_low", "", "_high"))
+    assert run.data.metrics[low] <= run.data.metrics[ao] <= run.data.metrics[high]
+    for name in (low, ao, high):
+        assert float(version.tags[f"score.{name}"]) == pytest.approx(
+            run.data.metrics[name], abs=1e-4
+        )
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"config.json", "checkpoint", "evaluation"} <= names
     about = run.data.tags["mlflow.note.content"]

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ from lorat.data.shards.images import ImageReader
 from lorat.errors import UserError
 from lorat.files.outputs import check_folder
 from lorat.image.codec import DamagedImage
-from lorat.metrics import SCORE_NAMES, plots, result_files
+from lorat.metrics import SCORE_NAMES, Evaluation, plots, result_files
 from lorat.tracking.clips import ClipWriter, annotate
 from lorat.tracking.one_pass import ground_truth
+from lorat_platform.evaluation.published import Published
 from lorat_platform.evaluation.sets import DatasetResult
 from lorat_platform.evaluation.subject import Subject
 from lorat_platform.recording.recorder import Recorder
@@ -36,6 +38,10 @@ CLIP_FPS = 25.0
 CLIP_SIDE = 640
 MAX_NAME_BYTES = 200
 """Of a sequence's name in that of its clip; a file's name has 255 at most."""
+HOW_SCORED = (
+    "In brackets the 95 % interval over sequences (bootstrap). SUC, P and P_norm of `compatible` "
+    "are computed as the published tables are; `plain` counts visible frames only."
+)
 LOST_FRAMES = 10
 """Consecutive frames without any overlap after which the target counts as lost."""
 
@@ -51,42 +57,53 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     return "\n".join(lines)
 
 
-def headline(subject: Subject, datasets: Sequence[DatasetResult]) -> str:
+def with_interval(evaluation: Evaluation, name: str) -> str:
+    """Return a score and its 95 % interval over sequences, such as ``0.612 [0.581, 0.640]``."""
+    score = f"{evaluation.scores[name]:.3f}"
+    if name not in evaluation.intervals:
+        return score
+    low, high = evaluation.intervals[name]
+    return f"{score} [{low:.3f}, {high:.3f}]"
+
+
+def headline(subject: Subject | Published, datasets: Sequence[DatasetResult]) -> str:
     """Return the Markdown description of an evaluation: the scores, and how they were taken."""
-    rows: list[list[object]] = []
-    for dataset in datasets:
-        for dialect, evaluation in dataset.evaluations.items():
-            scores = [float(evaluation.scores[name]) for name in SCORE_NAMES]
-            rows.append([dataset.name, dialect, len(evaluation.sequences), *scores])
-    speed = [
-        [d.name, f"{d.fps_single:.1f}", f"{d.fps:.1f}", f"{d.fps_with_decoding:.1f}",
-         _range({c.batch for c in d.conditions}),
-         _range({c.threads for c in (*d.conditions, d.single_conditions)}),
-         ", ".join(sorted({c.host for c in (*d.conditions, d.single_conditions)}))]
-        for d in datasets
-    ]  # fmt: skip
+    rows = [
+        [dataset.name, dialect, len(evaluation.sequences)]
+        + [with_interval(evaluation, name) for name in SCORE_NAMES]
+        for dataset in datasets
+        for dialect, evaluation in dataset.evaluations.items()
+    ]
     parts = [f"## {subject.name}" + (f" ({subject.variant})" if subject.variant else "")]
     if rows:
         parts.append(markdown_table(["data set", "dialect", "sequences", *SCORE_NAMES], rows))
-    parts.append(
-        markdown_table(
-            [
-                "data set",
-                "FPS, one video",
-                "FPS, in batches",
-                "with decoding",
-                "batch",
-                "threads",
-                "measured on",
-            ],
-            speed,
-        )
-    )
-    parts.append(
-        f"Speed on one worker ({datasets[0].device}), every step waited for. SUC, P and P_norm of "
-        "`compatible` are computed as the published tables are; `plain` counts visible frames "
-        "only."
-    )
+        parts.append(HOW_SCORED)
+    if measured := [dataset for dataset in datasets if dataset.single_conditions]:
+        parts.append(_speed_table(measured))
+        parts.append(f"Speed on one worker ({measured[0].device}), every step waited for.")
+    parts += remarks(datasets)
+    return "\n\n".join(parts) + "\n"
+
+
+def _speed_table(datasets: Sequence[DatasetResult]) -> str:
+    rows = []
+    for d in datasets:
+        conditions = [*d.conditions, *([d.single_conditions] if d.single_conditions else [])]
+        rows.append(
+            [d.name, f"{d.fps_single:.1f}", f"{d.fps:.1f}", f"{d.fps_with_decoding:.1f}",
+             _range({c.batch for c in d.conditions}), _range({c.threads for c in conditions}),
+             ", ".join(sorted({c.host for c in conditions}))]
+        )  # fmt: skip
+    header = [
+        "data set", "FPS, one video", "FPS, in batches", "with decoding", "batch", "threads",
+        "measured on",
+    ]  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def remarks(datasets: Sequence[DatasetResult]) -> list[str]:
+    """Return what a reader of the scores must know of each data set."""
+    parts = []
     for dataset in datasets:
         damaged = sum(result.damaged for result in dataset.results.values())
         if damaged:
@@ -98,7 +115,7 @@ def headline(subject: Subject, datasets: Sequence[DatasetResult]) -> str:
                 f"{dataset.name}: only first boxes are annotated; send the result files to the "
                 "benchmark's server."
             )
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def _range(numbers: set[int]) -> str:
@@ -108,13 +125,20 @@ def _range(numbers: set[int]) -> str:
 
 
 def flat_metrics(datasets: Sequence[DatasetResult]) -> dict[str, float]:
-    """Return metrics such as ``got10k-val/AO`` and ``got10k-val/plain/AO`` for MLflow."""
+    """Return metrics such as ``got10k-val/AO`` and ``got10k-val/plain/AO`` for MLflow.
+
+    The ends of their 95 % intervals are ``got10k-val/AO_low`` and ``got10k-val/AO_high``.
+    """
     metrics: dict[str, float] = {}
     for dataset in datasets:
         for dialect, evaluation in dataset.evaluations.items():
-            prefix = "" if dialect == "compatible" else f"{dialect}/"
+            prefix = f"{dataset.name}/" + ("" if dialect == "compatible" else f"{dialect}/")
             for name in SCORE_NAMES:
-                metrics[f"{dataset.name}/{prefix}{name}"] = float(evaluation.scores[name])
+                metrics[f"{prefix}{name}"] = float(evaluation.scores[name])
+            for name, (low, high) in evaluation.intervals.items():
+                metrics |= {f"{prefix}{name}_low": low, f"{prefix}{name}_high": high}
+        if not dataset.single_conditions:
+            continue
         metrics[f"{dataset.name}/fps"] = dataset.fps
         metrics[f"{dataset.name}/fps_with_decoding"] = dataset.fps_with_decoding
         metrics[f"{dataset.name}/fps_single"] = dataset.fps_single
@@ -157,7 +181,11 @@ def check_place(folder: Path) -> None:
 
 
 def write_report(
-    subject: Subject, datasets: Sequence[DatasetResult], folder: Path, *, clips: bool = True
+    subject: Subject | Published,
+    datasets: Sequence[DatasetResult],
+    folder: Path,
+    *,
+    clips: bool = True,
 ) -> str:
     """Write all files of an evaluation into ``folder`` and return the Markdown description.
 
@@ -188,7 +216,7 @@ def write_report(
 
 
 def record(
-    run: Recorder, subject: Subject, datasets: Sequence[DatasetResult], folder: Path
+    run: Recorder, subject: Subject | Published, datasets: Sequence[DatasetResult], folder: Path
 ) -> None:
     """Put an evaluation into an MLflow run: metrics, description, and its files in ``folder``."""
     run.log_metrics(flat_metrics(datasets), step=0)
@@ -217,7 +245,8 @@ def _write_tables(dataset: DatasetResult, folder: Path) -> None:
         digits = [f"{scores[key]:.4f}" for key in SCORE_NAMES]
         ao_plain = f"{plain.sequences[name].scores['AO']:.4f}"
         rows.append(
-            [name, len(result.boxes), *digits, ao_plain, f"{result.fps:.1f}", result.damaged,
+            [name, len(result.boxes), *digits, ao_plain,
+             f"{result.fps:.1f}" if math.isfinite(result.fps) else "", result.damaged,
              "; ".join(of_sequence[name])]
         )  # fmt: skip
         lost = lost_at(plain.sequences[name].frame_iou)
@@ -248,7 +277,7 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return text.getvalue()
 
 
-def _write_plots(subject: Subject, dataset: DatasetResult, folder: Path) -> None:
+def _write_plots(subject: Subject | Published, dataset: DatasetResult, folder: Path) -> None:
     title = f"{subject.name} on {dataset.name}"
     evaluations = dataset.evaluations
     success = {d: (e.success_curve, e.scores["SUC"]) for d, e in evaluations.items()}
@@ -271,15 +300,21 @@ def _write_plots(subject: Subject, dataset: DatasetResult, folder: Path) -> None
         (folder / f"{name}.png").write_bytes(plots.png(figure))
 
 
-def _write_result_files(subject: Subject, dataset: DatasetResult, folder: Path) -> None:
+def _write_result_files(subject: Subject | Published, dataset: DatasetResult, folder: Path) -> None:
     boxes = {name: result.boxes for name, result in dataset.results.items()}
-    seconds = {name: result.seconds for name, result in dataset.results.items()}
+    timed = dataset.single_conditions is not None
+    seconds = {name: r.seconds for name, r in dataset.results.items()} if timed else None
     parameters = subject.variant or "default"
     result_files.write_pytracking(
         folder / "pytracking" / "lorat" / parameters, boxes, dataset=dataset.index.name,
         seconds=seconds,
     )  # fmt: skip
-    result_files.write_got10k(folder / "got10k.zip", [boxes], tracker="LoRAT", seconds=[seconds])
+    result_files.write_got10k(
+        folder / "got10k.zip",
+        [boxes],
+        tracker="LoRAT",
+        seconds=None if seconds is None else [seconds],
+    )
     result_files.write_trackingnet(folder / "trackingnet.zip", boxes)
 
 

@@ -2,16 +2,18 @@
 
 Sequences go to workers in chunks of similar length, longest first, and each worker takes the next
 chunk when it is done.  Every finished sequence is written to disk at once, so an interrupted
-evaluation goes on where it stopped.
+evaluation goes on where it stopped.  Several trackers share each frame once it is decoded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence, Sized
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from lorat.files.scratch import sweep, whole_file
 from lorat.metrics import Evaluation
 from lorat.metrics import evaluate as score
 from lorat.metrics.attributes import sequences_by_attribute
+from lorat.metrics.uncertainty import Interval
 from lorat.tracking.one_pass import SequenceResult, ground_truth, usable_tracks
 from lorat_platform.evaluation.subject import Subject
 from lorat_platform.evaluation.workers import Conditions, EvaluationConfig, Workers
@@ -39,12 +42,13 @@ TOOLKITS = {"got10k": "got10k", "trackingnet": "trackingnet", "otb100": "otb", "
 
 
 @contextlib.contextmanager
-def _said_when_stopped(found: Sized, num: int) -> Iterator[None]:
+def _said_when_stopped(found: Sequence[_Found], num: int) -> Iterator[None]:
     """Say how many sequences are kept where an interrupt ends the tracking."""
     try:
         yield
     except KeyboardInterrupt:
-        log.info("%d of %d sequences are tracked and kept.", len(found), num)
+        kept = sum(len(results) for results in found)
+        log.info("%d of %d sequences are tracked and kept.", kept, num * len(found))
         raise
 
 
@@ -60,13 +64,13 @@ class DatasetResult:
     attributes: dict[str, list[str]]
     left_out: dict[str, str]
     """Sequences that cannot be tracked, with the reason."""
-    fps_single: float
+    fps_single: float = math.nan
     """Frames per second with one sequence alone in the batch, without decoding."""
-    single_conditions: Conditions
-    """Under which that was measured."""
-    conditions: list[Conditions]
+    single_conditions: Conditions | None = None
+    """Under which that was measured; none of published results, whose speed nobody knows."""
+    conditions: list[Conditions] = dataclasses.field(default_factory=list)
     """All under which the sequences were tracked."""
-    device: str
+    device: str = ""
     label: str | None = None
     """Name in tables and files, instead of data set and split."""
 
@@ -79,6 +83,11 @@ class DatasetResult:
     def scores(self) -> dict[str, float]:
         """Headline scores, in the compatible dialect."""
         return self.evaluations["compatible"].scores if self.evaluations else {}
+
+    @property
+    def intervals(self) -> dict[str, Interval]:
+        """95 % intervals of the headline scores over sequences."""
+        return self.evaluations["compatible"].intervals if self.evaluations else {}
 
     @property
     def overlaps(self) -> dict[str, float]:
@@ -149,47 +158,117 @@ def evaluate(
         UserError: if the shards hold windows, no sequence can be tracked, or no node of the
             cluster can hold a worker.
     """
+    (result,) = evaluate_all([subject], uri, config, label=label, progress=progress)
+    return result
+
+
+def evaluate_all(
+    subjects: Sequence[Subject],
+    uri: str,
+    config: EvaluationConfig | None = None,
+    *,
+    label: str | None = None,
+    progress: bool = True,
+) -> list[DatasetResult]:
+    """Track and score one data set with several trackers, each frame decoded once for all.
+
+    What an earlier evaluation has left is not tracked again, so a frame is decoded once for those
+    that still need it.
+
+    Args:
+        subjects: the trackers.
+        uri: as of :func:`evaluate`, and so are the others.
+
+    Returns:
+        By subject, on the same sequences.
+    """
     config = config or EvaluationConfig()
+    index = open_full_frames(uri)
+    tracks, left_out = chosen_tracks(index, config)
+    device, num_gpus = ("cuda", 1.0) if ray.cluster_resources().get("GPU") else ("cpu", 0.0)
+    stores = [_Store(subject, index, device, config.cache) for subject in subjects]
+    found: list[_Found] = [{} if config.fresh else store.load(tracks) for store in stores]
+    waiting = {
+        track: numbers
+        for track in tracks
+        if (numbers := [number for number, kept in enumerate(found) if track not in kept])
+    }
+    for subject, kept in zip(subjects, found, strict=True):
+        if kept:
+            of_whom = f" of {subject.name}" if len(subjects) > 1 else ""
+            log.info("%d of %d sequences%s are there already.", len(kept), len(tracks), of_whom)
+    with contextlib.closing(Workers(subjects, config, device, num_gpus, len(waiting))) as workers:
+        bar = tqdm(
+            total=len(tracks) * len(subjects), initial=sum(map(len, found)), unit="seq",
+            disable=not progress,
+            desc=f"{', '.join(subject.name for subject in subjects)} on {index.name}",
+        )  # fmt: skip
+        with bar, _said_when_stopped(found, len(tracks)):
+            for number, result, conditions in workers.track(index, waiting):
+                bar.update()
+                if result.left_out:
+                    left_out[result.name] = result.left_out
+                    continue
+                stores[number].save(result, conditions)
+                found[number][result.track] = result, conditions
+        tracks = [track for track in tracks if all(track in kept for kept in found)]
+        if not tracks:
+            raise UserError(f"No sequence of {uri} can be tracked; all first frames are damaged.")
+        speeds = [
+            store.speed(
+                workers.threads, functools.partial(workers.speed, index, tracks, number),
+                fresh=config.fresh,
+            )
+            for number, store in enumerate(stores)
+        ]  # fmt: skip
+    return [
+        dataclasses.replace(
+            scored(index, {index.sequence(track): kept[track][0] for track in tracks}, left_out),
+            fps_single=fps_single,
+            single_conditions=single_conditions,
+            conditions=[*dict.fromkeys(kept[track][1] for track in tracks)],
+            device=device,
+            label=label,
+        )
+        for kept, (fps_single, single_conditions) in zip(found, speeds, strict=True)
+    ]
+
+
+def open_full_frames(uri: str) -> FrameIndex:
+    """Open a data set on which a tracker can be evaluated.
+
+    Raises:
+        UserError: if its shards hold windows.
+    """
     index = FrameIndex.open(uri)
     if index.storage == "window":
         raise UserError(
             f"{uri} stores windows around the target, which a tracker may leave; ingest it again "
             "with --full-frame to evaluate on it."
         )
+    return index
+
+
+def chosen_tracks(index: FrameIndex, config: EvaluationConfig) -> tuple[list[int], dict[str, str]]:
+    """Return the sequences to evaluate on, and why others cannot be.
+
+    Raises:
+        UserError: if there is none.
+    """
     usable = usable_tracks(index)
-    tracks = usable[: config.limit]
     left_out = {
         index.sequence(track): "no usable box in the first frame"
         for track in sorted(set(range(index.num_tracks)) - set(usable))
     }
-    if not tracks:
-        raise UserError(f"No sequence of {uri} has a usable box in its first frame.")
-    device, num_gpus = ("cuda", 1.0) if ray.cluster_resources().get("GPU") else ("cpu", 0.0)
-    store = _Store(subject, index, device, config.cache)
-    found = {} if config.fresh else store.load(tracks)
-    waiting = [track for track in tracks if track not in found]
-    if found:
-        log.info("%d of %d sequences are there already.", len(found), len(tracks))
-    with contextlib.closing(Workers(subject, config, device, num_gpus, len(waiting))) as workers:
-        bar = tqdm(
-            total=len(tracks), initial=len(found), unit="seq", disable=not progress,
-            desc=f"{subject.name} on {index.name}",
-        )  # fmt: skip
-        with bar, _said_when_stopped(found, len(tracks)):
-            for result, conditions in workers.track(index, waiting):
-                bar.update()
-                if result.left_out:
-                    left_out[result.name] = result.left_out
-                    continue
-                store.save(result, conditions)
-                found[result.track] = result, conditions
-        tracks = [track for track in tracks if track in found]
-        if not tracks:
-            raise UserError(f"No sequence of {uri} can be tracked; all first frames are damaged.")
-        fps_single, single_conditions = store.speed(
-            workers.threads, lambda: workers.speed(index, tracks), fresh=config.fresh
-        )
-    results = {index.sequence(track): found[track][0] for track in tracks}
+    if not usable:
+        raise UserError(f"No sequence of {index.uri} has a usable box in its first frame.")
+    return usable[: config.limit], left_out
+
+
+def scored(
+    index: FrameIndex, results: dict[str, SequenceResult], left_out: dict[str, str]
+) -> DatasetResult:
+    """Score what a tracker found in sequences of a data set, without its speed."""
     attributes = {
         name: kept
         for name, names in sequences_by_attribute(index).items()
@@ -201,12 +280,31 @@ def evaluate(
         evaluations=_score(index, results, attributes),
         attributes=attributes,
         left_out=left_out,
-        fps_single=fps_single,
-        single_conditions=single_conditions,
-        conditions=[*dict.fromkeys(found[track][1] for track in tracks)],
-        device=device,
-        label=label,
     )
+
+
+def restricted(result: DatasetResult, names: Collection[str], why: str) -> DatasetResult:
+    """Score fewer of the sequences, such as those that others have as well."""
+    if set(names) >= set(result.results):
+        return result
+    kept = {name: found for name, found in result.results.items() if name in names}
+    lost = {name: why for name in result.results if name not in names}
+    fewer = scored(result.index, kept, result.left_out | lost)
+    return dataclasses.replace(
+        result,
+        results=kept,
+        evaluations=fewer.evaluations,
+        attributes=fewer.attributes,
+        left_out=fewer.left_out,
+    )
+
+
+def scored_as(result: DatasetResult, dialect: str) -> DatasetResult:
+    """Score a result in one more dialect."""
+    if dialect in result.evaluations or not result.evaluations:
+        return result
+    more = _score_in(result.index, result.results, result.attributes, dialect)
+    return dataclasses.replace(result, evaluations=result.evaluations | {dialect: more})
 
 
 def _score(
@@ -218,16 +316,26 @@ def _score(
     dialects = list(REPORTED)
     if index.name in TOOLKITS:
         dialects.append(TOOLKITS[index.name])
-    return {
-        dialect: score(
-            {name: result.boxes for name, result in results.items()},
-            truths,
-            dialect=dialect,
-            dataset=index.name,
-            attributes=attributes,
-        )
-        for dialect in dialects
-    }
+    return {dialect: _score_in(index, results, attributes, dialect) for dialect in dialects}
+
+
+def _score_in(
+    index: FrameIndex,
+    results: dict[str, SequenceResult],
+    attributes: dict[str, list[str]],
+    dialect: str,
+) -> Evaluation:
+    return score(
+        {name: result.boxes for name, result in results.items()},
+        {name: ground_truth(index, result.track) for name, result in results.items()},
+        dialect=dialect,
+        dataset=index.name,
+        attributes=attributes,
+    )
+
+
+_Found = dict[int, tuple[SequenceResult, Conditions]]
+"""By track, of one subject."""
 
 
 class _Store:
@@ -256,9 +364,9 @@ class _Store:
                 conditions=json.dumps(dataclasses.asdict(conditions)),
             )
 
-    def load(self, tracks: Sequence[int]) -> dict[int, tuple[SequenceResult, Conditions]]:
+    def load(self, tracks: Sequence[int]) -> _Found:
         """Return the results that are there; what is damaged is tracked again."""
-        found = {}
+        found: _Found = {}
         for track in tracks:
             try:
                 found[track] = self._read(track)

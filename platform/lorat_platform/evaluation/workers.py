@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ from lorat.data.shards.frame_index import FrameIndex
 from lorat.data.shards.images import ImageReader
 from lorat.errors import UserError
 from lorat.image.codec import DamagedImage
-from lorat.tracking.one_pass import SequenceResult, track_sequences
+from lorat.tracking.one_pass import SequenceResult, track_by_all
 from lorat_platform.cluster.places import num_places, what_is_there
 from lorat_platform.evaluation.subject import Subject
 
@@ -66,38 +66,44 @@ class Conditions:
     host: str
 
 
+Tracked = tuple[int, SequenceResult, Conditions]
+"""A subject's number, what it found in a sequence, and how."""
+
+
 class SequenceWorker:
     """A Ray actor that tracks chunks of sequences."""
 
-    def __init__(self, subject: Subject, batch_size: int, device: str, threads: int) -> None:
+    def __init__(
+        self, subjects: Sequence[Subject], batch_size: int, device: str, threads: int
+    ) -> None:
         import torch
 
         if device == "cpu":
             torch.set_num_threads(threads)
         self._threads = threads
         self._batch_size = batch_size
-        self._tracker = subject.tracker(device)
+        self._trackers = [subject.tracker(device) for subject in subjects]
 
     def conditions(self, batch: int) -> Conditions:
         """Return what a speed measured here depends on."""
         return Conditions(batch=batch, threads=self._threads, host=socket.gethostname())
 
-    def track(self, uri: str, tracks: Sequence[int]) -> Iterator[tuple[SequenceResult, Conditions]]:
-        """Yield the result of each sequence as soon as it ends."""
+    def track(self, uri: str, tracks: Sequence[int], numbers: Sequence[int]) -> Iterator[Tracked]:
+        """Yield what each of the numbered subjects found in a sequence as soon as it ends."""
         index = FrameIndex.open(uri)
         conditions = self.conditions(min(self._batch_size, len(tracks)))
-        finished: queue.Queue[SequenceResult | BaseException | None] = queue.Queue()
+        finished: queue.Queue[tuple[int, SequenceResult] | BaseException | None] = queue.Queue()
 
         def work() -> None:
             try:
-                track_sequences(
-                    self._tracker,
+                track_by_all(
+                    [self._trackers[number] for number in numbers],
                     index,
                     ImageReader(index),
                     tracks,
                     batch_size=self._batch_size,
                     decode_threads=self._threads,
-                    on_sequence=finished.put,
+                    on_sequence=lambda place, result: finished.put((numbers[place], result)),
                 )
                 finished.put(None)
             except BaseException as error:
@@ -107,10 +113,11 @@ class SequenceWorker:
         while (item := finished.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            yield item, conditions
+            yield *item, conditions
 
-    def speed(self, uri: str, track: int) -> tuple[float, Conditions]:
-        """Return frames per second of one sequence alone, without decoding."""
+    def speed(self, uri: str, track: int, number: int) -> tuple[float, Conditions]:
+        """Return a subject's frames per second in one sequence alone, without decoding."""
+        tracker = self._trackers[number]
         index = FrameIndex.open(uri)
         reader = ImageReader(index)
         first, end = int(index.track_start[track]), int(index.track_start[track + 1])
@@ -119,12 +126,12 @@ class SequenceWorker:
         for row in rows:
             with contextlib.suppress(DamagedImage):  # never the first, the sequence was tracked
                 frames.append(reader.decode(row))
-        targets = self._tracker.start([frames[0]], [tuple(index.box[first].tolist())])
+        targets = tracker.start([frames[0]], [tuple(index.box[first].tolist())])
         for frame in frames[1:4]:  # warm up
-            self._tracker.step(targets, [frame])
+            tracker.step(targets, [frame])
         began = time.perf_counter()
         for frame in frames[1:]:
-            self._tracker.step(targets, [frame])
+            tracker.step(targets, [frame])
         fps = max(len(frames) - 1, 1) / (time.perf_counter() - began)
         return fps, self.conditions(1)
 
@@ -133,15 +140,17 @@ class SequenceWorker:
 class _Running:
     worker: Any
     results: Any
-    unfinished: set[int] = field(default_factory=set)
+    unfinished: set[tuple[int, int]] = field(default_factory=set)
+    """Tracks, each with the number of a subject."""
 
 
 class Workers:
     """Actors that take chunks of sequences until none is left; dead ones are replaced."""
 
     def __init__(
-        self, subject: Subject, config: EvaluationConfig, device: str, num_gpus: float, num: int
-    ) -> None:
+        self, subjects: Sequence[Subject], config: EvaluationConfig, device: str, num_gpus: float,
+        num: int,
+    ) -> None:  # fmt: skip
         self._config = config
         need = {"CPU": config.cpus_per_worker, "GPU": num_gpus}
         room = num_places(need) or 0
@@ -156,7 +165,7 @@ class Workers:
         if num_gpus:
             threads = max(2, threads)
         self.threads = threads
-        self._subject = ray.put(subject)
+        self._subjects = ray.put(list(subjects))
         self._actor = ray.remote(SequenceWorker).options(
             num_cpus=config.cpus_per_worker, num_gpus=num_gpus
         )
@@ -164,7 +173,7 @@ class Workers:
         self._actors: list[Any] = []
 
     def _new(self) -> Any:
-        actor = self._actor.remote(self._subject, *self._arguments)
+        actor = self._actor.remote(self._subjects, *self._arguments)
         self._actors.append(actor)
         return actor
 
@@ -173,29 +182,35 @@ class Workers:
         for actor in self._actors:
             ray.kill(actor)
 
-    def speed(self, index: FrameIndex, tracks: Sequence[int]) -> tuple[float, Conditions]:
-        """Measure the speed of one sequence alone, with no other worker at work."""
+    def speed(
+        self, index: FrameIndex, tracks: Sequence[int], number: int = 0
+    ) -> tuple[float, Conditions]:
+        """Measure a subject's speed in one sequence alone, with no other worker at work."""
         lengths = np.diff(index.track_start)[list(tracks)]
         median = tracks[int(np.argsort(lengths)[len(lengths) // 2])]
         worker = self._actors[-1] if self._actors else self._new()
-        return ray.get(worker.speed.remote(index.uri, median))
+        return ray.get(worker.speed.remote(index.uri, median, number))
 
-    def track(
-        self, index: FrameIndex, tracks: Sequence[int]
-    ) -> Iterator[tuple[SequenceResult, Conditions]]:
-        """Yield the result of each sequence as soon as it is there."""
+    def track(self, index: FrameIndex, waiting: Mapping[int, Sequence[int]]) -> Iterator[Tracked]:
+        """Yield what each subject found in each sequence as soon as it is there.
+
+        Args:
+            index: the data set.
+            waiting: the numbers of the subjects that are to track a sequence, by its track.
+        """
         lengths = np.diff(index.track_start)
-        order = sorted(tracks, key=lambda track: -int(lengths[track]))
-        size = max(1, min(self._config.batch_size, -(-len(order) // self._num)))
-        chunks = deque(order[i : i + size] for i in range(0, len(order), size))
+        chunks = deque(self._chunks(waiting, lengths))
         running: dict[Any, _Running] = {}
         deaths = 0
 
         def give(worker: Any) -> None:
             if chunks:
-                chunk = chunks.popleft()
-                stream = worker.track.options(num_returns="streaming").remote(index.uri, chunk)
-                running[stream] = _Running(worker, stream, set(chunk))
+                chunk, numbers = chunks.popleft()
+                stream = worker.track.options(num_returns="streaming").remote(
+                    index.uri, chunk, numbers
+                )
+                pairs = {(track, number) for track in chunk for number in numbers}
+                running[stream] = _Running(worker, stream, pairs)
 
         for _ in range(min(self._num, len(chunks))):
             give(self._new())
@@ -203,7 +218,7 @@ class Workers:
             (ready,), _ = ray.wait(list(running), num_returns=1)
             run = running[ready]
             try:
-                result, conditions = ray.get(next(run.results))
+                number, result, conditions = ray.get(next(run.results))
             except StopIteration:
                 del running[ready]
                 give(run.worker)
@@ -214,8 +229,25 @@ class Workers:
                 if deaths > MAX_WORKER_DEATHS:
                     raise
                 log.warning("A worker died (%s); its sequences start again.", error)
-                chunks.appendleft([track for track in order if track in run.unfinished])
+                again: dict[int, list[int]] = {}
+                for track, number in sorted(run.unfinished):
+                    again.setdefault(track, []).append(number)
+                chunks.extendleft(self._chunks(again, lengths))
                 give(self._new())
                 continue
-            run.unfinished.discard(result.track)
-            yield result, conditions
+            run.unfinished.discard((result.track, number))
+            yield number, result, conditions
+
+    def _chunks(
+        self, waiting: Mapping[int, Sequence[int]], lengths: np.ndarray
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return tracks of similar length, longest first, that wait for the same subjects."""
+        size = max(1, min(self._config.batch_size, -(-len(waiting) // self._num)))
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for track in sorted(waiting, key=lambda track: -int(lengths[track])):
+            alike.setdefault(tuple(waiting[track]), []).append(track)
+        return [
+            (tracks[start : start + size], list(numbers))
+            for numbers, tracks in alike.items()
+            for start in range(0, len(tracks), size)
+        ]

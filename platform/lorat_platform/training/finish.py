@@ -293,25 +293,43 @@ def _rows(results: dict[str, list[DatasetResult]]) -> list[list[Any]]:
 
 
 def _metrics(results: dict[str, list[DatasetResult]]) -> dict[str, float]:
-    """Return ``eval/DATASET/ao`` and so on of the model, ``eval/DATASET/static_ao``, ``mil_ao``."""
-    return {
-        f"eval/{dataset}/{'' if tracker == MODEL else tracker + '_'}{name}": number
-        for dataset, tracker, *numbers in _rows(results)
-        for name, number in zip(HEADLINE, numbers, strict=True)
-    }
+    """Return ``eval/DATASET/ao`` and so on of the model, ``eval/DATASET/static_ao``, ``mil_ao``.
+
+    The ends of their 95 % intervals are ``eval/DATASET/ao_low`` and ``eval/DATASET/ao_high``.
+    """
+    metrics = {}
+    for tracker, datasets in results.items():
+        for dataset in datasets:
+            for name, score in HEADLINE.items():
+                key = f"eval/{dataset.name}/{'' if tracker == MODEL else tracker + '_'}{name}"
+                metrics[key] = float(dataset.scores.get(score, math.nan))
+                if score in dataset.intervals:
+                    low, high = dataset.intervals[score]
+                    metrics |= {f"{key}_low": low, f"{key}_high": high}
+    return metrics
 
 
 def run_description(
     config: TrainConfig, result: TrainingResult, results: dict[str, list[DatasetResult]]
 ) -> str:
     """Return the Markdown at the top of the run's page: the scores, and what was trained how."""
-    from lorat_platform.evaluation.report import markdown_table
+    from lorat_platform.evaluation.report import markdown_table, with_interval
 
     parts = []
     if results:
-        parts.append(
-            markdown_table(["validation", "tracker", "AO", "SR50", "SR75"], _rows(results))
-        )
+        rows = [
+            [dataset.name, tracker]
+            + [
+                with_interval(dataset.evaluations["compatible"], score)
+                if dataset.evaluations
+                else "nan"
+                for score in HEADLINE.values()
+            ]
+            for of_dataset in zip(*results.values(), strict=True)
+            for tracker, dataset in zip(results, of_dataset, strict=True)
+        ]
+        parts.append(markdown_table(["validation", "tracker", "AO", "SR50", "SR75"], rows))
+        parts.append("In brackets the 95 % interval over sequences (bootstrap).")
     rank = f" rank {config.lora.rank}" if config.adaptation == "lora" else ""
     parts.append(
         f"{config.variant}, {config.adaptation}{rank}, head depth {config.head.depth}, lr "

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from lorat.errors import UserError
-from lorat.tracking.clips import PREDICTED_RGB, TRUTH_RGB, ClipWriter, annotate
+from lorat.tracking.clips import (
+    OBJECTS_RGB,
+    PREDICTED_RGB,
+    TRUTH_RGB,
+    ClipWriter,
+    annotate,
+    annotate_objects,
+)
 
 
 def frames(count: int = 12, size_wh: tuple[int, int] = (96, 64)) -> list[np.ndarray]:
@@ -76,3 +83,13 @@ def test_boxes_are_drawn_on_a_copy() -> None:
     assert tuple(drawn[40, 20]) == PREDICTED_RGB
     assert tuple(drawn[40, 100]) == TRUTH_RGB
     assert not annotate(frame, [np.nan] * 4).any()
+
+
+def test_several_objects_have_a_colour_and_a_number_each() -> None:
+    frame = np.zeros((100, 200, 3), np.uint8)
+    boxes = np.array([[20, 20, 60, 60], [100, 20, 150, 60], [np.nan] * 4])
+    drawn = annotate_objects(frame, boxes, np.array([0.5, 0.4, np.nan]))
+    assert [tuple(drawn[60, x]) for x in (40, 120)] == list(OBJECTS_RGB[:2])
+    assert {tuple(pixel) for pixel in drawn.reshape(-1, 3)} & set(OBJECTS_RGB[2:]) == set()
+    alone = annotate_objects(frame, boxes[:1], np.array([0.5]))
+    np.testing.assert_array_equal(alone, annotate(frame, boxes[0], text="0.50"))

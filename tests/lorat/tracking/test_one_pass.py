@@ -17,7 +17,7 @@ from lorat.data import synthetic
 from lorat.errors import UserError
 from lorat.model.network import build_model
 from lorat.tracking.baselines import available, baseline
-from lorat.tracking.one_pass import SequenceResult, track_sequences
+from lorat.tracking.one_pass import SequenceResult, track_by_all, track_sequences
 from lorat.tracking.tracker import Tracker
 from tests.lorat.fake_index import FakeIndex, FakeReader
 from tests.real_data import REAL_DATA
@@ -83,6 +83,30 @@ def test_results_do_not_depend_on_the_batch() -> None:
     for one, many in zip(alone, together, strict=True):
         np.testing.assert_allclose(one.boxes, many.boxes, atol=1e-3)
         np.testing.assert_allclose(one.scores, many.scores, atol=1e-5)
+
+
+def test_several_trackers_share_each_decoded_frame() -> None:
+    """And each finds what it finds alone, in sequences that start and end at different times."""
+
+    index = FakeIndex([5, 9, 4])
+    reader, ended = FakeReader(index, damaged=[2, 14]), []
+    moving, static = track_by_all(
+        [Recorder(), baseline("static")],
+        index,
+        reader,
+        range(3),
+        batch_size=2,
+        on_sequence=lambda number, result: ended.append((result.track, number)),
+    )
+    assert sorted(reader.read_rows) == list(range(15)), "every frame is decoded once"
+    assert ended == [(0, 0), (0, 1), (2, 0), (2, 1), (1, 0), (1, 1)]
+    assert [result.track for result in moving] == [0, 1], "the first frame of 2 is damaged"
+    for tracker, several in ((Recorder(), moving), (baseline("static"), static)):
+        alone = track_sequences(tracker, index, FakeReader(index, damaged=[2, 14]), range(3))
+        for one, many in zip(alone, several, strict=True):
+            np.testing.assert_array_equal(one.boxes, many.boxes)
+            np.testing.assert_array_equal(one.scores, many.scores)
+            assert one.damaged == many.damaged
 
 
 def test_times_add_up_to_the_wall_clock() -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
 import pytest
 
 from lorat.errors import UserError
-from lorat.tracking.baselines import baseline
+from lorat.tracking.baselines import StaticTracker, baseline
 from lorat.tracking.clips import ClipWriter
+from lorat.tracking.first_box import FirstBox
 from lorat.tracking.trajectory import Trajectory
 from lorat.tracking.video_source import VideoSource
 
@@ -159,11 +161,40 @@ def test_a_target_stays_where_it_was_while_frames_are_damaged(tmp_path: Path) ->
     folder = frames_in(tmp_path / "frames", 4)
     (folder / "00000003.jpg").write_bytes(b"")
     frames = iter(VideoSource(str(folder)))
-    trajectory = Trajectory(baseline("static"), next(frames), (3.0, 4.0, 9.0, 12.0))
+    target = FirstBox(box=np.array([3.0, 4.0, 9.0, 12.0]))
+    trajectory = Trajectory(baseline("static"), next(frames), [target])
     assert len(list(trajectory.follow(frames))) == 3
-    assert trajectory.scores == [1, 1, 0, 1]
+    assert np.ravel(trajectory.scores).tolist() == [1, 1, 0, 1]
     assert trajectory.times_s == [0, 0.04, 0.08, 0.12]
-    assert all(tuple(box) == (3, 4, 9, 12) for box in trajectory.boxes)
+    assert all(tuple(box) == (3, 4, 9, 12) for (box,) in trajectory.boxes)
+
+
+def test_targets_begin_in_their_own_frames_and_share_a_batch(tmp_path: Path) -> None:
+    """One whose first frame is damaged begins at the next one."""
+
+    class Batches(StaticTracker):
+        sizes: ClassVar[list[int]] = []
+
+        def step(self, targets: Any, frames: Any) -> tuple[np.ndarray, np.ndarray]:
+            self.sizes.append(len(targets))
+            return super().step(targets, frames)
+
+    folder = frames_in(tmp_path / "frames", 6)
+    (folder / "00000003.jpg").write_bytes(b"")
+    frames = iter(VideoSource(str(folder)))
+    boxes = [np.array([k, k, k + 9.0, k + 9.0]) for k in range(3)]
+    objects = [FirstBox(box=box, frame=frame) for box, frame in zip(boxes, (0, 0, 2), strict=True)]
+    trajectory = Trajectory(Batches(), next(frames), objects)
+    assert len(list(trajectory.follow(frames))) == 5
+    assert Batches.sizes == [2, 2, 3, 3]
+    found = np.array(trajectory.boxes)
+    for number, box in enumerate(boxes):
+        begin = 3 if number == 2 else 0
+        assert np.isnan(found[:begin, number]).all()
+        assert (found[begin:, number] == box).all()
+    scores = np.array(trajectory.scores)
+    np.testing.assert_array_equal(scores[:, 0], [1, 1, 0, 1, 1, 1])
+    np.testing.assert_array_equal(scores[:, 2], [np.nan, np.nan, np.nan, 1, 1, 1])
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,12 @@ from lorat_platform.evaluation.report import (
     record,
     write_report,
 )
-from lorat_platform.evaluation.sets import DatasetResult, check_distinct, evaluate
+from lorat_platform.evaluation.sets import (
+    DatasetResult,
+    check_distinct,
+    evaluate,
+    evaluate_all,
+)
 from lorat_platform.evaluation.subject import Subject, load_subject, subject_of, tracking_modules
 from lorat_platform.evaluation.workers import Conditions, EvaluationConfig, SequenceWorker
 from lorat_platform.failures import user_message
@@ -99,6 +104,8 @@ def test_both_dialects_and_attributes_are_scored(evaluated: DatasetResult) -> No
     metrics = flat_metrics([evaluated])
     assert metrics["synthetic-val/AO"] == evaluated.scores["AO"]
     assert {"synthetic-val/plain/SUC", "synthetic-val/fps_single"} <= set(metrics)
+    low, high = (metrics[f"synthetic-val/AO_{end}"] for end in ("low", "high"))
+    assert low < metrics["synthetic-val/AO"] < high
 
 
 def test_decoding_makes_the_speed_lower(evaluated: DatasetResult) -> None:
@@ -123,6 +130,22 @@ def test_a_second_evaluation_tracks_nothing(
     assert asked == []
     assert again.scores == evaluated.scores
     assert again.fps == evaluated.fps
+
+
+def test_several_trackers_share_frames_and_score_as_they_do_alone(
+    evaluated: DatasetResult, subject: Subject, uri: str, tmp_path: Path
+) -> None:
+    """What one of them has left is not tracked again."""
+    static = load_subject("static")
+    evaluate(static, uri, config(tmp_path, limit=3, workers=1), progress=False)
+    both = evaluate_all([subject, static], uri, config(tmp_path, workers=1), progress=False)
+    assert [list(result.results) for result in both] == [list(evaluated.results)] * 2
+    for name, alone in evaluated.results.items():
+        np.testing.assert_allclose(both[0].results[name].boxes, alone.boxes, atol=1e-3)
+        boxes = both[1].results[name].boxes
+        assert np.array_equal(boxes, np.repeat(boxes[:1], len(boxes), axis=0))
+    assert both[0].fps_single != both[1].fps_single
+    assert both[0].fps < both[1].fps, "each one's time is its own"
 
 
 @pytest.mark.usefixtures("evaluated")
@@ -224,9 +247,9 @@ class _Dying(SequenceWorker):
     """Ends its process in the middle of its first chunk, once."""
 
     def track(  # type: ignore[override]
-        self, uri: str, tracks: list[int]
-    ) -> Iterator[tuple[SequenceResult, Conditions]]:
-        for result in super().track(uri, tracks):
+        self, uri: str, tracks: list[int], numbers: list[int]
+    ) -> Iterator[tuple[int, SequenceResult, Conditions]]:
+        for result in super().track(uri, tracks, numbers):
             yield result
             mark = Path(os.environ["LORAT_TEST_MARK"])
             if not mark.exists():
@@ -279,6 +302,8 @@ def test_report_has_what_people_look_at(
     text = write_report(subject, [evaluated], tmp_path)
     assert "| synthetic-val | compatible | 8 |" in text
     assert "FPS, one video" in text
+    low, high = evaluated.evaluations["plain"].intervals["AO"]
+    assert f"| {evaluated.evaluations['plain'].scores['AO']:.3f} [{low:.3f}, {high:.3f}] |" in text
     place = tmp_path / "synthetic-val"
     for plot in ("success", "precision", "normalized_precision", "sequences", "attributes"):
         assert (place / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
