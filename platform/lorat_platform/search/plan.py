@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from typing_extensions import Doc
+
 from lorat.config.bounds import Bounds, Count, Few, Seed, check_bounds
 from lorat.config.fields import flag, from_dict, to_dict
 from lorat.config.json_files import read_json_at
@@ -17,6 +19,7 @@ from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files import storage
 from lorat.files.home import home, storage_address
+from lorat.metrics.catalogue import MAIN, METRICS, listed
 from lorat_platform.data.sources import open_datasets, with_whole_paths
 from lorat_platform.search.algorithms import (
     SchedulerName,
@@ -24,7 +27,7 @@ from lorat_platform.search.algorithms import (
     build_scheduler,
     build_searcher,
 )
-from lorat_platform.search.rungs import OBJECTIVES, Rungs
+from lorat_platform.search.rungs import Rungs
 from lorat_platform.search.space import SearchSpace, build_space
 from lorat_platform.search.trust import check_trusted
 
@@ -47,9 +50,10 @@ class SearchOptions:
     """Configurations to try, 1 to 100,000."""
     space: tuple[str, ...] = ()
     """Entries that add or replace fields, such as lora.dropout=uniform(0,0.2) or head.depth=3."""
-    objective: str = "ao"
-    """What to optimise, or several by commas for the Pareto front: ao, auc, sr50, sr75, loss,
-    latency (ms per frame), parameters (trained ones)."""
+    objective: Annotated[
+        str,
+        Doc(f"What to optimise, or several by commas for the Pareto front: {listed([*METRICS])}."),
+    ] = MAIN
     searcher: SearcherName = "tpe"
     """Who proposes configurations: tpe (Optuna) or random."""
     scheduler: SchedulerName = "asha"
@@ -88,10 +92,10 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         check_bounds(self, flag)
-        unknown = [o for o in self.objectives if o not in OBJECTIVES]
+        unknown = [o for o in self.objectives if o not in METRICS]
         if unknown or len(set(self.objectives)) != len(self.objectives):
             raise UserError(
-                f"--objective is {self.objective}; give one or more of {', '.join(OBJECTIVES)}, "
+                f"--objective is {self.objective}; give one or more of {', '.join(METRICS)}, "
                 "each once."
             )
         if self.scheduler == "hyperband" and self.concurrent is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -20,18 +19,6 @@ BUDGET = "budget"
 
 HISTORY = "history"
 """Reported list of all the trial's reports so far, as ``{"budget": ..., objective: ...}``."""
-
-
-OBJECTIVES: dict[str, Literal["max", "min"]] = {
-    "ao": "max",
-    "auc": "max",
-    "sr50": "max",
-    "sr75": "max",
-    "loss": "min",
-    "latency": "min",
-    "parameters": "min",
-}
-"""What can be searched for, and which way is better."""
 
 
 @dataclass(frozen=True, kw_only=True)

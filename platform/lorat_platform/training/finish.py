@@ -19,6 +19,7 @@ from lorat.errors import UserError
 from lorat.files.scratch import temporary_folder
 from lorat.files.storage import Location
 from lorat.learning.clock import duration
+from lorat.metrics.catalogue import HEADLINE, SCORES
 from lorat.tracking.baselines import BASELINES
 from lorat_platform.data.sources import SYNTHETIC, Datasets, Source, parse_sources
 from lorat_platform.runs import checkpoints
@@ -36,8 +37,8 @@ RESUME_ONLY = ("optimizer.safetensors", "training_state.json", checkpoints.MANIF
 """Files of a checkpoint that MLflow is not given."""
 MODEL = "LoRAT"
 """Name of the trained tracker beside the baselines."""
-HEADLINE = {"ao": "AO", "sr50": "SR0.5", "sr75": "SR0.75"}
-"""Scores in the table at the end, by their names as metrics."""
+HEADER = ("validation", "tracker", *(metric.label for metric in HEADLINE.values()))
+"""Of the table at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,20 +232,20 @@ def evaluate_beside_baselines(
             many = num_sequences[source.name] > MANY_SEQUENCES
             result = evaluate(subject, source.uri, label=source.name, progress=many)
             results[subject.name].append(result)
-    log.info("%-16s %-8s %6s %6s %6s", "validation", "tracker", "AO", "SR50", "SR75")
+    log.info("%-16s %-8s" + " %6s" * len(HEADLINE), *HEADER)
     for dataset, tracker, *numbers in _rows(results):
-        log.info("%-16s %-8s %6.3f %6.3f %6.3f", dataset, tracker, *numbers)
+        log.info("%-16s %-8s" + " %6.3f" * len(HEADLINE), dataset, tracker, *numbers)
     return results
 
 
 def _rows(results: dict[str, list[DatasetResult]]) -> list[list[Any]]:
-    """Return data set, tracker, AO, SR50 and SR75 of every result, by data set."""
+    """Return data set, tracker and headline scores of every result, by data set."""
     of_dataset = zip(*results.values(), strict=True)
     return [
         [
             result.name,
             tracker,
-            *(float(result.scores.get(key, math.nan)) for key in HEADLINE.values()),
+            *(float(result.scores.get(key, math.nan)) for key in map(SCORES.get, HEADLINE)),
         ]
         for row in of_dataset
         for tracker, result in zip(results, row, strict=True)
@@ -268,9 +269,7 @@ def run_description(
 
     parts = []
     if results:
-        parts.append(
-            markdown_table(["validation", "tracker", "AO", "SR50", "SR75"], _rows(results))
-        )
+        parts.append(markdown_table(HEADER, _rows(results)))
     rank = f" rank {config.lora.rank}" if config.adaptation == "lora" else ""
     parts.append(
         f"{config.variant}, {config.adaptation}{rank}, head depth {config.head.depth}, lr "

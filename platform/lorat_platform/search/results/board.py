@@ -15,15 +15,15 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from lorat_platform.search.rungs import OBJECTIVES, Rungs, pareto_fronts
+from lorat.metrics import METRICS
+from lorat_platform.search.rungs import Rungs, pareto_fronts
 
 Status = Literal["waiting", "running", "completed", "stopped", "failed"]
 
 STATUSES: tuple[Status, ...] = typing.get_args(Status)
 
 REPORTED = (
-    "ao", "auc", "sr50", "sr75", "loss", "latency", "parameters",
-    "train_seconds", "evaluation_seconds", "crop_cache_hit_rate", "crops_decoded",
+    *METRICS, "train_seconds", "evaluation_seconds", "crop_cache_hit_rate", "crops_decoded",
 )  # fmt: skip
 """Numbers of a report that the table has as columns (the last report's)."""
 
@@ -140,7 +140,7 @@ class Leaderboard:
     def ranked(self) -> list[TrialRow]:
         """Order by the first objective among those that got as far: later rungs come first."""
         name = self.objectives[0]
-        sign = 1.0 if OBJECTIVES[name] == "max" else -1.0
+        sign = METRICS[name].sign
         scored = [row for row in self.rows.values() if row.reports and row.status != "failed"]
         order = sorted(scored, key=lambda r: (-r.num_rungs, -sign * r.reports[-1][name], r.number))
         rest = [row for row in self.rows.values() if row not in scored]
@@ -263,7 +263,7 @@ class Leaderboard:
 
 def signed_objectives(rows: Sequence[TrialRow], objectives: Iterable[str]) -> np.ndarray:
     """Return the last objectives (n, d) with signs such that more is better."""
-    signs = {name: 1.0 if OBJECTIVES[name] == "max" else -1.0 for name in objectives}
+    signs = {name: METRICS[name].sign for name in objectives}
     return np.array([[s * row.reports[-1][name] for name, s in signs.items()] for row in rows])
 
 
