@@ -10,9 +10,6 @@ from torch import nn
 
 from lorat.config.training import TrainConfig
 
-BETAS = (0.9, 0.999)
-EPS = 1e-8
-
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters into three groups of (name, parameter) pairs.
@@ -40,7 +37,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW over the trainable parameters; ``config`` must be resolved."""
     assert config.lr is not None
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.lr, betas=BETAS, eps=EPS
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
     )
 
 

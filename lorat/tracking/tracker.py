@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorat.config.tracking import MIN_OBJECT_SIZE
+from lorat.config.tracking import TrackingConfig
 from lorat.errors import UserError
 from lorat.image.boxes import Box, clip_box, enlarge_to_minimum, intersects
 from lorat.image.codec import mean_rgb
@@ -48,6 +48,7 @@ class Tracker:
         model: in training or deployable form; it is left as it is.
         device: by default CUDA where there is some.
         dtype: of the weights.  By default float32, on CUDA under float16 autocast as published.
+        tracking: how to track; none means as the model says.
 
     Raises:
         UserError: if the device is not there.
@@ -59,9 +60,12 @@ class Tracker:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        tracking: TrackingConfig | None = None,
     ):
         self.device = resolve_device(device)
         self.variant = model.variant
+        self.tracking = tracking or model.tracking
+        """How to track; may be changed between videos."""
         self._autocast = dtype is None and self.device.type == "cuda"
         self.dtype = dtype or torch.float32
         network = copy.deepcopy(model) if model.adaptation is None else model.merge()
@@ -148,6 +152,7 @@ class Tracker:
                 torch.stack([target.mask_hw for target in targets]),
             ),
             self._window_HW,
+            self.tracking.window_penalty,
         )
         result_B5 = torch.cat([peak.box_B4, peak.confidence_B.unsqueeze(1)], dim=1).cpu()
         if not torch.isfinite(result_B5).all():
@@ -167,9 +172,10 @@ class Tracker:
         return boxes, result_B5[:, 4].double().numpy()
 
     def _search_crop(self, target: Target, frame: np.ndarray) -> tuple[np.ndarray, CropParams]:
-        variant = self.variant
-        box = enlarge_to_minimum(target.box, MIN_OBJECT_SIZE)
-        nominal = crop_params(box, variant.search_area_factor, variant.search_size)
+        variant, tracking = self.variant, self.tracking
+        box = enlarge_to_minimum(target.box, tracking.min_object_size)
+        factor = tracking.search_area_factor or variant.search_area_factor
+        nominal = crop_params(box, factor, variant.search_size)
         return resample(frame, nominal, variant.search_size, target.fill_rgb)
 
     def _search_crops(
