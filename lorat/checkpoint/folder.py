@@ -53,9 +53,8 @@ __all__ = [
 ]
 
 FORMAT, MERGED_FORMAT = "lorat", "lorat-merged"
-VERSIONS = {FORMAT: 2, MERGED_FORMAT: 2}
-"""Of each format, written and read; in version 1 the first had an adapter of q, k and v apart, and
-the second did not say how to track."""
+VERSIONS = {FORMAT: 2, MERGED_FORMAT: 1}
+"""Of each format, written and read; version 1 of the first had an adapter of q, k and v apart."""
 CONFIG_FILE, HEAD_FILE, BACKBONE_FILE = "config.json", "head.safetensors", "backbone.safetensors"
 ADAPTER_FILE = "adapter/adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter/adapter_config.json"
@@ -69,7 +68,7 @@ _HEADERS: dict[str, Any] = {
     MERGED_FORMAT: {
         "variant": dict,
         "head_depth": int,
-        "tracking": TrackingConfig,
+        "tracking?": TrackingConfig,
         "backbone": {"source": str},
     },
 }
@@ -306,7 +305,7 @@ def load_merged(folder: Path | str) -> LoRAT:
         raise UserError(f"{folder} does not fit its configuration: {problems}; give another.")
     model.load_state_dict(state, assign=True)
     model.backbone_source = header["backbone"]["source"]
-    model.tracking = from_dict(TrackingConfig, header["tracking"])
+    model.tracking = from_dict(TrackingConfig, header.get("tracking", {}))
     return model.requires_grad_(False).eval()
 
 

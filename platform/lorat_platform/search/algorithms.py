@@ -222,7 +222,7 @@ def build_searcher(
 ) -> Searcher | BasicVariantGenerator:
     """Build the searcher; its first trial is always the base configuration's own values."""
     prior = [space.prior()]
-    if name == "random":
+    if name == "random" or not prior[0]:  # nothing is left to propose
         return RandomSearch(
             points_to_evaluate=prior, max_concurrent=max_concurrent, random_state=seed
         )
@@ -239,7 +239,7 @@ def build_searcher(
         seed=seed,
     )
     return PausableOptuna(
-        space={path: distribution(d) for path, d in space.dimensions.items()},
+        space={path: distribution(d) for path, d in space.trained.items()},
         metric=list(objectives) if several else objectives[0],
         mode=modes if several else modes[0],
         points_to_evaluate=prior,

@@ -55,6 +55,15 @@ class Rungs:
             math.ceil(self.max_steps / self.reduction**k) for k in reversed(range(self.num_rungs))
         )
 
+    def steps_of(self, total_steps: int, base_steps: int) -> tuple[int, ...]:
+        """Return the rungs in the steps of a trial, after the same share of its schedule.
+
+        Args:
+            total_steps: of the trial's schedule.
+            base_steps: of the schedule that the rungs are steps of.
+        """
+        return tuple(-(-step * total_steps // base_steps) for step in self.steps)
+
     def budget(self, rung: int) -> int:
         """Return the budget of a rung, counted from 0."""
         return self.reduction**rung

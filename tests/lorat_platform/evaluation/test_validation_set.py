@@ -77,7 +77,9 @@ def test_a_training_and_a_search_say_the_same_of_a_model(sets: list[FrameIndex])
     sources = resolve_sources(uris, "val")
     plan = ValidationPlan(config=config, sources=sources, num_pairs=0, num_sequences=4)
     progress = Progress(history=[], latency_ms=1.0)  # measured before
-    setup: Any = SimpleNamespace(val_sequences=4, worker_resources={"CPU": 1.0})
+    setup: Any = SimpleNamespace(
+        val_sequences=4, worker_resources={"CPU": 1.0}, settings=({},), objectives=("ao",)
+    )
     searched = measure.validate(model, config, setup, torch.device("cpu"), progress)
     trained = validate(model, plan)
     assert trained == {f"val/{name}": value for name, value in searched.items()}

@@ -18,9 +18,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from lorat.metrics import METRICS
-from lorat.metrics.plots import COLORS, GREY, new_axes, png
+from lorat.metrics.plots import COLORS, DPI, GREY, new_axes, png
 from lorat_platform.search.algorithms import distribution
 from lorat_platform.search.results.board import Leaderboard, TrialRow
+from lorat_platform.search.settings import judge
 from lorat_platform.search.space import Dimension, SearchSpace
 
 BLUE, RED, GREEN, ORANGE, *_ = COLORS
@@ -40,6 +41,7 @@ def write_plots(board: Leaderboard, space: SearchSpace, folder: Path) -> list[Pa
         "rank_lr_map": lambda: draw_rank_lr_map(board, rows),
         "pareto_front": lambda: draw_pareto_front(board, rows),
         "learning_curves": lambda: draw_learning_curves(board, rows),
+        "tracking_settings": lambda: draw_settings(board, space, rows),
     }
     paths: list[Path] = []
     if not rows:
@@ -93,7 +95,7 @@ def draw_parallel_coordinates(
 ) -> Figure:
     """Draw one line per trial through its values to its objective."""
     name = board.objectives[0]
-    dimensions = list(space.dimensions.values())
+    dimensions = list(space.trained.values())
     objective = np.array([row.reports[-1][name] for row in rows], dtype=float)
     low, high = float(objective.min()), float(objective.max())
     figure, axes = _axes("Parallel coordinates", "", "")
@@ -138,7 +140,7 @@ def importance(board: Leaderboard, space: SearchSpace, rows: list[TrialRow]) -> 
     study = optuna.create_study(
         direction="maximize" if METRICS[name].better == "max" else "minimize"
     )
-    distributions = {path: distribution(d) for path, d in space.dimensions.items()}
+    distributions = {path: distribution(d) for path, d in space.trained.items()}
     values = [row.reports[0][name] for row in rows]
     if len(rows) < 4 or max(values) == min(values):
         return {}
@@ -195,6 +197,29 @@ def draw_pareto_front(board: Leaderboard, rows: list[TrialRow]) -> Figure:
         where="post", color=GREEN, marker="o", label="not dominated, trained furthest",
     )  # fmt: skip
     axes.legend()
+    return figure
+
+
+def draw_settings(board: Leaderboard, space: SearchSpace, rows: list[TrialRow]) -> Figure | None:
+    """Draw the score of the best trial's weights over each field that needs no training."""
+    paths = list(space.tracking)
+    name = judge(board.objectives)
+    settings = rows[0].reports[-1].get("settings", [])
+    if not settings or name is None:
+        return None
+    figure = Figure(figsize=(3.5 * len(paths) + 3.5, 4.2), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, len(paths), squeeze=False, sharey=True)[0]
+    for axes, path in zip(panels, paths, strict=True):
+        axes.scatter(
+            [each["tracking"][path] for each in settings],
+            [each["scores"][name] for each in settings],
+            color=BLUE,
+        )
+        axes.set_xlabel(path)
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel(METRICS[name].axis)
+    title = f"How the weights of trial {rows[0].number} track"
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold")
     return figure
 
 
