@@ -25,9 +25,10 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from lorat.errors import UserError
 from lorat.metrics import METRICS
+from lorat_platform.search.dimension import Dimension
 from lorat_platform.search.rungs import BUDGET, HISTORY, Rungs, pareto_order
 from lorat_platform.search.searcher_state import JsonOptuna
-from lorat_platform.search.space import Dimension, SearchSpace
+from lorat_platform.search.space import SearchSpace
 
 SearcherName = Literal["tpe", "random"]
 SchedulerName = Literal["asha", "median", "hyperband", "none"]

@@ -27,9 +27,10 @@ from lorat_platform.search.algorithms import (
     build_scheduler,
     build_searcher,
 )
+from lorat_platform.search.dimension import Dimension
 from lorat_platform.search.rungs import Rungs
 from lorat_platform.search.settings import judge, settings_of
-from lorat_platform.search.space import Coupling, Dimension, SearchSpace, build_space
+from lorat_platform.search.space import Coupling, SearchSpace, build_space
 from lorat_platform.search.space_file import read_space_file
 from lorat_platform.search.trust import check_trusted
 

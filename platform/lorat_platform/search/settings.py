@@ -20,7 +20,8 @@ from lorat.config.fields import replace_path
 from lorat.config.tracking import TrackingConfig
 from lorat.metrics import METRICS
 from lorat.metrics.catalogue import SCORES
-from lorat_platform.search.space import TRACKING, Dimension, Scalar, SearchSpace
+from lorat_platform.search.dimension import Dimension, Scalar
+from lorat_platform.search.space import TRACKING, SearchSpace
 
 STREAM = 83
 """Stream number of the settings, beside the searcher's seed."""

@@ -19,7 +19,7 @@ from lorat import errors
 from lorat.config.fields import field_paths, unknown_field
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
-from lorat_platform.search.space import GRAMMAR, Dimension, Kind, make_dimension, parse_range
+from lorat_platform.search.dimension import GRAMMAR, Dimension, Kind, make_dimension, parse_range
 
 MAX_BYTES = 1 << 20
 _JSON = re.compile(r'"(?:[^"\\\n]|\\.)*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.DOTALL)

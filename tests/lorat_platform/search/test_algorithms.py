@@ -277,3 +277,12 @@ def test_every_metric_is_an_objective_that_scheduler_and_table_know_the_better_o
 def test_an_unknown_objective_is_answered_by_all_metrics() -> None:
     with pytest.raises(UserError, match=f"give one or more of {', '.join(METRICS)}"):
         SearchOptions(objective="sr57")
+
+
+def test_a_space_without_training_fields_proposes_its_one_training() -> None:
+    fixed = ["tracking.window_penalty=uniform(0,1)", "lora.rank=8", "lr=1e-3", "head.depth=2"]
+    space = build_space(TrainConfig(), fixed)
+    made: Any = build_searcher("tpe", space, ["ao"], num_trials=1, seed=0, max_concurrent=1)
+    made.add_configurations([Experiment("some", run=lambda _: None, config=space.to_tune())])
+    assert made.next_trial().config == {}
+    assert made.next_trial() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lorat.errors import UserError
 from lorat.files import storage
 from lorat_platform.search.driver import _write_request
 from lorat_platform.search.plan import (
+    REQUEST_FILE,
     SearchOptions,
     SearchPlan,
     check_unchanged,
@@ -102,3 +104,29 @@ def test_a_search_goes_on_with_the_space_that_its_file_held(file: Path) -> None:
     file.write_text(text.replace("2", "3"))
     with pytest.raises(UserError, match="--space-file cannot be changed when a search is gone on"):
         check_unchanged(again, again.space.base, given)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        (
+            [{"path": "lr", "kind": "uniform", "values": []}],
+            "The values of lr are \\[\\], which is no",
+        ),
+        ([{"path": "lr", "kind": "logint", "values": [-1, 4]}], "which is no logint"),
+        ([{"path": "lr", "kind": "normal", "values": [1]}], 'kind is "normal"; give'),
+        ([{"path": "lr"}], "has no kind"),
+        ([7], "is 7; give an object"),
+        ([{"path": "lorra", "kind": "choice", "values": [1, 2]}], "no configuration field lorra"),
+        ("lr", 'space is "lr", not a list or null'),
+    ],
+)
+def test_a_damaged_space_in_a_search_folder_is_one_sentence(
+    file: Path, held: Any, message: str
+) -> None:
+    made = plan(WINDOW, space_file=str(file), name="kept")
+    folder = storage.locate(made.storage).child("kept")
+    folder.make()
+    folder.write_bytes(REQUEST_FILE, json.dumps(made.request() | {"space": held}).encode())
+    with pytest.raises(UserError, match=message):
+        read_plan("kept", trust_folder=True)

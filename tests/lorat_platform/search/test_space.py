@@ -7,15 +7,9 @@ import pytest
 from lorat.config.fields import field_paths, replace_path
 from lorat.config.training import LoraConfig, TrainConfig, resolve
 from lorat.errors import UserError
+from lorat_platform.search.dimension import _members, field_type, parse_entry
 from lorat_platform.search.plan import default_config
-from lorat_platform.search.space import (
-    Coupling,
-    _field_type,
-    _members,
-    build_space,
-    num_pairs,
-    parse_entry,
-)
+from lorat_platform.search.space import Coupling, build_space, num_pairs
 
 
 def test_default_space_of_the_paper_is_rank_lr_and_head_depth() -> None:
@@ -75,7 +69,7 @@ OF_THE_SCHEDULE = ("epochs", "pairs_per_epoch")
 def test_the_list_of_fields_that_may_be_none_is_complete() -> None:
     base = TrainConfig()
     nullable = {
-        path for path in field_paths(base) if type(None) in _members(_field_type(base, path))
+        path for path in field_paths(base) if type(None) in _members(field_type(base, path))
     }
     assert nullable == {*NULLABLE, *OF_THE_SCHEDULE}
 
@@ -177,7 +171,7 @@ def test_the_tune_space_holds_the_same_ranges() -> None:
     assert (low, high) == pytest.approx((1e-4, 1e-2))
 
 
-def test_parsing_keeps_the_field_type() -> None:
+def test_parsing_keeps_thefield_type() -> None:
     base = TrainConfig(lora=LoraConfig(rank=8))
     assert parse_entry("lora.alpha=choice(none,16)", base).values == (None, 16.0)
     assert parse_entry("lora.rslora=true", base).values == (True,)

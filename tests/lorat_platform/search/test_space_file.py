@@ -10,8 +10,9 @@ import pytest
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat_platform.search import space as spaces
+from lorat_platform.search.dimension import Dimension
 from lorat_platform.search.plan import default_config
-from lorat_platform.search.space import Dimension, build_space
+from lorat_platform.search.space import build_space
 from lorat_platform.search.space_file import read_space_file
 
 DEFAULT = Path(spaces.__file__).with_name("default-space.yaml")

@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from lorat.metrics import METRICS
 from lorat.metrics.plots import COLORS, DPI, GREY, new_axes, png
 from lorat_platform.search.algorithms import distribution
+from lorat_platform.search.dimension import Dimension
 from lorat_platform.search.results.board import Leaderboard, TrialRow
 from lorat_platform.search.settings import judge
-from lorat_platform.search.space import Dimension, SearchSpace
+from lorat_platform.search.space import SearchSpace
 
 BLUE, RED, GREEN, ORANGE, *_ = COLORS
 OF_STATUS = {
