@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
+import shutil
+import subprocess
+import sys
 import textwrap
 from functools import cache
 from pathlib import Path
@@ -128,12 +132,70 @@ def test_the_page_on_upgrades_names_tests_that_there_are() -> None:
     assert sorted(name for name in named if f"def {name}(" not in tests) == []
 
 
+def _recipe(section: str) -> list[str]:
+    """Return the blocks of code of a section of the page on adding."""
+    page = (ROOT / "infra" / "ADDING.md").read_text()
+    text = page.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^ *```\w+\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(block) for block in blocks]
+
+
+def test_a_metric_and_a_search_dimension_are_added_as_the_recipes_say(tmp_path: Path) -> None:
+    left_out = shutil.ignore_patterns("assets", "__pycache__")
+    for package in ("lorat", "platform/lorat_platform"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=left_out)
+    (metric,), (field, use) = _recipe("A metric"), _recipe("A search dimension")
+    for name, before, added in (
+        ("lorat/metrics/catalogue.py", "METRICS: dict[str, Metric] = {\n", metric),
+        ("lorat/config/training.py", "class TrainConfig:\n", field),
+        ("lorat/learning/optimisation.py", "eps=config.adam_eps,\n", use),
+    ):
+        file = tmp_path / name
+        head, mark, tail = file.read_text().partition(before)
+        assert mark, f"{name} has no {before!r} any more"
+        if name == "lorat/config/training.py":  # after what the class says of itself
+            about, quotes, tail = tail.partition('"""\n')
+            mark += about + quotes
+        file.write_text(head + mark + textwrap.indent(added, "    ") + tail)
+    code = """
+        import numpy as np, torch
+        from lorat.config.training import TrainConfig
+        from lorat.learning.optimisation import build_optimizer
+        from lorat.metrics import GroundTruth, evaluate
+        from lorat.metrics.catalogue import table
+        from lorat.metrics.comparison import GateConfig
+        from lorat_platform.search.plan import SearchOptions, make_plan
+        from lorat_platform.search.results.board import Leaderboard
+
+        boxes = np.tile([10.0, 10.0, 50.0, 50.0], (4, 1))
+        found = boxes + np.array([[0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0], [9, 0, 9, 0.0]])
+        scores = evaluate({"a": found}, {"a": GroundTruth(boxes=boxes)}).scores
+        print(scores["SR0.9"])
+        GateConfig(metric="sr90")
+        options = SearchOptions(objective="sr90", space=("amsgrad=choice(true,false)",))
+        plan = make_plan(TrainConfig(variant="T-112"), options)
+        board = Leaderboard(objectives=plan.options.objectives, rungs=plan.rungs)
+        board.add("t", {}).report({"step": 1, "sr90": 0.5})
+        print("sr90" in board.table().column_names, "`sr90`" in table())
+        config = plan.space.configure({"amsgrad": True})
+        print(build_optimizer(torch.nn.Linear(2, 2), config).param_groups[0]["amsgrad"])
+    """
+    places = os.pathsep.join([str(tmp_path), str(tmp_path / "platform")])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"PYTHONPATH": places, "LORAT_HOME": str(tmp_path / "home")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["0.75", "True", "True", "True"], done.stderr
+
+
 def test_a_dataset_is_added_as_the_recipe_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = (ROOT / "infra" / "ADDING.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", recipe, re.DOTALL)
-    code = textwrap.dedent(block).replace("lorat.data.datasets", datasets.__name__)
+    (block,) = _recipe("A dataset")
+    code = block.replace("lorat.data.datasets", datasets.__name__)
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / f"{EXAMPLE}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path / "code")

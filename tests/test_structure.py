@@ -31,7 +31,10 @@ TORCH_FREE = ("image", "files", "config", "data")
 INTERNALS = "platform/lorat_platform/cluster/ray_internals.py"
 """The one module that may import what Ray does not promise."""
 
-DISTRIBUTIONS = {"cv2": "opencv-python", "PIL": "pillow"}
+DISTRIBUTIONS = {
+    "PIL": "pillow", "cv2": "opencv-python", "typing_extensions": "typing-extensions",
+    "yaml": "pyyaml",
+}  # fmt: skip
 """Distributions whose module has another name."""
 
 

@@ -23,13 +23,16 @@ from torch import Tensor, nn
 
 from lorat.checkpoint.folder import load_merged, save_merged
 from lorat.checkpoint.official import export_official, import_official
+from lorat.config.fields import to_dict
 from lorat.config.json_files import write_json
-from lorat.config.tracking import MIN_OBJECT_SIZE, WINDOW_PENALTY
+from lorat.config.tracking import TrackingConfig
 from lorat.errors import UserError
 from lorat.files.checksums import seal
 from lorat.files.outputs import as_text, check_file, check_folder
 from lorat.model.network import LoRAT
 from lorat.model.normalisation import IMAGENET_MEAN, IMAGENET_STD
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("bundle", "onnx", "program", "official")
 INPUTS = ("template", "search", "foreground_mask")
@@ -160,6 +163,12 @@ def _bundle(model: LoRAT, folder: Path) -> Parity:
 
 def _official(given: LoRAT, merged: LoRAT, folder: Path) -> Parity:
     path = folder / FILES["official"]
+    if given.tracking != TrackingConfig():
+        log.warning(
+            "%s has no place for how to track, so that whoever reads it tracks as published; this "
+            "model has %s.",
+            path.name, to_dict(given.tracking),
+        )  # fmt: skip
     export_official(given, path)
     again = import_official(path, given.variant, backbone="none")  # the file has it all
     return _compare("official", path, path.stat().st_size, merged, _forward(again.eval()))
@@ -222,11 +231,12 @@ def contract(model: LoRAT) -> dict[str, Any]:
 
     The file carries it as JSON under the metadata key ``lorat``.
     """
-    variant = model.variant
+    variant, tracking = model.variant, model.tracking
+    factor = tracking.search_area_factor or variant.search_area_factor
     return {
         "variant": variant.name,
         "template": {"size": variant.template_size, "area_factor": variant.template_area_factor},
-        "search": {"size": variant.search_size, "area_factor": variant.search_area_factor},
+        "search": {"size": variant.search_size, "area_factor": factor},
         "patch_size": variant.patch_size,
         "channels": "RGB",
         "mean": IMAGENET_MEAN,
@@ -234,8 +244,8 @@ def contract(model: LoRAT) -> dict[str, Any]:
         "foreground_mask": "1 for the template's patches that the box touches, else 0",
         "score_map": "logits",
         "boxes": "xyxy, 0 to 1 of the search crop",
-        "window_penalty": WINDOW_PENALTY,
-        "min_object_size": MIN_OBJECT_SIZE,
+        "window_penalty": tracking.window_penalty,
+        "min_object_size": tracking.min_object_size,
     }
 
 

@@ -30,6 +30,7 @@ from lorat.checkpoint.training_state import (
 )
 from lorat.config.fields import from_dict, shown, to_dict
 from lorat.config.json_files import check_shape, read_json, write_json
+from lorat.config.tracking import TrackingConfig
 from lorat.config.training import HeadConfig, TrainConfig
 from lorat.config.variants import VARIANTS, Variant, get_variant
 from lorat.errors import UserError
@@ -64,7 +65,12 @@ _HEADERS: dict[str, Any] = {
         "config": dict,
         "backbone": {"source": str, "fingerprint": str, "included": bool},
     },
-    MERGED_FORMAT: {"variant": dict, "head_depth": int, "backbone": {"source": str}},
+    MERGED_FORMAT: {
+        "variant": dict,
+        "head_depth": int,
+        "tracking?": TrackingConfig,
+        "backbone": {"source": str},
+    },
 }
 """What a header says, by format."""
 
@@ -271,6 +277,7 @@ def save_merged(model: LoRAT, folder: Path | str) -> None:
         "version": VERSIONS[MERGED_FORMAT],
         "variant": dataclasses.asdict(model.variant),
         "head_depth": model.head_depth,
+        "tracking": to_dict(model.tracking),
         "dtype": str(next(iter(state.values())).dtype).removeprefix("torch."),
         "backbone": {"source": model.backbone_source},
     }
@@ -298,6 +305,7 @@ def load_merged(folder: Path | str) -> LoRAT:
         raise UserError(f"{folder} does not fit its configuration: {problems}; give another.")
     model.load_state_dict(state, assign=True)
     model.backbone_source = header["backbone"]["source"]
+    model.tracking = from_dict(TrackingConfig, header.get("tracking", {}))
     return model.requires_grad_(False).eval()
 
 

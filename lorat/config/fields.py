@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import types
 import typing
@@ -138,12 +139,27 @@ def replace_path(config: Any, path: str, value: Any) -> Any:
     if not dataclasses.is_dataclass(config) or name not in {
         f.name for f in dataclasses.fields(config)
     }:
-        raise UserError(
-            f"There is no configuration field {path}; fields are {', '.join(field_paths(config))}."
-        )
+        raise unknown_field(path, config)
     if rest:
         value = replace_path(getattr(config, name), rest, value)
     return dataclasses.replace(typing.cast(Any, config), **{name: value})
+
+
+def unknown_field(path: str, config: Any, where: str = "") -> UserError:
+    """Return the error about a path that names no field: with the nearest ones, or all.
+
+    Args:
+        path: of no field of ``config``.
+        where: begin of the message, such as a file's line.
+    """
+    paths = field_paths(config)
+    inside = [p for p in paths if p.startswith(f"{path}.")]
+    near = inside or difflib.get_close_matches(path, paths, n=2, cutoff=0.6)
+    # Somebody may know the field but not the part of the configuration that has it.
+    near = near or [p for p in paths if p.rpartition(".")[2] == path.rpartition(".")[2]]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"fields are {', '.join(paths)}."
+    begin = f"{where}: there" if where else "There"
+    return UserError(f"{begin} is no configuration field {path}; {hint}")
 
 
 def field_paths(config: Any) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from lorat.config.bounds import Bounds, Count, Seed, Share, ShareBelowOne, check_bounds
 from lorat.config.fields import _require, get_path, replace_path
+from lorat.config.tracking import TrackingConfig
 from lorat.config.variants import VARIANTS, Variant, get_variant
 from lorat.files.addresses import refuse_secrets
 
@@ -137,6 +138,7 @@ class TrainConfig:
     """Validation shards; none means the synthetic validation set when data is synthetic."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     epochs: Annotated[int, Bounds(1, 100_000)] | None = None
     """Reporting intervals of the whole run, 1 to 100,000."""
@@ -157,6 +159,12 @@ class TrainConfig:
     """Length of the linear warm-up, 0 to 100,000 epochs."""
     weight_decay: Annotated[float, Bounds(0, 100)] = 0.1
     """AdamW weight decay of matrices, 0 to 100; biases and embeddings have none."""
+    beta1: ShareBelowOne = 0.9
+    """Decay of AdamW's mean of the gradients, 0 or more, below 1."""
+    beta2: ShareBelowOne = 0.999
+    """Decay of AdamW's mean of their squares, 0 or more, below 1."""
+    adam_eps: Annotated[float, Bounds(0, 1, above=True)] = 1e-8
+    """What AdamW adds to the root of that mean, more than 0, at most 1."""
     clip_norm: Annotated[float, Bounds(0, 1_000_000, above=True)] = 1.0
     """Largest global gradient norm, more than 0, at most 1,000,000."""
     precision: Precision = "auto"

@@ -10,9 +10,6 @@ from torch import Tensor, nn
 
 from lorat.config.training import TrainConfig
 
-BETAS = (0.9, 0.999)
-EPS = 1e-8
-
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters into three groups of (name, parameter) pairs.
@@ -47,7 +44,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     groups = parameter_groups(model, config.weight_decay)
     on_cuda = any(parameter.is_cuda for parameter in model.parameters())
     return torch.optim.AdamW(
-        groups, lr=config.lr, betas=BETAS, eps=EPS, fused=True, capturable=on_cuda
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        fused=True,
+        capturable=on_cuda,
     )
 
 

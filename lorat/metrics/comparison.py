@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
+from typing_extensions import Doc
 
 from lorat.config.bounds import Bounds, Count, Seed, Share, check_bounds
 from lorat.errors import UserError
+from lorat.metrics.catalogue import MAIN, METRICS, SCORES, criterion, listed
 
 BOOTSTRAP_STREAM = 71
 """Stream number of the resampling, beside the seed."""
@@ -19,10 +21,13 @@ BOOTSTRAP_STREAM = 71
 class GateConfig:
     """When a candidate passes."""
 
+    metric: Annotated[str, Doc(f"Score of the sequences that decides: {listed(list(SCORES))}.")] = (
+        MAIN
+    )
     allow_equal: bool = False
     """Also pass a candidate that is not worse: the interval lies above -margin."""
     margin: Share = 0.01
-    """Largest loss of mean AO that counts as not worse, 0 to 1."""
+    """Largest loss of the mean score that counts as not worse, 0 to 1."""
     confidence: Annotated[float, Bounds(0, 1, above=True, below=True)] = 0.95
     """Of the two-sided bootstrap interval of the mean difference, more than 0, below 1."""
     resamples: Annotated[int, Bounds(1, 10_000_000)] = 10_000
@@ -34,15 +39,18 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        criterion(self.metric)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """A paired comparison of two trackers on the same sequences."""
 
+    metric: str
+    """What was compared, a name of :data:`lorat.metrics.METRICS`."""
     names: list[str]
     differences: np.ndarray
-    """Candidate minus champion, AO per sequence."""
+    """By how much the candidate is better than the champion, per sequence."""
     resampled_means: np.ndarray
     interval: tuple[float, float]
     candidate_mean: float
@@ -58,8 +66,8 @@ class Comparison:
     def numbers(self) -> dict[str, Any]:
         """Return what is recorded with the decision."""
         return {
-            "candidate_ao": round(self.candidate_mean, 4),
-            "champion_ao": round(self.champion_mean, 4),
+            f"candidate_{self.metric}": round(self.candidate_mean, 4),
+            f"champion_{self.metric}": round(self.champion_mean, 4),
             "difference": round(self.mean_difference, 4),
             "interval_low": round(self.interval[0], 4),
             "interval_high": round(self.interval[1], 4),
@@ -72,13 +80,13 @@ class Comparison:
 def compare(
     candidate: Mapping[str, float], champion: Mapping[str, float], config: GateConfig
 ) -> Comparison:
-    """Compare AO per sequence by a paired bootstrap over the sequences.
+    """Compare the scores of the sequences by a paired bootstrap over the sequences.
 
     The interval is that of the percentiles (Efron and Tibshirani 1993, section 13.3).
 
     Args:
-        candidate: AO per sequence.
-        champion: AO of the same sequences.
+        candidate: the score of ``config.metric`` per sequence.
+        champion: that of the same sequences.
         config: when the candidate passes.
 
     Raises:
@@ -89,7 +97,7 @@ def compare(
     names = sorted(candidate)
     ours = np.array([candidate[name] for name in names])
     theirs = np.array([champion[name] for name in names])
-    differences = ours - theirs
+    differences = METRICS[config.metric].sign * (ours - theirs)
     rng = np.random.default_rng([config.seed, BOOTSTRAP_STREAM])
     means = np.empty(config.resamples)
     for start in range(0, config.resamples, 1000):  # bounded memory for long benchmarks
@@ -100,6 +108,7 @@ def compare(
     low, high = (float(value) for value in np.quantile(means, [tail, 1 - tail]))
     passed, reason = _decide(len(names), low, high, config)
     return Comparison(
+        metric=config.metric,
         names=names,
         differences=differences,
         resampled_means=means,

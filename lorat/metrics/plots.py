@@ -172,7 +172,12 @@ def overlap_timeline(overlaps: Mapping[str, np.ndarray], title: str) -> Figure:
 
 
 def comparison_plot(
-    differences: np.ndarray, means: np.ndarray, interval: tuple[float, float], title: str
+    differences: np.ndarray,
+    means: np.ndarray,
+    interval: tuple[float, float],
+    title: str,
+    *,
+    label: str = "AO",
 ) -> Figure:
     """Draw a paired comparison: difference per sequence, and its bootstrap distribution.
 
@@ -181,6 +186,7 @@ def comparison_plot(
         means: mean difference of each bootstrap sample.
         interval: of the mean, as decided on.
         title: who is compared on what.
+        label: of the score.
     """
     figure = Figure(figsize=(8.4, 3.8), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -188,7 +194,7 @@ def comparison_plot(
     colors = [COLORS[2] if value >= 0 else COLORS[1] for value in ordered]
     left.bar(range(len(ordered)), ordered, color=colors, width=0.9)
     left.set_xlabel("sequences, sorted")
-    left.set_ylabel("candidate − champion, AO")
+    left.set_ylabel(f"candidate − champion, {label}")
     right.hist(means, bins=min(60, max(10, len(means) // 50)), color=COLORS[0], alpha=0.75)
     right.axvline(0, color="black", linewidth=1)
     for end in interval:

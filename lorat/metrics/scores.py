@@ -10,15 +10,12 @@ from functools import cached_property
 import numpy as np
 
 from lorat.errors import UserError
+from lorat.metrics.catalogue import METRICS, SCORES, Curves
 from lorat.metrics.dialects import DIALECTS, Dialect, FrameErrors, GroundTruth
 from lorat.metrics.uncertainty import Interval, mean_intervals
 
-SCORE_NAMES = ("SUC", "P", "P_norm", "AO", "SR0.5", "SR0.75")
-"""Success (area under its curve), precision at 20 px, normalised precision at 0.2, average
-overlap, success rates at 0.5 and 0.75; all in 0 to 1."""
-
-PRECISION_AT_PX = 20.0
-NORM_PRECISION_AT = 0.2
+SCORE_NAMES = tuple(SCORES.values())
+"""Names of the scores in reports, each with its row in the catalogue."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +170,7 @@ def _score(
     )
 
 
-def _curves(errors: FrameErrors, rules: Dialect) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _curves(errors: FrameErrors, rules: Dialect) -> Curves:
     overlap = errors.overlap
     if rules.zero_fails:
         overlap = np.where(overlap == 0, -1.0, overlap)
@@ -185,30 +182,14 @@ def _curves(errors: FrameErrors, rules: Dialect) -> tuple[np.ndarray, np.ndarray
     )
     dtype = np.float32 if rules.single else np.float64
     num_frames = max(errors.num_frames, 1)
-    success, precision, norm = (count.astype(dtype) / dtype(num_frames) for count in hits)
-    return success, precision, norm
+    return Curves(*(count.astype(dtype) / dtype(num_frames) for count in hits))
 
 
-def _read_scores(
-    curves: tuple[np.ndarray, np.ndarray, np.ndarray], errors: FrameErrors, rules: Dialect
-) -> dict[str, float]:
-    success, precision, norm = curves
-    num = max(errors.num_frames, 1)
-    overlap = np.nan_to_num(errors.overlap).clip(0, None)
-    compare = np.greater if rules.strict else np.greater_equal
-    if rules.trapezoid:
-        areas = [float(np.trapezoid(curve, dx=1 / (len(curve) - 1))) for curve in curves]
-    else:
-        at_px = round(PRECISION_AT_PX / 50 * (rules.num_precision - 1))
-        at_norm = round(NORM_PRECISION_AT / 0.5 * (rules.num_precision - 1))
-        areas = [float(success.mean()), float(precision[at_px]), float(norm[at_norm])]
+def _read_scores(curves: Curves, errors: FrameErrors, rules: Dialect) -> dict[str, float]:
     return {
-        "SUC": areas[0],
-        "P": areas[1],
-        "P_norm": areas[2],
-        "AO": float(overlap.sum() / num),
-        "SR0.5": float(compare(errors.overlap, 0.5).sum() / num),
-        "SR0.75": float(compare(errors.overlap, 0.75).sum() / num),
+        metric.score: metric.value(curves, errors, rules)
+        for metric in METRICS.values()
+        if metric.score is not None and metric.value is not None
     }
 
 
@@ -217,7 +198,7 @@ def _total(
     sequences: Mapping[str, SequenceScores],
     errors: Mapping[str, FrameErrors],
     rules: Dialect,
-) -> tuple[dict[str, float], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> tuple[dict[str, float], Curves]:
     """Score a set of sequences together."""
     chosen = [sequences[name] for name in names]
     if rules.pooled:
@@ -228,7 +209,7 @@ def _total(
         scores = {
             key: math.fsum(s.scores[key] for s in chosen) / len(chosen) for key in SCORE_NAMES
         }
-        curves = (
+        curves = Curves(
             np.mean([s.success_curve for s in chosen], axis=0),
             np.mean([s.precision_curve for s in chosen], axis=0),
             np.mean([s.norm_precision_curve for s in chosen], axis=0),

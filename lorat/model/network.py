@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lorat.config.tracking import TrackingConfig
 from lorat.config.training import Adaptation, LoraConfig, TrainConfig
 from lorat.config.variants import Variant
 from lorat.errors import UserError
@@ -58,6 +59,8 @@ class LoRAT(nn.Module):
         """Where the frozen weights came from: hub, shipped, none or a file."""
         self.config: TrainConfig | None = None
         """What the model was built from; none for a deployable model."""
+        self.tracking = TrackingConfig()
+        """How to track with it."""
         self.backbone = build_backbone(
             variant,
             drop_path=drop_path,
@@ -169,6 +172,7 @@ class LoRAT(nn.Module):
         state = {k: v.detach().to(dtype, copy=True) for k, v in self.plain_state().items()}
         merged.load_state_dict(state, assign=True)
         merged.backbone_source = self.backbone_source
+        merged.tracking = self.tracking
         return merged.requires_grad_(False).eval()
 
 
@@ -176,8 +180,8 @@ def build_model(config: TrainConfig, *, variant: Variant | None = None) -> LoRAT
     """Build the model that ``config`` describes, on the CPU, in train mode.
 
     Args:
-        config: adapters, head, drop path and backbone weights; ``seed`` draws what is random
-            (the global generator is left as it was).
+        config: adapters, head, drop path, backbone weights and how to track; ``seed`` draws what
+            is random (the global generator is left as it was).
         variant: sizes, instead of those that ``config.variant`` names.
 
     Raises:
@@ -241,6 +245,7 @@ def assemble(
         model.adapt(config.adaptation, config.lora)
     model.backbone_source = source
     model.config = config
+    model.tracking = config.tracking
     if config.frozen_dtype == "bf16":
         store_frozen(model.backbone, torch.bfloat16)
     return model.train()

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorat.config.tracking import WINDOW_PENALTY
 from lorat.image.boxes import Box, intersects
 from lorat.image.crops import CropParams
 
@@ -41,7 +40,7 @@ def find_peak(
     score_map_BHW: Tensor,
     boxes_BHW4: Tensor,
     window_HW: Tensor,
-    penalty: float = WINDOW_PENALTY,
+    penalty: float,
 ) -> Peak:
     """Choose the cell with the best score blended with the window.
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorat.config.tracking import MIN_OBJECT_SIZE, WINDOW_PENALTY
+from lorat.config.tracking import TrackingConfig
 from lorat.errors import UserError
 from lorat.image.boxes import Box, clip_box, enlarge_to_minimum, intersects, rasterize
 from lorat.image.codec import mean_rgb
@@ -95,6 +95,7 @@ class Tracker:
         device: by default CUDA where there is some.
         dtype: of the weights.  By default float32, on CUDA under float16 autocast as published.
         capture: false starts the kernels of each step one by one, also on CUDA.
+        tracking: how to track; none means as the model says.
 
     Raises:
         UserError: if the device is not there.
@@ -107,9 +108,12 @@ class Tracker:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         capture: bool = True,
+        tracking: TrackingConfig | None = None,
     ):
         self.device = resolve_device(device)
         self.variant = model.variant
+        self.tracking = tracking or model.tracking
+        """How to track; may be changed between videos."""
         self._autocast = dtype is None and self.device.type == "cuda"
         self.dtype = dtype or torch.float32
         network = copy.deepcopy(model) if model.adaptation is None else model.merge()
@@ -227,7 +231,7 @@ class Tracker:
                 torch.stack([target.template_CHW for target in targets]),
                 torch.stack([target.mask_hw for target in targets]),
                 fixed=sent,
-                constants=(WINDOW_PENALTY,),
+                constants=(self.tracking.window_penalty,),
             )
             self.after_stage("network")
             result_B5 = answer_B5.to("cpu", copy=True)  # the next step may change it
@@ -248,8 +252,10 @@ class Tracker:
         return boxes, scores
 
     def _search_params(self, target: Target) -> CropParams:
-        box = enlarge_to_minimum(target.box, MIN_OBJECT_SIZE)
-        return crop_params(box, self.variant.search_area_factor, self.variant.search_size)
+        variant, tracking = self.variant, self.tracking
+        box = enlarge_to_minimum(target.box, tracking.min_object_size)
+        factor = tracking.search_area_factor or variant.search_area_factor
+        return crop_params(box, factor, variant.search_size)
 
     def _network_input(self, image_BHWC: Tensor) -> Tensor:
         """Normalise float32 crops, 0 to 255, to a (B, C, H, W) batch."""

@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from lorat.checkpoint.official import import_official
-from lorat.config.tracking import MIN_OBJECT_SIZE, WINDOW_PENALTY
+from lorat.config.tracking import TrackingConfig
 from lorat.config.variants import Variant
 from lorat.tracking.tracker import Tracker
 from tests.golden.fixture_files import beside, golden, name_of
@@ -42,8 +42,8 @@ def variant_of_track(data: Any, checkpoint: Path) -> Variant:
 @pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
 def test_boxes_and_scores_of_whole_videos(path: Path, batched: bool, captured: bool) -> None:
     data = np.load(path)
-    assert float(data["window_penalty"]) == WINDOW_PENALTY
-    assert float(data["min_object_size"]) == MIN_OBJECT_SIZE
+    assert float(data["window_penalty"]) == TrackingConfig().window_penalty
+    assert float(data["min_object_size"]) == TrackingConfig().min_object_size
     checkpoint = beside(path, "_track.npz", "_track_checkpoint.safetensors")
     weights, variant = with_scaling(checkpoint, data), variant_of_track(data, checkpoint)
     model = import_official(weights, variant, backbone="none")

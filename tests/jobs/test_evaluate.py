@@ -13,6 +13,7 @@ import pytest
 
 from infra.processes import free_port
 from lorat.checkpoint.folder import save_merged
+from lorat.metrics.comparison import GateConfig
 from lorat.model.network import LoRAT
 from lorat_platform import cluster
 from lorat_platform.promotion import champion, decision
@@ -178,9 +179,12 @@ def test_better_candidate_is_promoted_and_worse_is_not(home: Path, uri: str) -> 
     folder = Path(version.source.removeprefix("file://"))
     assert (folder / "promotion" / "comparison.png").exists()
 
-    assert not promote(worse)
+    assert not promote(worse, gate=GateConfig(metric="sr75"))
     assert champion.champion_of(client) == better
-    assert client.get_model_version("lorat", worse).tags["gate.decision"] == "refused"
+    tags = client.get_model_version("lorat", worse).tags
+    assert (tags["gate.decision"], tags["gate.metric"]) == ("refused", "sr75")
+    numbers = json.loads(tags["gate.numbers"])
+    assert numbers["candidate_sr75"] < numbers["champion_sr75"]
 
     assert promote(worse, force=True, reason="for the demo")
     assert champion.champion_of(client) == worse

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
+from lorat.checkpoint.folder import load_merged
 from lorat.config.fields import from_dict
 from lorat.config.summary import summary
 from lorat.config.training import TrainConfig
@@ -27,6 +28,14 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.processes(minutes=2)
 
 ROOT = Path(__file__).resolve().parents[2]
+SPACE = """
+lora.rank: [4, 8, 16]
+lr: loguniform(1e-4, 1e-2)
+head:
+  depth: [1, 2]
+batch_size: [8, 16]
+tracking.window_penalty: [0.125, 0.75]  # neither is the usual one
+"""
 
 
 class Job:
@@ -125,7 +134,12 @@ def resumed(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Resumed:
     home = tmp_path_factory.mktemp("resumed") / "home"
-    with Job(home, *arguments, "--trials", 5, "--name", "stopped", "--concurrent", 1) as job:
+    space = home.parent / "space.yaml"
+    space.write_text(SPACE)
+    with Job(
+        home, *arguments, "--trials", 5, "--name", "stopped", "--concurrent", 1,
+        "--space-file", space, "--lr-with-batch", "sqrt",
+    ) as job:  # fmt: skip
         job.wait_for(r"trial 1: .* after \d+ steps")
         request.param(job)
     before = _rows(home) if request.param is interrupt else {}
@@ -133,6 +147,7 @@ def resumed(
     half = trial / "checkpoint_000099"  # as a kill leaves what Ray Tune was deleting
     half.mkdir()
     (half / "optimizer.safetensors").write_bytes(b"o")
+    space.unlink()  # what it held is kept with the search
     unchanged = ("--epochs", "2", "--name", "stopped", "--trials", "6")
     with Job(home, "--resume", "stopped", *unchanged, "--final") as job:
         assert job.end() == 0, job.output
@@ -166,7 +181,10 @@ def test_a_stopped_search_goes_on(resumed: Resumed) -> None:
     assert not list(folder.glob("driver-*"))
 
     best = resumed.home / "runs" / "stopped" / "results" / "best_config.json"
-    assert from_dict(TrainConfig, json.loads(best.read_text())).total_steps == 32
+    config = from_dict(TrainConfig, json.loads(best.read_text()))
+    assert config.batch_size in (8, 16)
+    assert config.total_steps * config.batch_size == 256
+    assert {(row["steps"], row["pairs"]) for row in rows.values()} <= {(8, 64.0), (32, 256.0)}
     parent, trials, _ = search_runs(resumed.home)
     assert parent.info.status == "FINISHED"
     assert trials.keys() >= rows.keys()
@@ -184,6 +202,7 @@ def test_a_stopped_search_goes_on(resumed: Resumed) -> None:
             "out what is not as it was (--lora.dropout 0.0, --epochs 2), or",
         ),
         (["--space", "head.depth=1"], "--space cannot be changed"),
+        (["--lr-with-batch", "linear"], "--lr-with-batch cannot be changed"),
         (["--name", "other"], "--name cannot be changed"),
     ],
 )
@@ -235,6 +254,12 @@ def test_the_winner_is_trained_in_full_and_registered(
     assert parent.data.tags["lorat.final_run"] == final.info.run_id
     assert final.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert "eval/val/ao" in final.data.metrics
+    best = home / "runs" / "stopped" / "results" / "best_config.json"
+    penalty = json.loads(best.read_text())["tracking"]["window_penalty"]
+    assert penalty in (0.125, 0.75)
+    assert version.tags["tracking.window_penalty"] == str(penalty)
+    bundle = Path(version.source.removeprefix("file://")) / "artifacts" / "bundle"
+    assert load_merged(bundle).tracking.window_penalty == penalty
     said = re.search(r"([\d.]+) trained in full, the search said ([\d.]+)", resumed.output)
     assert said is not None
     best_ao = max(
@@ -244,7 +269,6 @@ def test_the_winner_is_trained_in_full_and_registered(
     )
     assert float(said[2]) == pytest.approx(best_ao, abs=1e-4)
 
-    best = home / "runs" / "stopped" / "results" / "best_config.json"
     assert f"python jobs/train.py --config {best}" in resumed.output
     capsys.readouterr()
     assert run_in_process("train", "--config", str(best), "--dry-run") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -125,7 +126,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints.upload(place / "checkpoint", location, "step-00000003")
     entry = {"checkpoint_dir_name": "step-00000003", "metrics": {"loss": 1.0}}
     location.write_bytes(checkpoints.SNAPSHOT, json.dumps({"checkpoint_results": [entry]}).encode())
-    request = {"options": {"trials": 2, "space": []}, "config": to_dict(config)}
+    request = {
+        "identity": "0123456789abcdef",
+        "options": {"trials": 2, "space": ["head.depth=2"]},
+        "config": to_dict(dataclasses.replace(config, data="synthetic")),
+        "space": [
+            {"path": "lr", "kind": "loguniform", "values": [1e-4, 1e-2]},
+            {"path": "lora.rank", "kind": "choice", "values": [4, 8]},
+        ],
+    }
     location.write_bytes(plan.REQUEST_FILE, json.dumps(request).encode())
     location.write_bytes(ingestion.REPORT, b'{"findings": [{"sequence": "a", "action": "kept", '
                          b'"why": "so", "frames": [1, 2]}]}')  # fmt: skip

@@ -29,6 +29,7 @@ from lorat.files.scratch import sweep, whole_file
 from lorat.metrics import Evaluation
 from lorat.metrics import evaluate as score
 from lorat.metrics.attributes import sequences_by_attribute
+from lorat.metrics.catalogue import SCORES
 from lorat.metrics.uncertainty import Interval
 from lorat.tracking.one_pass import SequenceResult, ground_truth, usable_tracks
 from lorat_platform.evaluation.subject import Subject
@@ -92,10 +93,14 @@ class DatasetResult:
     @property
     def overlaps(self) -> dict[str, float]:
         """AO of every sequence, in the compatible dialect."""
+        return self.of_sequences("ao")
+
+    def of_sequences(self, metric: str) -> dict[str, float]:
+        """Return a score of every sequence in the compatible dialect, by its name as a metric."""
         if not self.evaluations:
             return {}
         sequences = self.evaluations["compatible"].sequences
-        return {name: sequence.scores["AO"] for name, sequence in sequences.items()}
+        return {name: each.scores[SCORES[metric]] for name, each in sequences.items()}
 
     def _fps(self, *, decoding: bool) -> float:
         seconds = sum(

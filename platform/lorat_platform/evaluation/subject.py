@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class Subject:
     name: str
     """How people call it: the URI, with a version instead of an alias, or the baseline's."""
     fingerprint: str
-    """Hash of the weights and of the code that tracks; results are kept under it."""
+    """Hash of the weights, of how to track and of the code that does; results are kept under it."""
     variant: str | None
     model: LoRAT | None
     """Merged, on the CPU; none for a baseline."""
@@ -62,10 +63,11 @@ def load_subject(uri: str, *, variant: str | None = None) -> Subject:
 def subject_of(model: LoRAT, name: str) -> Subject:
     """Make a subject of a model in memory; adapters are folded in."""
     merged = model.merge() if model.adaptation is not None else model
-    parts = (
+    weights = (
         f"{key} {tensor.dtype}".encode() + tensor.detach().contiguous().cpu().float().numpy().data
         for key, tensor in merged.state_dict().items()
     )
+    parts = itertools.chain([repr(merged.tracking)], weights)
     return Subject(name=name, fingerprint=_digest(parts), variant=model.variant.name, model=merged)
 
 

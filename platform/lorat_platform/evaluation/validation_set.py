@@ -9,10 +9,9 @@ from lorat.data.shards.frame_index import FrameIndex
 from lorat.data.shards.images import ImageReader
 from lorat.errors import UserError
 from lorat.metrics import evaluate
+from lorat.metrics.catalogue import SCORES
 from lorat.tracking.one_pass import SequenceTracker, ground_truth, track_sequences, usable_tracks
 
-SCORES = {"ao": "AO", "auc": "SUC", "sr50": "SR0.5", "sr75": "SR0.75"}
-"""Each score of a validation, with its name in :data:`lorat.metrics.SCORE_NAMES`."""
 BATCH = 16
 """Sequences tracked at once."""
 
@@ -37,7 +36,7 @@ def tracking_scores(
         threads: that read and decode.
 
     Returns:
-        :data:`SCORES`, each in [0, 1].
+        :data:`lorat.metrics.catalogue.SCORES`, by metric.
 
     Raises:
         UserError: if no sequence of a set can be tracked.

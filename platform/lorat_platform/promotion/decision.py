@@ -13,7 +13,7 @@ from lorat.config.json_files import parse_json
 from lorat.errors import UserError
 from lorat.files.scratch import temporary_folder
 from lorat.files.storage import locate
-from lorat.metrics import plots
+from lorat.metrics import METRICS, plots
 from lorat.metrics.comparison import Comparison, GateConfig, compare
 from lorat_platform.data.sources import SYNTHETIC
 from lorat_platform.evaluation.report import markdown_table
@@ -78,22 +78,22 @@ def whole_addresses(uris: Sequence[str]) -> list[str]:
     return [uri if uri == SYNTHETIC else locate(uri).uri for uri in uris]
 
 
-def overlaps_on(
-    uri_of_model: str, data: Sequence[str], config: EvaluationConfig
+def scores_on(
+    uri_of_model: str, data: Sequence[str], config: EvaluationConfig, metric: str
 ) -> dict[str, float]:
-    """Evaluate a model and return AO per sequence, named with its data set."""
+    """Evaluate a model and return a metric of every sequence, named with its data set."""
     from lorat.data import synthetic
 
     data = [synthetic.ensure(None, "val") if uri == SYNTHETIC else uri for uri in data]
     check_distinct(data)
     subject = load_subject(uri_of_model)
-    overlaps: dict[str, float] = {}
+    scores: dict[str, float] = {}
     for uri in data:
         result = evaluate(subject, uri, config)
         if not result.evaluations:
             raise UserError(f"{uri} has no annotation after the first frames; give another --data.")
-        overlaps |= {f"{result.name}/{name}": ao for name, ao in result.overlaps.items()}
-    return overlaps
+        scores |= {f"{result.name}/{name}": v for name, v in result.of_sequences(metric).items()}
+    return scores
 
 
 def compare_with(
@@ -102,11 +102,13 @@ def compare_with(
     """Compare with the present champion; none if there is none."""
     if present is None or present == candidate.version:
         return None
-    return compare(
-        overlaps_on(f"models:/{candidate.name}/{candidate.version}", data, candidate.evaluation),
-        overlaps_on(f"models:/{candidate.name}/{present}", data, candidate.evaluation),
-        candidate.gate,
+    ours, theirs = (
+        scores_on(
+            f"models:/{candidate.name}/{version}", data, candidate.evaluation, candidate.gate.metric
+        )
+        for version in (candidate.version, present)
     )
+    return compare(ours, theirs, candidate.gate)
 
 
 def promote(candidate: Candidate, run: Run) -> bool:
@@ -136,6 +138,7 @@ def promote(candidate: Candidate, run: Run) -> bool:
         record = {
             "gate.decision": decision,
             "gate.reason": reason,
+            "gate.metric": candidate.gate.metric,
             "gate.champion": present or "none",
             "gate.numbers": json.dumps(comparison.numbers() if comparison else {}),
             "gate.by": user_name(),
@@ -190,6 +193,7 @@ def write_down(
             comparison.resampled_means,
             comparison.interval,
             f"{name} version {version} against version {present}: {record['gate.decision']}",
+            label=METRICS[comparison.metric].label,
         )
         run.log_bytes(plots.png(figure), "comparison.png")
         rows = zip(comparison.names, comparison.differences, strict=True)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from lorat import errors
+from lorat.config.fields import to_dict
+from lorat.config.tracking import TrackingConfig
 from lorat.errors import UserError
 from lorat.files import checksums
 from lorat.files.home import home
@@ -72,6 +74,12 @@ def register(
     from mlflow.models import Model
 
     about: dict[str, str] = {"variant": model.variant.name}
+    usual = to_dict(TrackingConfig())
+    about |= {
+        f"tracking.{key}": f"{value:g}"
+        for key, value in to_dict(model.tracking).items()
+        if value != usual[key]
+    }
     about |= {f"dataset.{key}": value for key, value in (datasets or {}).items()}
     about |= {f"score.{key}": f"{value:.4f}" for key, value in (scores or {}).items()}
     about |= {"reference_set": json.dumps(list(reference_set))} if reference_set else {}

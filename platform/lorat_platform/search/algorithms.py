@@ -24,9 +24,11 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from lorat.errors import UserError
-from lorat_platform.search.rungs import BUDGET, HISTORY, OBJECTIVES, Rungs, pareto_order
+from lorat.metrics import METRICS
+from lorat_platform.search.dimension import Dimension
+from lorat_platform.search.rungs import BUDGET, HISTORY, Rungs, pareto_order
 from lorat_platform.search.searcher_state import JsonOptuna
-from lorat_platform.search.space import Dimension, SearchSpace
+from lorat_platform.search.space import SearchSpace
 
 SearcherName = Literal["tpe", "random"]
 SchedulerName = Literal["asha", "median", "hyperband", "none"]
@@ -151,7 +153,7 @@ class ParetoHalving(FIFOScheduler):
 
     def __init__(self, objectives: Sequence[str], rungs: Rungs) -> None:
         super().__init__()
-        self._signs = {name: 1.0 if OBJECTIVES[name] == "max" else -1.0 for name in objectives}
+        self._signs = {name: METRICS[name].sign for name in objectives}
         self._rungs = rungs
         self._recorded: dict[int, dict[str, list[float]]] = {}
 
@@ -191,7 +193,7 @@ def build_scheduler(
             f"--scheduler {name} compares one objective but {', '.join(objectives)} are given; "
             "use asha or none."
         )
-    metric: dict[str, Any] = {"metric": objectives[0], "mode": OBJECTIVES[objectives[0]]}
+    metric: dict[str, Any] = {"metric": objectives[0], "mode": METRICS[objectives[0]].better}
     if name == "asha":
         return ResumableASHA(
             time_attr=BUDGET,
@@ -221,11 +223,11 @@ def build_searcher(
 ) -> Searcher | BasicVariantGenerator:
     """Build the searcher; its first trial is always the base configuration's own values."""
     prior = [space.prior()]
-    if name == "random":
+    if name == "random" or not prior[0]:  # nothing is left to propose
         return RandomSearch(
             points_to_evaluate=prior, max_concurrent=max_concurrent, random_state=seed
         )
-    modes: list[str] = [OBJECTIVES[objective] for objective in objectives]
+    modes: list[str] = [METRICS[objective].better for objective in objectives]
     several = len(objectives) > 1
 
     import optuna
@@ -238,7 +240,7 @@ def build_searcher(
         seed=seed,
     )
     return PausableOptuna(
-        space={path: distribution(d) for path, d in space.dimensions.items()},
+        space={path: distribution(d) for path, d in space.trained.items()},
         metric=list(objectives) if several else objectives[0],
         mode=modes if several else modes[0],
         points_to_evaluate=prior,

@@ -19,6 +19,7 @@ import tyro
 
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
+from lorat.metrics import METRICS
 from lorat_platform import cluster
 from lorat_platform.search.driver import resume_search, run_search
 from lorat_platform.search.plan import (
@@ -32,7 +33,6 @@ from lorat_platform.search.plan import (
 )
 from lorat_platform.search.results.board import Leaderboard
 from lorat_platform.search.results.outcome import SearchOutcome, say_where_it_is
-from lorat_platform.search.rungs import OBJECTIVES
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def compare(searched: Leaderboard, full: Leaderboard) -> dict[str, Any]:
         for row, twin in twins
         if row.status == twin.status == "completed"
     ]
-    higher = OBJECTIVES[name] == "max"
+    higher = METRICS[name].better == "max"
     overheads, firsts = overhead_seconds(searched)
     spent = sum(row.spent for row in searched.rows.values())
     spent_full = sum(row.spent for row in full.rows.values())

@@ -109,7 +109,7 @@ def run_search(
     limit = 0 if plan.options.scheduler == "hyperband" else slots
     SLOTS[plan.identity] = limit
     searcher, scheduler = algorithms(plan, max_concurrent=limit)
-    by_itself = plan.options.searcher == "random" or points is not None
+    by_itself = isinstance(searcher, RandomSearch) or points is not None
     if points is not None:
         searcher = RandomSearch(
             points_to_evaluate=[dict(point) for point in points], max_concurrent=limit
@@ -226,6 +226,7 @@ def _trainable(plan: SearchPlan) -> Callable[[dict[str, Any]], None]:
         worker_resources=resources,
         crop_cache=plan.identity,
         crop_cache_bytes=int(options.crop_cache_gb * 2**30),
+        settings=plan.settings(),
     )
     several = options.workers_per_trial > 1
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from typing_extensions import Doc
+
 from lorat.config.bounds import Bounds, Count, Few, Seed, check_bounds
 from lorat.config.fields import flag, from_dict, to_dict
 from lorat.config.json_files import read_json_at
@@ -17,6 +19,7 @@ from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files import storage
 from lorat.files.home import home, storage_address
+from lorat.metrics.catalogue import MAIN, METRICS, SCORES, listed
 from lorat_platform.data.sources import open_datasets, with_whole_paths
 from lorat_platform.search.algorithms import (
     SchedulerName,
@@ -24,8 +27,11 @@ from lorat_platform.search.algorithms import (
     build_scheduler,
     build_searcher,
 )
-from lorat_platform.search.rungs import OBJECTIVES, Rungs
-from lorat_platform.search.space import SearchSpace, build_space
+from lorat_platform.search.dimension import Dimension
+from lorat_platform.search.rungs import Rungs
+from lorat_platform.search.settings import judge, settings_of
+from lorat_platform.search.space import Coupling, SearchSpace, build_space
+from lorat_platform.search.space_file import read_space_file
 from lorat_platform.search.trust import check_trusted
 
 REQUEST_FILE = "search.json"
@@ -47,9 +53,19 @@ class SearchOptions:
     """Configurations to try, 1 to 100,000."""
     space: tuple[str, ...] = ()
     """Entries that add or replace fields, such as lora.dropout=uniform(0,0.2) or head.depth=3."""
-    objective: str = "ao"
-    """What to optimise, or several by commas for the Pareto front: ao, auc, sr50, sr75, loss,
-    latency (ms per frame), parameters (trained ones)."""
+    space_file: str | None = None
+    """YAML or JSON, with comments, that holds the whole space instead of the default one; --space
+    adds to it. platform/lorat_platform/search/default-space.yaml is one to copy."""
+    lr_with_batch: Coupling = "none"
+    """How a trial's learning rates follow its batch size, where that is searched: none, linear (in
+    proportion), or sqrt (with its root, usual for AdamW); lr is then for the base's batch size."""
+    tracking_settings: Annotated[int, Bounds(1, 1000)] = 8
+    """Settings of the searched tracking.* fields with which every trial's weights track at every
+    rung, 1 to 1000; each costs an evaluation, none a training."""
+    objective: Annotated[
+        str,
+        Doc(f"What to optimise, or several by commas for the Pareto front: {listed([*METRICS])}."),
+    ] = MAIN
     searcher: SearcherName = "tpe"
     """Who proposes configurations: tpe (Optuna) or random."""
     scheduler: SchedulerName = "asha"
@@ -88,10 +104,10 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         check_bounds(self, flag)
-        unknown = [o for o in self.objectives if o not in OBJECTIVES]
+        unknown = [o for o in self.objectives if o not in METRICS]
         if unknown or len(set(self.objectives)) != len(self.objectives):
             raise UserError(
-                f"--objective is {self.objective}; give one or more of {', '.join(OBJECTIVES)}, "
+                f"--objective is {self.objective}; give one or more of {', '.join(METRICS)}, "
                 "each once."
             )
         if self.scheduler == "hyperband" and self.concurrent is not None:
@@ -126,6 +142,8 @@ class SearchPlan:
     options: SearchOptions
     space: SearchSpace
     rungs: Rungs
+    from_file: tuple[Dimension, ...] | None = None
+    """What the file held that the space was read from, if any; going on needs no file."""
 
     @property
     def folder(self) -> Path:
@@ -143,12 +161,35 @@ class SearchPlan:
             "identity": self.identity,
             "options": dataclasses.asdict(self.options),
             "config": to_dict(self.space.base),
+            "space": None
+            if self.from_file is None
+            else [{"path": d.path, "kind": d.kind, "values": d.values} for d in self.from_file],
         }
+
+    def settings(self) -> tuple[dict[str, Any], ...]:
+        """Return the tracking settings that every trial is evaluated with."""
+        return settings_of(self.space, self.options.tracking_settings, self.options.search_seed)
 
     def text(self) -> str:
         """Say what will be done."""
         options, base = self.options, self.space.base
         stops = ", ".join(str(step) for step in self.rungs.steps)
+        notes = []
+        if "batch_size" in self.space.dimensions:
+            rates = {
+                "none": "",
+                "linear": "; learning rates grow in proportion to the batch size",
+                "sqrt": "; learning rates grow with the root of the batch size",
+            }
+            notes.append(
+                f"  a step is {base.batch_size} pairs, also of a trial with another batch size"
+                f"{rates[options.lr_with_batch]}"
+            )
+        if self.space.tracking:
+            notes.append(
+                f"  each trial's weights track with {len(self.settings())} settings of "
+                f"{', '.join(self.space.tracking)} at every rung"
+            )
         return "\n".join(
             [
                 f"Search {self.name}: {options.trials} trials of {base.variant} on {base.data} for "
@@ -156,6 +197,7 @@ class SearchPlan:
                 *(f"  {line}" for line in self.space.to_lines()),
                 f"  {options.searcher} proposes, {options.scheduler} compares at steps {stops} of "
                 f"the {base.total_steps}-step schedule (batch {base.batch_size})",
+                *notes,
             ]
         )
 
@@ -165,8 +207,19 @@ def default_config() -> TrainConfig:
     return TrainConfig(variant="T-112")
 
 
-def make_plan(config: TrainConfig, options: SearchOptions) -> SearchPlan:
+def make_plan(
+    config: TrainConfig,
+    options: SearchOptions,
+    *,
+    from_file: tuple[Dimension, ...] | None = None,
+) -> SearchPlan:
     """Check a request and fill in what it leaves open.
+
+    Args:
+        config: of the trials, but for what is searched.
+        options: of the search.
+        from_file: what its file held when the search began; none means that it is read now, if
+            the options name one.
 
     Raises:
         UserError: if anything in it cannot be.
@@ -176,7 +229,12 @@ def make_plan(config: TrainConfig, options: SearchOptions) -> SearchPlan:
             k: v for k, v in SMALL_SCHEDULE.items() if getattr(config, k) is None
         }
         config = dataclasses.replace(config, **missing)
-    space = build_space(with_whole_paths(config), options.space)
+    config = with_whole_paths(config)
+    if from_file is None and options.space_file is not None:
+        from_file = read_space_file(Path(options.space_file), config)
+    space = build_space(
+        config, options.space, instead=from_file, lr_with_batch=options.lr_with_batch
+    )
     if space.base.val_data is None:
         raise UserError("A search needs validation sequences with full frames; give --val-data.")
     total = space.base.total_steps
@@ -191,9 +249,47 @@ def make_plan(config: TrainConfig, options: SearchOptions) -> SearchPlan:
         options=options,
         space=space,
         rungs=rungs,
+        from_file=from_file,
     )
+    _check_trials(plan)
     algorithms(plan, max_concurrent=1)
     return plan
+
+
+def _check_trials(plan: SearchPlan) -> None:
+    """Refuse a space whose trials could not be compared at the rungs, or would be all alike.
+
+    Raises:
+        UserError: what does not fit, and what to change.
+    """
+    space, options, rungs = plan.space, plan.options, plan.rungs
+    if space.tracking and judge(options.objectives) is None:
+        raise UserError(
+            f"--objective {options.objective} says nothing about how trials track, so it cannot "
+            f"choose among {', '.join(space.tracking)}; add one of {', '.join(SCORES)}, or do not "
+            "search these fields."
+        )
+    if not space.trained and options.trials > 1:
+        raise UserError(
+            f"--trials is {options.trials} but only {', '.join(space.tracking)} is searched, so "
+            "all trainings would be the same; give --trials 1."
+        )
+    for path, dimension in space.trained.items():
+        for value in dimension.values:
+            config = space.configure({path: value})
+            assert config.batch_size is not None
+            steps = rungs.steps_of(config.total_steps, space.base.total_steps)
+            if len({0, *steps}) <= rungs.num_rungs:
+                raise UserError(
+                    f"{dimension.said} has {value}, with which a trial takes {steps[-1]} steps, "
+                    f"too few for {rungs.num_rungs} rungs that differ; give smaller ones, or fewer "
+                    "--rungs."
+                )
+            if config.batch_size < options.workers_per_trial:
+                raise UserError(
+                    f"{dimension.said} has {value}, a batch of {config.batch_size} for "
+                    f"{options.workers_per_trial} workers; give each of them a pair at least."
+                )
 
 
 def check_data(plan: SearchPlan) -> None:
@@ -211,13 +307,13 @@ def check_data(plan: SearchPlan) -> None:
             config = space.configure({path: value})
             if config.val_data is None:
                 raise UserError(
-                    f"--space {dimension} leaves out the validation sequences, which a search "
+                    f"{dimension.said} leaves out the validation sequences, which a search "
                     "needs; leave none out of the choice."
                 )
             try:
                 open_datasets(config)
             except UserError as error:
-                raise UserError(f"--space {dimension} cannot be with {value}: {error}") from error
+                raise UserError(f"{dimension.said} cannot be with {value}: {error}") from error
 
 
 def read_plan(
@@ -243,15 +339,18 @@ def read_plan(
         location,
         REQUEST_FILE,
         "begin the search anew under another --name",
-        shape={"identity": str, "options": dict, "config": dict},
+        shape={"identity": str, "options": dict, "config": dict, "space": list | None},
     )
     if not re.fullmatch("[0-9a-f]{16}", request["identity"]):
         raise UserError(
             f"{location.child(REQUEST_FILE).uri} is damaged: the identity is no 16 hexadecimal "
             "digits; begin the search anew under another --name."
         )
-    options = from_dict(SearchOptions, request["options"] | {"name": name, "storage": storage_path})
-    plan = make_plan(from_dict(TrainConfig, request["config"]), options)
+    known = {"name": name, "storage": storage_path, "space_file": None}
+    options = from_dict(SearchOptions, request["options"] | known)
+    held = request["space"]
+    from_file = None if held is None else tuple(from_dict(Dimension, each) for each in held)
+    plan = make_plan(from_dict(TrainConfig, request["config"]), options, from_file=from_file)
     return dataclasses.replace(plan, identity=request["identity"])
 
 
@@ -272,6 +371,9 @@ def check_unchanged(
     had = _flat({"": to_dict(plan.space.base) | dataclasses.asdict(plan.options)})
     asked = _flat({"": to_dict(with_whole_paths(config)) | dataclasses.asdict(options)})
     asked["name"] = asked["name"] or plan.name
+    had["space_file"], file = "as it was", asked.pop("space_file")
+    if file is None or read_space_file(Path(file), plan.space.base) == plan.from_file:
+        asked["space_file"] = had["space_file"]
     free = set(RESUMED_WITH) - set(also)
     changed = [name for name in had if asked.get(name) != had[name] and name not in free]
     if changed:

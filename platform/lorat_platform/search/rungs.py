@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -20,18 +19,6 @@ BUDGET = "budget"
 
 HISTORY = "history"
 """Reported list of all the trial's reports so far, as ``{"budget": ..., objective: ...}``."""
-
-
-OBJECTIVES: dict[str, Literal["max", "min"]] = {
-    "ao": "max",
-    "auc": "max",
-    "sr50": "max",
-    "sr75": "max",
-    "loss": "min",
-    "latency": "min",
-    "parameters": "min",
-}
-"""What can be searched for, and which way is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +54,15 @@ class Rungs:
         return tuple(
             math.ceil(self.max_steps / self.reduction**k) for k in reversed(range(self.num_rungs))
         )
+
+    def steps_of(self, total_steps: int, base_steps: int) -> tuple[int, ...]:
+        """Return the rungs in the steps of a trial, after the same share of its schedule.
+
+        Args:
+            total_steps: of the trial's schedule.
+            base_steps: of the schedule that the rungs are steps of.
+        """
+        return tuple(-(-step * total_steps // base_steps) for step in self.steps)
 
     def budget(self, rung: int) -> int:
         """Return the budget of a rung, counted from 0."""

@@ -212,12 +212,14 @@ class SearchSession:
         row = self._row(trial)
         row.report({k: _plain(result[k]) for k in REPORT_FIELDS if k in result})
         row.worker = f"{result.get('hostname')}:{result.get('pid')}"
-        self._open(row).log_metrics(row.reports[-1], row.steps)
+        numbers = {k: v for k, v in row.reports[-1].items() if not isinstance(v, dict | list)}
+        self._open(row).log_metrics(numbers, row.steps)
         best = self.board.best()
         if best is row:
             objectives = {f"best_{n}": row.last(n) for n in self.board.objectives}
             self.parent.log_metrics(objectives, self.board.cost().steps)
         reached = ", ".join(f"{n} {row.last(n):.4g}" for n in self.board.objectives)
+        reached += "".join(f", {path} {value:.3g}" for path, value in row.tracking.items())
         self.console.line(row, f"rung {row.num_rungs}/{self.board.rungs.num_rungs}, {reached}")
 
     def finish(self, trial: Any) -> None:
@@ -228,6 +230,7 @@ class SearchSession:
         row.ended_at = time.time()
         self.console.line(row, f"{row.status} after {row.steps} steps")
         self._open(row).set_tags({"lorat.trial_status": row.status})
+        self._open(row).log_params(row.tracking)
         self._close(trial.trial_id, "FINISHED")
 
     def tries_again(self, trial: Any, error: BaseException) -> bool:

@@ -1,77 +1,35 @@
 """The search space: configuration fields by path, and what each may be.
 
-An entry is written ``PATH=uniform(0,0.2)``, ``loguniform(LOW,HIGH)``, ``int(LOW,HIGH)``,
-``logint(LOW,HIGH)`` (both ends included) or ``choice(A,B,C)``; ``PATH=VALUE`` fixes the field and
-takes it out of the search.  Everything is checked against the configuration before a trial starts.
+Fixed fields are taken out of the search.  Everything is checked against the configuration before a
+trial starts.
+
+Fields below ``tracking`` change no weight, so they are no part of what a trial is: every trial is
+evaluated with several settings of them (:mod:`lorat_platform.search.settings`).
 """
 
 from __future__ import annotations
 
 import math
-import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorat.config.fields import field_paths, replace_path
+from lorat.config.fields import get_path, replace_path
 from lorat.config.training import TrainConfig, resolve
 from lorat.errors import UserError
+from lorat_platform.search.dimension import Dimension, Scalar, field_value, parse_entry
 
-Kind = Literal["uniform", "loguniform", "int", "logint", "choice"]
-Scalar = bool | int | float | str | None
+Coupling = Literal["none", "linear", "sqrt"]
 
 RANKS = (4, 8, 16, 32, 64, 128)
 HEAD_DEPTHS = (1, 2, 3, 4)
 LR_RANGE = 10.0
 """The learning rate is searched from the recipe's / 10 to the recipe's × 10."""
 
-_CALL = re.compile(r"^([a-z]+)\((.*)\)$", re.DOTALL)
-_GRAMMAR = "uniform(a,b), loguniform(a,b), int(a,b), logint(a,b), choice(a,b,...) or one value"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dimension:
-    """What one field may be: a range with both ends, or a list of values."""
-
-    path: str
-    kind: Kind
-    values: tuple[Scalar, ...]
-    """Low and high of a range, or all choices; a tuple field's choice is written q+k+v."""
-
-    @property
-    def log(self) -> bool:
-        """Whether the range is searched on a logarithmic scale."""
-        return self.kind in ("loguniform", "logint")
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Low and high of a range."""
-        low, high = typing.cast(tuple[float, float], self.values)
-        return low, high
-
-    def nearest(self, value: Any) -> Scalar:
-        """Return ``value`` if it is allowed, else the closest allowed one (ratio for log).
-
-        None, which is no number, becomes the middle of a range.
-        """
-        if isinstance(value, list | tuple):
-            value = "+".join(value)
-        if self.kind != "choice":
-            low, high = self.bounds
-            if value is None:
-                value = math.sqrt(low * high) if self.log else (low + high) / 2
-            clipped = min(max(value, low), high)
-            return int(clipped) if self.kind in ("int", "logint") else float(clipped)
-        if value in self.values or not isinstance(value, int | float):
-            return value if value in self.values else self.values[0]
-        numbers = [v for v in self.values if isinstance(v, int | float)]
-        return min(numbers, key=lambda v: abs(v - value)) if numbers else self.values[0]
-
-    def __str__(self) -> str:
-        inside = ",".join("none" if v is None else f"{v}" for v in self.values)
-        return f"{self.path}={self.kind}({inside})"
+TRACKING = "tracking."
+"""Begin of the paths of fields that are searched without training again."""
+MOST_LEFT_OUT = 0.05
+"""Share of the pairs that a batch size may leave out since it does not fit into an epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,36 +38,66 @@ class SearchSpace:
 
     base: TrainConfig
     dimensions: dict[str, Dimension]
+    lr_with_batch: Coupling = "none"
+    """How the learning rates of a trial follow its batch size."""
+
+    @property
+    def trained(self) -> dict[str, Dimension]:
+        """What a trial is made of."""
+        return {p: d for p, d in self.dimensions.items() if not p.startswith(TRACKING)}
+
+    @property
+    def tracking(self) -> dict[str, Dimension]:
+        """What is searched with the weights of each trial."""
+        return {p: d for p, d in self.dimensions.items() if p.startswith(TRACKING)}
 
     def configure(self, values: Mapping[str, Any]) -> TrainConfig:
         """Return the base with a trial's values set, and what none stands for filled in.
+
+        A learning rate among the values, as that of the base, is for the base's batch size.
 
         Raises:
             UserError: if a path or a value is not possible.
         """
         config = self.base
         for path, value in values.items():
-            config = replace_path(config, path, _field_value(config, path, value))
-        return resolve(config)
+            config = replace_path(config, path, field_value(config, path, value))
+        config = resolve(config)
+        assert config.batch_size is not None and self.base.batch_size is not None
+        if self.lr_with_batch != "none" and config.batch_size != self.base.batch_size:
+            ratio = config.batch_size / self.base.batch_size
+            factor = ratio if self.lr_with_batch == "linear" else math.sqrt(ratio)
+            for path in ("lr", "min_lr"):
+                config = replace_path(config, path, get_path(config, path) * factor)
+        return config
 
     def prior(self) -> dict[str, Scalar]:
-        """The base configuration's own values (the paper's), or the nearest that are allowed."""
+        """Return the base configuration's own values (the paper's), or the nearest allowed ones."""
+        return self._nearest(self.trained)
+
+    def usual_tracking(self) -> dict[str, Scalar]:
+        """Return the same of the fields that are searched with the weights of each trial."""
+        return self._nearest(self.tracking)
+
+    def _nearest(self, dimensions: Mapping[str, Dimension]) -> dict[str, Scalar]:
         base = self.base
+        if base.tracking.search_area_factor is None:
+            factor = base.model_variant.search_area_factor
+            base = replace_path(base, "tracking.search_area_factor", factor)
         if base.lora.alpha is None and self.dimensions.get("lora.alpha"):
             base = replace_path(base, "lora.alpha", base.lora.resolved_alpha)
         if base.micro_batch is None and self.dimensions.get("micro_batch"):
             base = replace_path(base, "micro_batch", base.batch_size)
         return {
-            path: dimension.nearest(_get_path(base, path))
-            for path, dimension in self.dimensions.items()
+            path: dimension.nearest(get_path(base, path)) for path, dimension in dimensions.items()
         }
 
     def to_tune(self) -> dict[str, Any]:
-        """Return the space in Ray Tune's terms."""
+        """Return what a trial is made of in Ray Tune's terms."""
         from ray import tune
 
         space: dict[str, Any] = {}
-        for path, dimension in self.dimensions.items():
+        for path, dimension in self.trained.items():
             if dimension.kind == "choice":
                 space[path] = tune.choice(list(dimension.values))
                 continue
@@ -129,37 +117,47 @@ class SearchSpace:
         return [str(dimension) for dimension in self.dimensions.values()]
 
 
-def build_space(base: TrainConfig, entries: Sequence[str] = ()) -> SearchSpace:
+def default_dimensions(base: TrainConfig) -> tuple[Dimension, ...]:
+    """Return what is searched where nothing is said, over a resolved configuration.
+
+    LoRA rank {4 ... 128} (alpha = rank), learning rate log-uniform around the recipe's (1e-5 to
+    1e-3 for the paper's recipe), head depth {1 ... 4}.
+    """
+    assert base.lr is not None
+    rank = Dimension(path="lora.rank", kind="choice", values=RANKS)
+    lr = Dimension(path="lr", kind="loguniform", values=(base.lr / LR_RANGE, base.lr * LR_RANGE))
+    depth = Dimension(path="head.depth", kind="choice", values=HEAD_DEPTHS)
+    return (rank, lr, depth) if base.adaptation == "lora" else (lr, depth)
+
+
+def build_space(
+    base: TrainConfig,
+    entries: Sequence[str] = (),
+    *,
+    instead: Sequence[Dimension] | None = None,
+    lr_with_batch: Coupling = "none",
+) -> SearchSpace:
     """Build the default space over ``base`` and add, replace or fix fields by ``entries``.
 
-    The default is LoRA rank {4 ... 128} (alpha = rank), learning rate log-uniform around the
-    recipe's (1e-5 to 1e-3 for the paper's recipe), head depth {1 ... 4}.
+    Args:
+        base: what is not searched.
+        entries: each ``PATH=RANGE`` or ``PATH=VALUE``.
+        instead: what is searched and fixed in the place of the default.
+        lr_with_batch: how the learning rates of a trial follow its batch size.
 
     Raises:
         UserError: if a path names no field, a range cannot be, a value is of the wrong type or
-            refused by the configuration, or the field changes the number of optimisation steps.
+            refused by the configuration, or the field changes the pairs that trials train on.
     """
     base = resolve(base)
-    assert base.lr is not None
-    dimensions = {
-        d.path: d
-        for d in (
-            Dimension(path="lora.rank", kind="choice", values=RANKS),
-            Dimension(
-                path="lr", kind="loguniform", values=(base.lr / LR_RANGE, base.lr * LR_RANGE)
-            ),
-            Dimension(path="head.depth", kind="choice", values=HEAD_DEPTHS),
-        )
-    }
-    if base.adaptation != "lora":
-        del dimensions["lora.rank"]
-    for entry in entries:
-        dimension = parse_entry(entry, base)
+    dimensions: dict[str, Dimension] = {}
+    given = default_dimensions(base) if instead is None else instead
+    for dimension in (*given, *(parse_entry(entry, base) for entry in entries)):
         dimensions.pop(dimension.path, None)
-        if dimension.kind == "choice" and len(dimension.values) == 1:
+        if dimension.fixed:
             value = dimension.values[0]
             _check_value(base, dimension, value)
-            base = replace_path(base, dimension.path, _field_value(base, dimension.path, value))
+            base = replace_path(base, dimension.path, field_value(base, dimension.path, value))
         else:
             dimensions[dimension.path] = dimension
     if not dimensions:
@@ -167,143 +165,63 @@ def build_space(base: TrainConfig, entries: Sequence[str] = ()) -> SearchSpace:
     for dimension in dimensions.values():
         for value in dimension.values:
             _check_value(base, dimension, value)
-    return SearchSpace(base=base, dimensions=dimensions)
-
-
-def parse_entry(entry: str, base: TrainConfig) -> Dimension:
-    """Parse one ``--space`` entry.
-
-    Raises:
-        UserError: if it is not of the grammar, or not of the field's type.
-    """
-    path, equals, text = entry.partition("=")
-    path, text = path.strip(), text.strip()
-    if not equals or not path or not text:
-        raise UserError(f"--space {entry!r} is not PATH=RANGE; write PATH={_GRAMMAR}.")
-    hint = _field_type(base, path)
-    call = _CALL.match(text)
-    if call is None:
-        return Dimension(path=path, kind="choice", values=(_parse(path, hint, text),))
-    name, inside = call.group(1), call.group(2)
-    tokens = [token.strip() for token in inside.split(",")]
-    if name == "choice":
-        values = tuple(_parse(path, hint, token) for token in tokens)
-        if len(set(values)) != len(values):
-            raise UserError(f"--space {entry!r} lists a value twice; give each once.")
-        return Dimension(path=path, kind="choice", values=values)
-    if name not in ("uniform", "loguniform", "int", "logint"):
-        raise UserError(f"--space {entry!r} has the unknown range {name}; write {_GRAMMAR}.")
-    kind = typing.cast(Kind, name)
-    wanted = int if kind in ("int", "logint") else float
-    kinds = {t for t in _members(hint) if t in (int, float)}
-    if wanted not in kinds:
-        remedy = {int: "int(a,b) or logint(a,b)", float: "uniform(a,b) or loguniform(a,b)"}
-        use = " or ".join(remedy[t] for t in kinds) or "choice(...)"
-        raise UserError(f"--space {entry!r}: {path} takes {_type_name(hint)}; use {use}.")
-    if len(tokens) != 2:
-        raise UserError(f"--space {entry!r} needs two ends; write {name}(low,high).")
-    low, high = (_number(path, wanted, token) for token in tokens)
-    if not low < high:
-        raise UserError(f"--space {entry!r} is empty; give low < high.")
-    if kind in ("loguniform", "logint") and low <= 0:
-        raise UserError(f"--space {entry!r} is logarithmic; give a low end above 0.")
-    return Dimension(path=path, kind=kind, values=(low, high))
+        if dimension.path == "batch_size" and dimension.kind in ("int", "logint"):
+            low, high = dimension.bounds
+            for size in range(int(low), int(high) + 1):
+                _check_value(base, dimension, size)
+    space = SearchSpace(base=base, dimensions=dimensions, lr_with_batch=lr_with_batch)
+    _check_coupling(space)
+    return space
 
 
 def _check_value(base: TrainConfig, dimension: Dimension, value: Scalar) -> None:
     path = dimension.path
     if path == "seed":
         raise UserError(
-            "--space seed=... would give every trial other samples; "
+            f"{dimension.said} would give every trial other samples; "
             "all trials share one seed, so choose it with --seed."
         )
     try:
-        config = replace_path(base, path, _field_value(base, path, value))
-        same = resolve(config).total_steps == base.total_steps
+        config = resolve(replace_path(base, path, field_value(base, path, value)))
     except UserError as error:
-        raise UserError(f"--space {dimension} cannot be: {error}") from error
-    if not same:
+        raise UserError(f"{dimension.said} cannot be: {error}") from error
+    if (config.epochs, config.pairs_per_epoch) != (base.epochs, base.pairs_per_epoch):
         raise UserError(
-            f"--space {dimension} changes the number of optimisation steps; trials are compared "
-            f"at the same step of one schedule, so set {path} for the whole search instead."
+            f"{dimension.said} changes how many pairs a trial is trained on; trials are compared "
+            f"after the same pairs of one schedule, so set {path} for the whole search instead."
+        )
+    change = num_pairs(config) / num_pairs(base) - 1
+    if abs(change) > MOST_LEFT_OUT:
+        raise UserError(
+            f"{dimension.said} has {config.batch_size}, of which no whole number is an epoch of "
+            f"{config.pairs_per_epoch} pairs, so that its trials would see {abs(change):.0%} "
+            f"{'more' if change > 0 else 'fewer'} pairs; give batch sizes that divide the epoch, "
+            "or another --pairs-per-epoch."
         )
 
 
-def _get_path(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
+def num_pairs(config: TrainConfig) -> int:
+    """Return the pairs of the whole schedule of a resolved configuration."""
+    assert config.batch_size is not None
+    return config.total_steps * config.batch_size
 
 
-def _field_type(config: Any, path: str) -> Any:
-    """Return the type hint of a leaf field."""
-    if path not in field_paths(config):
+def _check_coupling(space: SearchSpace) -> None:
+    """Refuse a coupling without effect, or one that makes learning rates which cannot be."""
+    if space.lr_with_batch == "none":
+        return
+    sizes = space.dimensions.get("batch_size")
+    if sizes is None:
         raise UserError(
-            f"There is no configuration field {path}; fields are {', '.join(field_paths(config))}."
+            f"--lr-with-batch is {space.lr_with_batch} but the batch size is not searched; leave "
+            "it out, or give --space batch_size=choice(...)."
         )
-    *parents, name = path.split(".")
-    owner = _get_path(config, ".".join(parents)) if parents else config
-    return typing.get_type_hints(type(owner))[name]
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the hint alone."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return typing.get_args(hint)
-    return (hint,)
-
-
-def _type_name(hint: Any) -> str:
-    names = []
-    for member in _members(hint):
-        if member is type(None):
-            names.append("none")
-        elif typing.get_origin(member) is Literal:
-            names += [str(v) for v in typing.get_args(member)]
-        elif typing.get_origin(member) is tuple:
-            names.append("names joined by +")
-        else:
-            names.append({int: "an integer", float: "a number", bool: "true or false"}.get(
-                member, "text"
-            ))  # fmt: skip
-    return " or ".join(names)
-
-
-def _number(path: str, kind: type[int] | type[float], token: str) -> int | float:
-    try:
-        value = kind(token)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        noun = "an integer" if kind is int else "a finite number"
-        raise UserError(f"--space {path}: {token!r} is not {noun}; give one.")
-    return value
-
-
-def _parse(path: str, hint: Any, token: str) -> Scalar:
-    """Read one value of the field's type; a tuple stays text, joined by ``+``."""
-    members = _members(hint)
-    if type(None) in members and token.lower() == "none":
-        return None
-    for member in members:
-        if typing.get_origin(member) is Literal and token in typing.get_args(member):
-            return token
-        if member is bool and token.lower() in ("true", "false"):
-            return token.lower() == "true"
-        if member in (int, float):
-            return _number(path, member, token)
-        if (typing.get_origin(member) is tuple or member is str) and token:
-            return token
-    raise UserError(f"--space {path}: {token!r} is not possible; {path} takes {_type_name(hint)}.")
-
-
-def _field_value(config: TrainConfig, path: str, value: Any) -> Any:
-    """Return a trial's value as the field wants it (plain Python numbers, tuples)."""
-    if hasattr(value, "item"):
-        value = value.item()
-    hint = _field_type(config, path)
-    if any(typing.get_origin(member) is tuple for member in _members(hint)):
-        return tuple(value.split("+")) if isinstance(value, str) else tuple(value)
-    if float in _members(hint) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value
+    for size in sizes.values:
+        for lr in space.dimensions["lr"].values if "lr" in space.dimensions else (space.base.lr,):
+            try:
+                space.configure({"batch_size": size, "lr": lr})
+            except UserError as error:
+                raise UserError(
+                    f"--lr-with-batch {space.lr_with_batch} cannot be with lr {lr:g} and a batch "
+                    f"of {size}: {error}"
+                ) from error

@@ -312,7 +312,8 @@ def _loss(options: ServeBenchmark) -> dict[str, Any]:
             while not stop.is_set():
                 try:
                     with Client(server.track) as client:
-                        client.add("it", BOX, at=last and last["targets"]["it"]["box"])
+                        at = last["targets"]["it"]["box"] if last is not None else None
+                        client.add("it", BOX, at=at)
                         if last is not None:
                             with lock:
                                 counts["resumed"] += 1

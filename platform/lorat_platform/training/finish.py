@@ -22,6 +22,7 @@ from lorat.data.shards.frame_index import FrameIndex
 from lorat.errors import UserError
 from lorat.files.scratch import temporary_folder
 from lorat.files.storage import Location
+from lorat.metrics.catalogue import HEADLINE, SCORES
 from lorat.tracking.baselines import BASELINES
 from lorat_platform.cluster.connection import Cluster
 from lorat_platform.cluster.phases import Phases
@@ -45,8 +46,8 @@ LARGER = "S-224"
 """Variant to go on to from one without public weights."""
 HUB_S = 5.0
 """Longest wait for the hub."""
-HEADLINE = {"ao": "AO", "sr50": "SR0.5", "sr75": "SR0.75"}
-"""Scores in the table at the end, by their names as metrics."""
+HEADER = ("validation", "tracker", *(metric.label for metric in HEADLINE.values()))
+"""Of the table at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,20 +273,20 @@ def evaluate_beside_baselines(
             result = evaluate(subject, source.uri, label=source.name, progress=many)
             results[subject.name].append(result)
     phases.end()
-    log.info("%-16s %-8s %6s %6s %6s", "validation", "tracker", "AO", "SR50", "SR75")
+    log.info("%-16s %-8s" + " %6s" * len(HEADLINE), *HEADER)
     for dataset, tracker, *numbers in _rows(results):
-        log.info("%-16s %-8s %6.3f %6.3f %6.3f", dataset, tracker, *numbers)
+        log.info("%-16s %-8s" + " %6.3f" * len(HEADLINE), dataset, tracker, *numbers)
     return results
 
 
 def _rows(results: dict[str, list[DatasetResult]]) -> list[list[Any]]:
-    """Return data set, tracker, AO, SR50 and SR75 of every result, by data set."""
+    """Return data set, tracker and headline scores of every result, by data set."""
     of_dataset = zip(*results.values(), strict=True)
     return [
         [
             result.name,
             tracker,
-            *(float(result.scores.get(key, math.nan)) for key in HEADLINE.values()),
+            *(float(result.scores.get(key, math.nan)) for key in map(SCORES.get, HEADLINE)),
         ]
         for row in of_dataset
         for tracker, result in zip(results, row, strict=True)
@@ -300,7 +301,8 @@ def _metrics(results: dict[str, list[DatasetResult]]) -> dict[str, float]:
     metrics = {}
     for tracker, datasets in results.items():
         for dataset in datasets:
-            for name, score in HEADLINE.items():
+            for name in HEADLINE:
+                score = SCORES[name]
                 key = f"eval/{dataset.name}/{'' if tracker == MODEL else tracker + '_'}{name}"
                 metrics[key] = float(dataset.scores.get(score, math.nan))
                 if score in dataset.intervals:
@@ -320,15 +322,15 @@ def run_description(
         rows = [
             [dataset.name, tracker]
             + [
-                with_interval(dataset.evaluations["compatible"], score)
+                with_interval(dataset.evaluations["compatible"], SCORES[name])
                 if dataset.evaluations
                 else "nan"
-                for score in HEADLINE.values()
+                for name in HEADLINE
             ]
             for of_dataset in zip(*results.values(), strict=True)
             for tracker, dataset in zip(results, of_dataset, strict=True)
         ]
-        parts.append(markdown_table(["validation", "tracker", "AO", "SR50", "SR75"], rows))
+        parts.append(markdown_table(HEADER, rows))
         parts.append("In brackets the 95 % interval over sequences (bootstrap).")
     rank = f" rank {config.lora.rank}" if config.adaptation == "lora" else ""
     parts.append(

@@ -12,6 +12,7 @@ import numpy as np
 
 from lorat.config.training import TrainConfig
 from lorat.data.pairs.batches import Decoder
+from lorat.metrics.catalogue import HEADLINE
 from lorat_platform.cluster import ray_internals
 from lorat_platform.cluster.console import Console
 from lorat_platform.data.sources import Source, open_indexes
@@ -160,9 +161,7 @@ class CheckpointValidation:
             recorded = self.run.in_flight()[-1:]
         if self.console is not None:
             shown = {k.removeprefix("val/"): v for k, v in metrics.items() if k != "val/seconds"}
-            text = "  ".join(
-                f"{k} {shown[k]:.4f}" for k in ("loss", "ao", "sr50", "sr75") if k in shown
-            )
+            text = "  ".join(f"{k} {shown[k]:.4f}" for k in ("loss", *HEADLINE) if k in shown)
             took = metrics["val/seconds"]
             self.console.line(f"validation of step {step}: {text}  ({took:.0f} s)", recorded)
         return metrics

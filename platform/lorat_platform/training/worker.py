@@ -16,6 +16,7 @@ from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files.scratch import make_folder, sweep, temporary_folder
 from lorat.files.storage import Location
+from lorat.metrics.catalogue import MAIN
 from lorat_platform.cluster.console import Console
 from lorat_platform.data.sources import Source
 from lorat_platform.runs import checkpoints, record
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SCORE = "val/ao"
+SCORE = f"val/{MAIN}"
 """What the best checkpoints are kept by."""
 UNSCORED = -1.0
 LOOK_EVERY_S = 1.0

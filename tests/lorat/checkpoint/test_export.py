@@ -14,6 +14,7 @@ import torch
 
 from lorat.checkpoint.export import FORMATS, INPUTS, TOLERANCE, export, random_inputs
 from lorat.checkpoint.folder import load, load_merged
+from lorat.config.tracking import TrackingConfig
 from lorat.errors import UserError
 from lorat.model.network import LoRAT
 from lorat.tracking.tracker import Tracker
@@ -28,6 +29,9 @@ def model() -> LoRAT:
     with torch.no_grad():
         for parameter in model.head.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    model.tracking = TrackingConfig(
+        window_penalty=0.3, min_object_size=35.0, search_area_factor=3.0
+    )
     return model
 
 
@@ -60,6 +64,7 @@ def test_bundle_is_a_deployable_model(folder: Path, model: LoRAT) -> None:
     with torch.no_grad():
         found = load_merged(folder / "bundle")(*inputs)
     assert torch.equal(found["score_map"], outputs["score_map"])
+    assert load_merged(folder / "bundle").tracking == model.tracking
 
 
 def test_the_released_layout_is_read_as_a_released_file(folder: Path, model: LoRAT) -> None:
@@ -92,10 +97,15 @@ def test_the_onnx_example_tracks_a_video_as_the_tracker_does(
     box = (40.0, 30.0, 70.0, 54.0)
     tracker = Tracker(model, device="cpu")
     tracker.init(frames[0], box)
-    expected = [[*box, 1.0]]
+    usual = Tracker(model, device="cpu", tracking=TrackingConfig())
+    usual.init(frames[0], box)
+    expected, other = [[*box, 1.0]], [[*box, 1.0]]
     for frame in frames[1:]:
         found, score = tracker.update(frame)
         expected.append([*found, score])
+        found, score = usual.update(frame)
+        other.append([*found, score])
+    assert np.abs(np.array(expected) - other).max() > 1, "how to track makes no difference here"
     example = Path(__file__).parents[3] / "infra" / "track_onnx.py"
     code = "import runpy, sys; sys.modules |= {'lorat': None, 'torch': None}; sys.argv.pop(0); "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"

@@ -24,6 +24,7 @@ from lorat.checkpoint.folder import (
     warm_start,
 )
 from lorat.checkpoint.official import export_official
+from lorat.config.tracking import TrackingConfig
 from lorat.config.training import HeadConfig, LoraConfig, TrainConfig, resolve
 from lorat.config.variants import Variant
 from lorat.errors import UserError
@@ -146,6 +147,23 @@ def test_damaged_and_foreign_folders_are_user_errors(tmp_path: Path) -> None:
 def test_a_merged_model_is_not_saved_as_a_training_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="save_merged"):
         save(tiny_model().merge(), tiny_config(), tmp_path)
+
+
+def test_how_to_track_goes_with_a_model(tmp_path: Path) -> None:
+    tracking = TrackingConfig(window_penalty=0.2, search_area_factor=4.5)
+    config = tiny_config(tracking=tracking)
+    model = tiny_model(tracking=tracking)
+    assert model.merge().tracking == tracking
+    save(model, config, tmp_path / "own")
+    save_merged(load(tmp_path / "own"), tmp_path / "merged")
+    assert load(tmp_path / "merged").tracking == tracking
+    file = tmp_path / "merged" / "config.json"
+    content = json.loads(file.read_text())
+    content["tracking"]["window_penalty"] = 1.5
+    file.write_text(json.dumps(content))
+    (tmp_path / "merged" / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match=r"tracking.window_penalty is 1.5, not 0 to 1"):
+        load(tmp_path / "merged")
 
 
 @FFNS

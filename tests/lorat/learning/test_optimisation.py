@@ -6,11 +6,12 @@ import pytest
 
 from lorat.config.training import TrainConfig, resolve
 from lorat.learning.optimisation import (
+    build_optimizer,
     learning_rate,
     parameter_groups,
     scheduled_lr,
 )
-from tests.lorat.tiny_models import tiny_model
+from tests.lorat.tiny_models import tiny_config, tiny_model
 
 PAPER = {
     "lr": 1e-4,
@@ -35,6 +36,12 @@ def test_full_training_decays_matrices_alone() -> None:
 def test_head_training_has_no_empty_group() -> None:
     groups = parameter_groups(tiny_model(adaptation="head"), 0.1)
     assert len(groups) == 2 and all(g["params"] for g in groups)
+
+
+def test_the_moments_decay_as_configured() -> None:
+    config = tiny_config(lr=1e-3, beta1=0.8, beta2=0.95, adam_eps=1e-6)
+    for group in build_optimizer(tiny_model(), config).param_groups:
+        assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-6)
 
 
 def test_paper_schedule_landmarks() -> None:

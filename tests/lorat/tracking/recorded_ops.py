@@ -23,6 +23,24 @@ WAITING = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.defau
 """Operations for whose result the host waits."""
 
 
+class Tape(TorchDispatchMode):
+    """Notes the operations: what was called with what, and what came of it.
+
+    It is no class of a call's own, which would hold the tensors until garbage is collected.
+    """
+
+    def __init__(self, tape: list[tuple[Any, Any, Any, list[Tensor]]]) -> None:
+        super().__init__()
+        self._tape = tape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in WAITING:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        result = func(*args, **(kwargs or {}))
+        self._tape.append((func, args, kwargs or {}, _tensors(result)))
+        return result
+
+
 class RecordedOps:
     """A recorder for the CPU."""
 
@@ -35,17 +53,7 @@ class RecordedOps:
         self.num_records += 1
         tape: list[tuple[Any, Any, Any, list[Tensor]]] = []
 
-        class Tape(TorchDispatchMode):
-            def __torch_dispatch__(
-                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-            ) -> Any:
-                if func in WAITING:
-                    raise RuntimeError("operation not permitted when stream is capturing")
-                result = func(*args, **(kwargs or {}))
-                tape.append((func, args, kwargs or {}, _tensors(result)))
-                return result
-
-        with Tape():
+        with Tape(tape):
             result = work()
 
         def replay() -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from lorat.config.tracking import TrackingConfig
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.model.network import LoRAT, build_model
@@ -60,6 +61,24 @@ def test_a_batch_gives_what_single_tracking_gives(tracker: Tracker) -> None:
             box, score = tracker.update(frame)
             np.testing.assert_allclose(box, together[step][0][number], atol=1e-3)
             np.testing.assert_allclose(score, together[step][1][number], atol=1e-5)
+
+
+def test_how_to_track_is_the_models_unless_it_is_said(model: LoRAT) -> None:
+    frames = video(5)
+
+    def boxes(tracker: Tracker) -> np.ndarray:
+        tracker.init(frames[0], BOX)
+        return np.array([tracker.update(frame)[0] for frame in frames[1:]])
+
+    tracker = Tracker(model, device="cpu")
+    usual = boxes(tracker)
+    for changed in ({"window_penalty": 0.0}, {"search_area_factor": 2.0}, {"min_object_size": 90}):
+        own = copy.deepcopy(model)
+        own.tracking = TrackingConfig(**changed)
+        found = boxes(Tracker(own, device="cpu"))
+        assert np.abs(found - usual).max() > 1, changed
+        tracker.tracking = own.tracking
+        np.testing.assert_array_equal(boxes(tracker), found)
 
 
 def test_the_frame_size_may_change_within_a_video(tracker: Tracker) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import ray
 
+from lorat.config.tracking import TrackingConfig
 from lorat.data.shards.frame_index import FrameIndex
 from lorat.data.shards.images import ImageReader
 from lorat.errors import UserError
@@ -422,3 +423,10 @@ def test_known_scores_of_real_sequences_are_reproduced(tmp_path: Path) -> None:
             compared += 1
     assert compared == 10
     assert list(result.evaluations) == ["compatible", "plain", "got10k"]
+
+
+def test_how_to_track_is_part_of_what_results_are_kept_under() -> None:
+    model = staying_tracker()
+    usual = subject_of(model, "usual").fingerprint
+    model.tracking = TrackingConfig(window_penalty=0.3)
+    assert subject_of(model, "other").fingerprint != usual

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from lorat.checkpoint.folder import save
+from lorat.config.tracking import TrackingConfig
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files.storage import locate
@@ -46,9 +47,11 @@ def home(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def registered(home: Path) -> dict[str, str]:
+    model = random_tracker()
+    model.tracking = TrackingConfig(window_penalty=0.125)
     with open_run("lorat", "training") as run:
         version = versions.register(
-            random_tracker(),
+            model,
             run_id=run.wait_for_id(),
             datasets={"got10k-train": "0123abcd"},
             scores={"val/ao": 0.6123},
@@ -70,6 +73,7 @@ def test_version_has_alias_and_tags(registered: dict[str, str]) -> None:
     assert version.tags.pop("model_id").startswith("m-")
     assert version.tags == {
         "variant": "N-112",
+        "tracking.window_penalty": "0.125",
         "dataset.got10k-train": "0123abcd",
         "score.val/ao": "0.6123",
         "reference_set": '["/data/val"]',

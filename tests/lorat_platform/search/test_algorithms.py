@@ -13,6 +13,7 @@ from ray.tune.search.search_generator import SearchGenerator
 
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
+from lorat.metrics import METRICS
 from lorat_platform.search.algorithms import (
     SLOTS,
     SlotLimiter,
@@ -21,6 +22,8 @@ from lorat_platform.search.algorithms import (
     extend,
     take_back,
 )
+from lorat_platform.search.plan import SearchOptions
+from lorat_platform.search.results.board import Leaderboard
 from lorat_platform.search.rungs import Rungs, pareto_fronts, pareto_order
 from lorat_platform.search.space import build_space
 
@@ -253,3 +256,33 @@ def test_tpe_learns_from_a_trial_that_failed_and_was_tried_again(tmp_path: Path)
     after.on_trial_complete("t0", {"ao": 0.25})
     assert after._ot_study.best_value == 0.25
     assert after._ot_study.best_params == values
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_is_an_objective_that_scheduler_and_table_know_the_better_of(
+    name: str,
+) -> None:
+    assert SearchOptions(objective=name).objectives == (name,)
+    scheduler: Any = build_scheduler("asha", [name], RUNGS)
+    assert scheduler._mode == METRICS[name].better
+    board = Leaderboard(objectives=(name,), rungs=RUNGS)
+    for trial_id, value in (("low", 0.2), ("high", 0.8)):
+        board.add(trial_id, {}).report({"step": 1, "budget": 1, name: value})
+    best = board.best()
+    assert best is not None
+    assert best.trial_id == ("high" if METRICS[name].better == "max" else "low")
+    assert name in board.table().column_names
+
+
+def test_an_unknown_objective_is_answered_by_all_metrics() -> None:
+    with pytest.raises(UserError, match=f"give one or more of {', '.join(METRICS)}"):
+        SearchOptions(objective="sr57")
+
+
+def test_a_space_without_training_fields_proposes_its_one_training() -> None:
+    fixed = ["tracking.window_penalty=uniform(0,1)", "lora.rank=8", "lr=1e-3", "head.depth=2"]
+    space = build_space(TrainConfig(), fixed)
+    made: Any = build_searcher("tpe", space, ["ao"], num_trials=1, seed=0, max_concurrent=1)
+    made.add_configurations([Experiment("some", run=lambda _: None, config=space.to_tune())])
+    assert made.next_trial().config == {}
+    assert made.next_trial() is None

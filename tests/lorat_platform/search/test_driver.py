@@ -75,7 +75,10 @@ def options(**changes: Any) -> SearchOptions:
 @pytest.fixture(scope="module")
 def outcome(data: Data) -> SearchOutcome:
     """A search in which a learning rate of 10 makes some trials diverge."""
-    space = ("lr=choice(0.001,10)", "head.depth=choice(1,2)", "lora.rank=choice(4,8)")
+    space = (
+        "lr=choice(0.001,10)", "head.depth=choice(1,2)", "lora.rank=choice(4,8)",
+        "tracking.window_penalty=choice(0.1,0.45)",
+    )  # fmt: skip
     plan = make_plan(
         config(data, weight_decay=10.0),
         options(trials=8, space=space, scheduler="none", name="whole"),
@@ -91,7 +94,11 @@ def test_a_search_ends_with_the_best_configuration(outcome: SearchOutcome) -> No
     assert file is not None
     assert best.last("ao") == max(r.last("ao") or 0 for r in outcome.board.rows.values())
     saved = from_dict(TrainConfig, json.loads(file.read_text()))
-    assert saved == outcome.plan.space.configure(best.values)
+    assert saved == outcome.plan.space.configure(best.found)
+    tried = {e["tracking"]["tracking.window_penalty"]: e["scores"] for e in best.last("settings")}
+    assert set(tried) == {0.1, 0.45}
+    assert best.last("ao") == max(scores["ao"] for scores in tried.values())
+    assert tried[saved.tracking.window_penalty]["ao"] == best.last("ao")
     assert saved.total_steps == 8
 
 
@@ -158,14 +165,20 @@ def test_mlflow_has_the_search_and_its_trials_nested(outcome: SearchOutcome) -> 
             history = client.get_metric_history(run.info.run_id, "ao")
             assert [(m.step, m.value) for m in history] == [(8, row.last("ao"))]
             assert run.data.metrics["loss"] == row.last("loss")
+            penalty = row.tracking["tracking.window_penalty"]
+            assert run.data.params["tracking.window_penalty"] == str(penalty)
 
 
 def test_table_and_plots_are_on_the_parent_run(outcome: SearchOutcome, tmp_path: Path) -> None:
     client = connect()
     names = {entry.path for entry in client.list_artifacts(outcome.run_id)}
-    assert names == {"best_config.json", "plots", "trials.csv", "trials.parquet"}
+    assert names == {
+        "best_config.json", "plots",
+        *(f"{table}.{kind}" for table in ("trials", "settings") for kind in ("csv", "parquet")),
+    }  # fmt: skip
     plots = {Path(entry.path).stem for entry in client.list_artifacts(outcome.run_id, "plots")}
     assert {"history", "parallel_coordinates", "rank_lr_map", "pareto_front"} <= plots
+    assert "tracking_settings" in plots
     client.download_artifacts(outcome.run_id, "trials.csv", str(tmp_path))
     client.download_artifacts(outcome.run_id, "trials.parquet", str(tmp_path))
     best = outcome.best

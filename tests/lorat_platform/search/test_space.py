@@ -7,8 +7,9 @@ import pytest
 from lorat.config.fields import field_paths, replace_path
 from lorat.config.training import LoraConfig, TrainConfig, resolve
 from lorat.errors import UserError
+from lorat_platform.search.dimension import _members, field_type, parse_entry
 from lorat_platform.search.plan import default_config
-from lorat_platform.search.space import _field_type, _members, build_space, parse_entry
+from lorat_platform.search.space import Coupling, build_space, num_pairs
 
 
 def test_default_space_of_the_paper_is_rank_lr_and_head_depth() -> None:
@@ -58,15 +59,17 @@ NULLABLE = {
     "lr": "loguniform(1e-4,1e-2)",
     "min_lr": "loguniform(1e-7,1e-6)",
     "warmup_epochs": "uniform(0,2)",
+    "batch_size": "choice(16,32)",
+    "tracking.search_area_factor": "uniform(2,6)",
 }
-OF_THE_SCHEDULE = ("epochs", "pairs_per_epoch", "batch_size")
+OF_THE_SCHEDULE = ("epochs", "pairs_per_epoch")
 """Fields that may be none, too, but cannot be searched over."""
 
 
 def test_the_list_of_fields_that_may_be_none_is_complete() -> None:
     base = TrainConfig()
     nullable = {
-        path for path in field_paths(base) if type(None) in _members(_field_type(base, path))
+        path for path in field_paths(base) if type(None) in _members(field_type(base, path))
     }
     assert nullable == {*NULLABLE, *OF_THE_SCHEDULE}
 
@@ -75,7 +78,8 @@ def test_the_list_of_fields_that_may_be_none_is_complete() -> None:
 def test_every_field_that_may_be_none_can_be_searched_over(path: str) -> None:
     space = build_space(TrainConfig(), [f"{path}={NULLABLE[path]}"])
     for base in (space.base, replace_path(space.base, path, None)):
-        value = replace(space, base=base).prior()[path]
+        some = replace(space, base=base)
+        value = (some.prior() | some.usual_tracking())[path]
         space.configure({path: value})
         dimension = space.dimensions[path]
         if dimension.kind == "choice":
@@ -133,7 +137,14 @@ def test_numpy_numbers_become_plain_numbers() -> None:
         ("lora.init=choice(gaussian,zeros)", "'zeros' is not possible"),
         ("lora.targets=choice(q+x)", "lora.targets has"),
         ("lora.rslora=choice(yes,no)", "takes true or false"),
-        ("batch_size=choice(16,32)", "number of optimisation steps"),
+        ("epochs=choice(2,4)", "how many pairs a trial is trained on"),
+        ("batch_size=choice(32,1500)", "27% fewer pairs; give batch sizes that divide"),
+        ("batch_size=int(690,700)", "fewer pairs"),
+        ("batch_size=choice(32,4096)", "batch_size is 4096 but an epoch has 2048 pairs"),
+        ("beta2=uniform(0.9,1)", "beta2 is 1.0; give 0 or more, below 1"),
+        ("tracking.window_penalty=uniform(0,2)", "tracking.window_penalty is 2.0; give 0 to 1"),
+        ("lora.rnk=choice(1,2)", "did you mean lora.rank"),
+        ("window_penalty=uniform(0,1)", "did you mean tracking.window_penalty"),
         ("variant=choice(T-112,Z-1)", "no variant Z-1"),
         ("seed=int(1,9)", "one seed"),
         ("lr=__import__('os').system('x')", "not a finite number"),
@@ -160,7 +171,45 @@ def test_the_tune_space_holds_the_same_ranges() -> None:
     assert (low, high) == pytest.approx((1e-4, 1e-2))
 
 
-def test_parsing_keeps_the_field_type() -> None:
+def test_parsing_keeps_thefield_type() -> None:
     base = TrainConfig(lora=LoraConfig(rank=8))
     assert parse_entry("lora.alpha=choice(none,16)", base).values == (None, 16.0)
     assert parse_entry("lora.rslora=true", base).values == (True,)
+
+
+def test_a_batch_size_keeps_the_pairs_of_the_schedule() -> None:
+    space = build_space(TrainConfig(), ["batch_size=choice(8,32,128)"])
+    assert space.prior()["batch_size"] == 32
+    for size in (8, 32, 128):
+        config = space.configure({"batch_size": size})
+        assert num_pairs(config) == num_pairs(space.base)
+        assert config.lr == space.base.lr, "nothing is coupled unless it is asked for"
+
+
+@pytest.mark.parametrize(("coupling", "factor"), [("linear", 4.0), ("sqrt", 2.0)])
+def test_learning_rates_follow_the_batch_size_where_that_is_asked_for(
+    coupling: Coupling, factor: float
+) -> None:
+    entries = ["batch_size=choice(8,32,128)", "lr=loguniform(1e-5,1e-2)"]
+    space = build_space(TrainConfig(), entries, lr_with_batch=coupling)
+    assert space.base.min_lr is not None
+    for size, times in ((32, 1.0), (128, factor), (8, 1 / factor)):
+        config = space.configure({"batch_size": size, "lr": 1e-3})
+        assert config.lr == pytest.approx(1e-3 * times)
+        assert config.min_lr == pytest.approx(space.base.min_lr * times)
+
+
+def test_a_coupling_that_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match="the batch size is not searched"):
+        build_space(TrainConfig(), lr_with_batch="sqrt")
+    entries = ["batch_size=choice(8,128)", "lr=loguniform(0.1,9)"]
+    with pytest.raises(UserError, match="cannot be with lr 9 and a batch of 128: lr is 36"):
+        build_space(TrainConfig(), entries, lr_with_batch="linear")
+
+
+def test_what_needs_no_training_is_no_part_of_a_trial() -> None:
+    entries = ["tracking.window_penalty=uniform(0.2,0.7)", "beta1=choice(0.8,0.9)"]
+    space = build_space(TrainConfig(), entries)
+    assert set(space.to_tune()) == set(space.prior()) == {"lora.rank", "lr", "head.depth", "beta1"}
+    assert space.usual_tracking() == {"tracking.window_penalty": 0.45}
+    assert space.configure({"tracking.window_penalty": 0.3}).tracking.window_penalty == 0.3

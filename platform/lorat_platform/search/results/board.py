@@ -15,19 +15,20 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from lorat_platform.search.rungs import OBJECTIVES, Rungs, pareto_fronts
+from lorat.metrics import METRICS
+from lorat_platform.search.rungs import Rungs, pareto_fronts
 
 Status = Literal["waiting", "running", "completed", "stopped", "failed"]
 
 STATUSES: tuple[Status, ...] = typing.get_args(Status)
 
 REPORTED = (
-    "ao", "auc", "sr50", "sr75", "loss", "latency", "parameters",
-    "train_seconds", "evaluation_seconds", "crop_cache_hit_rate", "crops_decoded",
+    *METRICS, "optimiser_steps", "pairs", "train_seconds", "evaluation_seconds",
+    "crop_cache_hit_rate", "crops_decoded",
 )  # fmt: skip
 """Numbers of a report that the table has as columns (the last report's)."""
 
-REPORT_FIELDS = ("step", "budget", *REPORTED, "total_seconds")
+REPORT_FIELDS = ("step", "budget", *REPORTED, "total_seconds", "tracking", "settings")
 """Everything that is kept of a report."""
 
 
@@ -67,8 +68,18 @@ class TrialRow:
     ended_at: float | None = None
 
     @property
+    def tracking(self) -> dict[str, Any]:
+        """The best setting of the fields below ``tracking`` in the last report, where searched."""
+        return self.reports[-1].get("tracking", {}) if self.reports else {}
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """Searched fields by path: what was proposed, and how its weights track best."""
+        return self.values | self.tracking
+
+    @property
     def steps(self) -> int:
-        """Optimisation steps up to the last report."""
+        """Optimisation steps up to the last report; with any batch size, those of the base's."""
         return self.reports[-1]["step"] if self.reports else 0
 
     @property
@@ -140,7 +151,7 @@ class Leaderboard:
     def ranked(self) -> list[TrialRow]:
         """Order by the first objective among those that got as far: later rungs come first."""
         name = self.objectives[0]
-        sign = 1.0 if OBJECTIVES[name] == "max" else -1.0
+        sign = METRICS[name].sign
         scored = [row for row in self.rows.values() if row.reports and row.status != "failed"]
         order = sorted(scored, key=lambda r: (-r.num_rungs, -sign * r.reports[-1][name], r.number))
         rest = [row for row in self.rows.values() if row not in scored]
@@ -206,19 +217,39 @@ class Leaderboard:
             "pareto": [row.trial_id in front for row in ranked],
         }
         columns |= {path: [row.values.get(path) for row in ranked] for path in paths}
+        fields = list(dict.fromkeys(path for row in ranked for path in row.tracking))
+        columns |= {path: [row.tracking.get(path) for row in ranked] for path in fields}
         columns |= {name: [row.last(name) for row in ranked] for name in REPORTED}
         columns["reason"] = [row.reason for row in ranked]
         arrays = {name: _array(name, values) for name, values in columns.items()}
         return pa.table(arrays)
 
     def write(self, folder: Path) -> list[Path]:
-        """Write the table as ``trials.csv`` and ``trials.parquet`` and return their paths."""
+        """Write ``trials.csv`` and ``trials.parquet`` and return their paths.
+
+        Where the weights of trials were tried with several settings, ``settings`` as well.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        table = self.table()
-        paths = [folder / "trials.csv", folder / "trials.parquet"]
-        pyarrow.csv.write_csv(table, paths[0])
-        pq.write_table(table, paths[1])
+        tables = {"trials": self.table(), "settings": self.settings_table()}
+        paths = []
+        for name, table in tables.items():
+            if name == "trials" or table.num_rows:
+                paths += [folder / f"{name}.csv", folder / f"{name}.parquet"]
+                pyarrow.csv.write_csv(table, paths[-2])
+                pq.write_table(table, paths[-1])
         return paths
+
+    def settings_table(self) -> pa.Table:
+        """Return one row per trial, rung and setting that its weights tracked with."""
+        rows = [
+            {"trial": row.number, "rung": rung + 1, "steps": report["step"]}
+            | each["tracking"]
+            | each["scores"]
+            for row in self.ranked()
+            for rung, report in enumerate(row.reports)
+            for each in report.get("settings", ())
+        ]
+        return pa.Table.from_pylist(rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as plain values for a snapshot."""
@@ -263,7 +294,7 @@ class Leaderboard:
 
 def signed_objectives(rows: Sequence[TrialRow], objectives: Iterable[str]) -> np.ndarray:
     """Return the last objectives (n, d) with signs such that more is better."""
-    signs = {name: 1.0 if OBJECTIVES[name] == "max" else -1.0 for name in objectives}
+    signs = {name: METRICS[name].sign for name in objectives}
     return np.array([[s * row.reports[-1][name] for name, s in signs.items()] for row in rows])
 
 

@@ -42,9 +42,9 @@ def train_winner(
         cluster,
         git_revision=git_revision,
     )
-    said = outcome.best.last("ao")
     for name, score in result.scores.items():
-        if name.endswith("/ao"):
+        said = outcome.best.last(name.rpartition("/")[2])
+        if said is not None:
             log.info(
                 "%s: %.4f trained in full, the search said %.4f: the one is the final run on all "
                 "validation sequences, the other trial %d after %d steps on %s of each set",

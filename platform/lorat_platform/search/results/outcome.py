@@ -56,7 +56,7 @@ def write_outcome(
     best_config: TrainConfig | None = None
     best_file: Path | None = None
     if best is not None:
-        best_config = plan.space.configure(best.values)
+        best_config = plan.space.configure(best.found)
         best_file = plan.folder / "results" / BEST_FILE
         best_file.write_text(json.dumps(to_dict(best_config), indent=2) + "\n")
         files.append(best_file)
@@ -110,7 +110,7 @@ def search_description(plan: SearchPlan, board: Leaderboard) -> str:
     lines = [f"Search `{plan.name}` over " + ", ".join(f"`{d}`" for d in plan.space.to_lines())]
     if best is not None:
         found = ", ".join(f"{name} {best.last(name):.4f}" for name in plan.options.objectives)
-        values = ", ".join(f"{path} = {value}" for path, value in best.values.items())
+        values = ", ".join(f"{path} = {value}" for path, value in best.found.items())
         lines.append(f"Best is trial {best.number}: {found} after {best.steps} steps ({values}).")
     saving = f"{cost.saved:.0%} saved by stopping early"
     if cost.saved < 0:
@@ -120,6 +120,11 @@ def search_description(plan: SearchPlan, board: Leaderboard) -> str:
         f"{board.count('stopped')} stopped early, {board.count('failed')} failed. "
         f"{cost.steps} of the {cost.full_steps} steps of full runs: {saving}."
     )
+    if "batch_size" in plan.space.dimensions:
+        lines.append(
+            f"A step is {plan.space.base.batch_size} pairs, the batch of the base configuration, "
+            "whatever a trial's own."
+        )
     if cost.lost_steps:
         lines.append(
             f"At most {cost.lost_steps} of these steps belong to no report: of trials that failed, "

@@ -17,21 +17,14 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from lorat.metrics.plots import COLORS, GREY, new_axes, png
+from lorat.metrics import METRICS
+from lorat.metrics.plots import COLORS, DPI, GREY, new_axes, png
 from lorat_platform.search.algorithms import distribution
+from lorat_platform.search.dimension import Dimension
 from lorat_platform.search.results.board import Leaderboard, TrialRow
-from lorat_platform.search.rungs import OBJECTIVES
-from lorat_platform.search.space import Dimension, SearchSpace
+from lorat_platform.search.settings import judge
+from lorat_platform.search.space import SearchSpace
 
-NAMES = {
-    "ao": "AO (mean overlap)",
-    "auc": "success AUC",
-    "sr50": "SR 0.5",
-    "sr75": "SR 0.75",
-    "loss": "training loss",
-    "latency": "latency (ms per frame)",
-    "parameters": "trainable parameters",
-}
 BLUE, RED, GREEN, ORANGE, *_ = COLORS
 OF_STATUS = {
     "completed": BLUE, "stopped": GREY, "failed": RED, "running": ORANGE, "waiting": ORANGE,
@@ -49,6 +42,7 @@ def write_plots(board: Leaderboard, space: SearchSpace, folder: Path) -> list[Pa
         "rank_lr_map": lambda: draw_rank_lr_map(board, rows),
         "pareto_front": lambda: draw_pareto_front(board, rows),
         "learning_curves": lambda: draw_learning_curves(board, rows),
+        "tracking_settings": lambda: draw_settings(board, space, rows),
     }
     paths: list[Path] = []
     if not rows:
@@ -66,7 +60,7 @@ def write_plots(board: Leaderboard, space: SearchSpace, folder: Path) -> list[Pa
 def draw_history(board: Leaderboard, rows: list[TrialRow]) -> Figure:
     """Draw each trial's last objective in order of proposal, and the best so far."""
     name = board.objectives[0]
-    figure, axes = _axes("Search history", "trial", NAMES[name])
+    figure, axes = _axes("Search history", "trial", METRICS[name].axis)
     for status in ("stopped", "failed", "running", "completed"):
         some = [row for row in rows if row.status == status]
         if some:
@@ -75,7 +69,7 @@ def draw_history(board: Leaderboard, rows: list[TrialRow]) -> Figure:
                 color=OF_STATUS[status], label=status,
             )  # fmt: skip
     ordered = sorted(rows, key=lambda r: r.number)
-    fold = np.maximum if OBJECTIVES[name] == "max" else np.minimum
+    fold = np.maximum if METRICS[name].better == "max" else np.minimum
     best = fold.accumulate([r.reports[-1][name] for r in ordered])
     axes.step([r.number for r in ordered], best, where="post", color=GREEN, label="best so far")
     axes.legend()
@@ -85,7 +79,7 @@ def draw_history(board: Leaderboard, rows: list[TrialRow]) -> Figure:
 def draw_learning_curves(board: Leaderboard, rows: list[TrialRow]) -> Figure:
     """Draw the objective of every trial over its rungs."""
     name = board.objectives[0]
-    figure, axes = _axes("Trials over their rungs", "optimisation step", NAMES[name])
+    figure, axes = _axes("Trials over their rungs", "optimisation step", METRICS[name].axis)
     for row in rows:
         axes.plot(
             [r["step"] for r in row.reports], [r[name] for r in row.reports],
@@ -102,7 +96,7 @@ def draw_parallel_coordinates(
 ) -> Figure:
     """Draw one line per trial through its values to its objective."""
     name = board.objectives[0]
-    dimensions = list(space.dimensions.values())
+    dimensions = list(space.trained.values())
     objective = np.array([row.reports[-1][name] for row in rows], dtype=float)
     low, high = float(objective.min()), float(objective.max())
     figure, axes = _axes("Parallel coordinates", "", "")
@@ -120,7 +114,7 @@ def draw_parallel_coordinates(
     axes.axvline(len(dimensions), color="0.7", lw=0.8)
     axes.set_xticks(range(len(dimensions) + 1), [*(d.path for d in dimensions), name])
     axes.set_yticks([])
-    figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, label=NAMES[name])
+    figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, label=METRICS[name].axis)
     return figure
 
 
@@ -144,8 +138,10 @@ def importance(board: Leaderboard, space: SearchSpace, rows: list[TrialRow]) -> 
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     name = board.objectives[0]
-    study = optuna.create_study(direction="maximize" if OBJECTIVES[name] == "max" else "minimize")
-    distributions = {path: distribution(d) for path, d in space.dimensions.items()}
+    study = optuna.create_study(
+        direction="maximize" if METRICS[name].better == "max" else "minimize"
+    )
+    distributions = {path: distribution(d) for path, d in space.trained.items()}
     values = [row.reports[0][name] for row in rows]
     if len(rows) < 4 or max(values) == min(values):
         return {}
@@ -180,7 +176,7 @@ def draw_rank_lr_map(board: Leaderboard, rows: list[TrialRow]) -> Figure | None:
     axes.set_yscale("log")
     ranks = sorted({row.values["lora.rank"] for row in rows})
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
-    figure.colorbar(points, ax=axes, label=NAMES[name])
+    figure.colorbar(points, ax=axes, label=METRICS[name].axis)
     return figure
 
 
@@ -188,7 +184,7 @@ def draw_pareto_front(board: Leaderboard, rows: list[TrialRow]) -> Figure:
     """Draw the first objective against the second one (or the parameters), and the front."""
     first = board.objectives[0]
     second = board.objectives[1] if len(board.objectives) > 1 else "parameters"
-    figure, axes = _axes("Pareto front", NAMES[second], NAMES[first])
+    figure, axes = _axes("Pareto front", METRICS[second].axis, METRICS[first].axis)
     axes.scatter(
         [r.reports[-1][second] for r in rows], [r.reports[-1][first] for r in rows],
         color=[OF_STATUS[r.status] for r in rows], alpha=0.7,
@@ -202,6 +198,29 @@ def draw_pareto_front(board: Leaderboard, rows: list[TrialRow]) -> Figure:
         where="post", color=GREEN, marker="o", label="not dominated, trained furthest",
     )  # fmt: skip
     axes.legend()
+    return figure
+
+
+def draw_settings(board: Leaderboard, space: SearchSpace, rows: list[TrialRow]) -> Figure | None:
+    """Draw the score of the best trial's weights over each field that needs no training."""
+    paths = list(space.tracking)
+    name = judge(board.objectives)
+    settings = rows[0].reports[-1].get("settings", [])
+    if not settings or name is None:
+        return None
+    figure = Figure(figsize=(3.5 * len(paths) + 3.5, 4.2), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, len(paths), squeeze=False, sharey=True)[0]
+    for axes, path in zip(panels, paths, strict=True):
+        axes.scatter(
+            [each["tracking"][path] for each in settings],
+            [each["scores"][name] for each in settings],
+            color=BLUE,
+        )
+        axes.set_xlabel(path)
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel(METRICS[name].axis)
+    title = f"How the weights of trial {rows[0].number} track"
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold")
     return figure
 
 

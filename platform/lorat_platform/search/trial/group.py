@@ -68,7 +68,7 @@ class RungWork:
     @property
     def end_step(self) -> int:
         """Step of the rung."""
-        return self.setup.rungs.steps[self.rung]
+        return self.setup.steps(self.config)[self.rung]
 
     @property
     def result_file(self) -> str:
@@ -170,7 +170,7 @@ def _worker(work: RungWork) -> None:
     last = checkpoints.newest(folder)
     with temporary_folder() as name, open_cache(config, work.setup) as cache:
         resume = checkpoints.download(folder, last, name) if last else None
-        start_step = work.setup.rungs.steps[work.rung - 1] if work.rung else 0
+        start_step = work.setup.steps(config)[work.rung - 1] if work.rung else 0
         if last and resume is not None and (checkpoints.step_of(last) or 0) > start_step:
             # Saved within this rung, or at its end, where there is nothing left to train.
             saved = read_progress(resume)

@@ -114,8 +114,8 @@ def rung_average(learner: Learner, setup: TrialSetup, rung: int, saved: Path | N
         rung: from 0.
         saved: folder of the state that the learner goes on from, if any.
     """
-    start = setup.rungs.steps[rung - 1] if rung else 0
-    end = setup.rungs.steps[rung]
+    steps = setup.steps(learner.config)
+    start, end = steps[rung - 1] if rung else 0, steps[rung]
     annealed = end >= learner.config.total_steps
     average = TailAverage(learner.parameters, after=end if annealed else max(start, end // 2))
     if saved is not None and learner.step > start:

@@ -10,7 +10,7 @@ from lorat_platform.search.rungs import BUDGET, Rungs
 from lorat_platform.search.space import SearchSpace
 
 if TYPE_CHECKING:
-    pass
+    from lorat.config.training import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,18 @@ class TrialSetup:
     crop_cache_bytes: int
     save_every_s: float = 600.0
     """Longest training that an interruption may cost."""
+    settings: tuple[dict[str, Any], ...] = ({},)
+    """With which each trial's weights track at every rung: fields below ``tracking`` by path."""
     sum_every: int = 10
     """Steps between which the loss is added up; a trial is saved only where one such ends."""
+
+    def steps(self, config: TrainConfig) -> tuple[int, ...]:
+        """Return a trial's own steps at the rungs; with another batch size they are others."""
+        return self.rungs.steps_of(config.total_steps, self.space.base.total_steps)
+
+    def counted(self, config: TrainConfig, step: int) -> int:
+        """Return a trial's step in those of the base configuration, in which searches count."""
+        return step * self.space.base.total_steps // config.total_steps
 
 
 @dataclass(kw_only=True)
@@ -66,7 +76,7 @@ class Progress:
         return dict(self.__dict__)
 
     def report(
-        self, setup: TrialSetup, rung: int, measured: dict[str, float], seconds: float
+        self, setup: TrialSetup, rung: int, measured: dict[str, Any], seconds: float
     ) -> dict[str, Any]:
         """Take in what a rung measured and return what is reported of it.
 
@@ -79,7 +89,7 @@ class Progress:
         self.total_seconds = seconds
         report: dict[str, Any] = measured | {
             BUDGET: setup.rungs.budget(rung),
-            "step": setup.rungs.steps[rung],
+            "step": setup.rungs.steps[rung],  # of the base configuration, as everywhere
             "latency": self.latency_ms,
             "train_seconds": self.train_seconds,
             "evaluation_seconds": self.evaluation_seconds,

@@ -16,6 +16,7 @@ from typing import Any
 from ray import tune
 
 from lorat.config.json_files import read_json, write_json
+from lorat.config.training import TrainConfig
 from lorat.files import checksums, storage
 from lorat.files.scratch import temporary_folder
 from lorat.learning.learner import Learner, World
@@ -46,12 +47,14 @@ def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
     began = time.perf_counter()
     learner: Learner | None = None
     with (
-        trial_failures(lambda: learner.step if learner is not None else 0),
+        trial_failures(
+            lambda: setup.counted(learner.config, learner.step) if learner is not None else 0
+        ),
         contextlib.ExitStack() as stack,
     ):
         config = setup.space.configure(values)
         device = prepare_process(setup)
-        folder, progress = stack.enter_context(_saved_state(setup))
+        folder, progress = stack.enter_context(_saved_state(setup, config))
         learner = Learner(
             config,
             world=World(device=device),
@@ -61,7 +64,7 @@ def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
         before = progress.total_seconds
         cache = stack.enter_context(open_cache(config, setup))
         for rung in range(len(progress.history), setup.rungs.num_rungs):
-            step = setup.rungs.steps[rung]
+            step = setup.steps(config)[rung]
             average = rung_average(learner, setup, rung, folder)
             trained = time.perf_counter()
             run(
@@ -172,7 +175,7 @@ def training_hooks(
 
 
 @contextlib.contextmanager
-def _saved_state(setup: TrialSetup) -> Iterator[tuple[Path | None, Progress]]:
+def _saved_state(setup: TrialSetup, config: TrainConfig) -> Iterator[tuple[Path | None, Progress]]:
     """Fetch the state to go on from: the last rung's, or a later one saved on the way."""
     checkpoint = tune.get_checkpoint()
     with contextlib.ExitStack() as stack:
@@ -180,7 +183,7 @@ def _saved_state(setup: TrialSetup) -> Iterator[tuple[Path | None, Progress]]:
         if checkpoint is not None:
             folder = Path(stack.enter_context(checkpoint.as_directory()))
         progress = read_progress(folder)
-        step = setup.rungs.steps[len(progress.history) - 1] if progress.history else 0
+        step = setup.steps(config)[len(progress.history) - 1] if progress.history else 0
         later = checkpoints.newest(trial_folder(setup))
         if later is not None and (checkpoints.step_of(later) or 0) > step:
             scratch = stack.enter_context(temporary_folder())

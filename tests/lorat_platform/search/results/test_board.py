@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from lorat_platform.search.plan import default_config
 from lorat_platform.search.results.board import Leaderboard
 from lorat_platform.search.results.console import SearchConsole
-from lorat_platform.search.results.plots import importance, write_plots
+from lorat_platform.search.results.plots import draw_settings, importance, write_plots
 from lorat_platform.search.rungs import Rungs
 from lorat_platform.search.space import build_space
 
@@ -192,3 +193,28 @@ def test_console_shows_trials_best_and_time_left(kind: Any, monkeypatch: Any) ->
     else:
         values = "(lora.rank 8, lr 0.001, head.depth 2)"
         assert f"trial 11: rung 1/3, ao 0.3500 {values}, best 0.5800 (trial 9), about" in text
+
+
+def test_what_weights_track_best_with_belongs_to_what_was_found(tmp_path: Path) -> None:
+    board = Leaderboard(objectives=("ao",), rungs=RUNGS)
+    row = board.add("t0", {"lr": 0.1})
+    window = "tracking.window_penalty"
+    for step, weight in ((10, 0.2), (40, 0.7)):
+        found = [{"tracking": {window: w}, "scores": {"ao": w, "sr75": 0.1}} for w in (0.2, 0.7)]
+        report = {"step": step, "ao": weight, "tracking": {window: weight}, "settings": found}
+        row.report(report)
+    assert row.found == {"lr": 0.1, window: 0.7}
+    assert Leaderboard.from_dict(json.loads(json.dumps(board.to_dict()))).rows["t0"] == row
+    assert board.table()[window].to_pylist() == [0.7]
+    names = [path.name for path in board.write(tmp_path)]
+    assert names == ["trials.csv", "trials.parquet", "settings.csv", "settings.parquet"]
+    tried = pq.read_table(tmp_path / "settings.parquet").to_pylist()
+    assert [(t["trial"], t["rung"], t["steps"], t[window], t["ao"]) for t in tried] == [
+        (0, 1, 10, 0.2, 0.2), (0, 1, 10, 0.7, 0.7), (0, 2, 40, 0.2, 0.2), (0, 2, 40, 0.7, 0.7),
+    ]  # fmt: skip
+    space = build_space(default_config(), [f"{window}=uniform(0,1)"])
+    figure = draw_settings(board, space, [row])
+    assert figure is not None
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (window, "AO")
+    assert draw_settings(_board(), SPACE, [row for row in _board().ranked() if row.reports]) is None

@@ -15,6 +15,7 @@ import torch
 from lorat.config.training import TrainConfig
 from lorat.files.storage import locate
 from lorat.learning.tail_average import TailAverage
+from lorat.metrics.catalogue import SCORES
 from lorat_platform.failures import TrialFailed
 from lorat_platform.runs.checkpoints import BETWEEN_RUNGS
 from lorat_platform.search.rungs import Rungs
@@ -175,6 +176,42 @@ def test_a_trial_that_dies_anywhere_ends_like_an_uninterrupted_one(
     assert [g[4] for g in got] == pytest.approx([e[4] for e in expected], rel=1e-6), (
         "the loss is the mean over the whole rung"
     )
+
+
+def test_weights_are_tracked_with_every_setting_after_one_training(
+    tune: Tune, setup: TrialSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a batch of twice the base's, which is compared after the same pairs."""
+    window = "tracking.window_penalty"
+    settings = tuple({window: weight} for weight in (0.45, 0.0, 1.0))
+    setup = dataclasses.replace(setup, settings=settings)
+    tracked: list[float] = []
+    trained: list[int] = []
+    whole_run = single.run
+
+    def scores_of(tracker: Any, *_: Any, **__: Any) -> dict[str, float]:
+        tracked.append(tracker.tracking.window_penalty)
+        return dict.fromkeys(SCORES, 0.9 if tracked[-1] == 0.0 else 0.5) | {"sr75": 0.1}
+
+    def noting_run(*args: Any, **kwargs: Any) -> Any:
+        learner = whole_run(*args, **kwargs)
+        trained.append(learner.step)
+        return learner
+
+    monkeypatch.setattr("lorat_platform.search.trial.measure.tracking_scores", scores_of)
+    monkeypatch.setattr(single, "run", noting_run)
+    single.run_trial(VALUES | {"batch_size": 16}, setup)
+    assert trained == [2, 6], "one training to each rung"
+    assert tracked == [0.45, 0.0, 1.0] * 2
+    assert [(r["step"], r["budget"], r["optimiser_steps"], r["pairs"]) for r in tune.reports] == [
+        (4, 1, 2, 32), (12, 3, 6, 96),
+    ]  # fmt: skip
+    for report in tune.reports:
+        assert (report["ao"], report["tracking"]) == (0.9, {window: 0.0})
+        assert [each["tracking"][window] for each in report["settings"]] == [0.45, 0.0, 1.0]
+        assert report["history"][-1]["ao"] == 0.9
+    best = setup.space.configure(VALUES | tune.reports[-1]["tracking"])
+    assert best.tracking.window_penalty == 0.0
 
 
 def test_only_the_last_states_between_rungs_are_kept(tune: Tune, setup: TrialSetup) -> None:
