@@ -29,7 +29,7 @@ OVERHEAD_BYTES = 2 * GIB
 BATCH_PER_GPU = 16
 """Pairs per GPU: the paper's batch of 128 on 8 GPUs."""
 CAPACITY = Capacity(loop_ms=10.9, gcs_ms=0.32, records_per_s=134.0)
-"""What ``python jobs/benchmark.py scale`` measured on 2 busy cores of an Intel Xeon."""
+"""Measured on 2 busy cores of an Intel Xeon: the parts of ``jobs/benchmark.py scale``, singly."""
 
 
 @dataclass(frozen=True, kw_only=True)
