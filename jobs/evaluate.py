@@ -28,6 +28,8 @@ from lorat_platform.evaluation.report import check_place, record, write_report
 from lorat_platform.evaluation.sets import check_distinct, evaluate
 from lorat_platform.evaluation.subject import load_subject
 from lorat_platform.evaluation.workers import EvaluationConfig
+from lorat_platform.recording.console_log import written_to
+from lorat_platform.recording.pages import how_to_open
 from lorat_platform.recording.run import open_run
 from lorat_platform.recording.store import tracking_uri
 from lorat_platform.runs.claim import Lease
@@ -98,6 +100,7 @@ def main() -> int:
                 "git_revision": command.git_revision(bootstrap.ROOT) or "unknown",
             },
         ) as run,
+        written_to(run),
     ):
         log.info("Evaluating %s with %s.", subject.name, ray_cluster)
         run.log_params(dataclasses.asdict(options) | {"data": uris})
@@ -109,11 +112,12 @@ def main() -> int:
         record(run, subject, datasets, folder)
         log.info("\n%s", text)
         log.info("files   %s", folder)
-    if run.run_id is not None:  # else the end of the run has said what waits, and where
+    if run.page is not None:  # else the end of the run has said what waits, and where
         log.info(
             "MLflow  %s, experiment %s, run %s",
             tracking_uri(), options.experiment, run.run_id,
         )  # fmt: skip
+        log.info("open it %s", how_to_open(run.page))
     return 0
 
 

@@ -110,9 +110,15 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
     assert version.run_id == record["mlflow_run_id"]
     run = client.get_run(record["mlflow_run_id"])
     assert run.info.status == "FINISHED"
-    assert run.data.params["config.lora.rank"] == "2"
+    assert run.data.params["lora.rank"] == "2"
     assert run.data.tags["dataset.train"] == record["data"]["train"]
-    assert {"train/loss", "system/samples_per_s", "val/ao", "eval/val/ao"} <= set(run.data.metrics)
+    names = set(run.data.metrics)
+    assert {"train/loss", "system/samples_per_s", "val/ao"} <= names
+    assert not {name for name in names if name.startswith("eval/")}, "single numbers, no curves"
+    ao = run.data.tags["score.eval/val/ao"]
+    assert ao == version.tags["score.eval/val/ao"]
+    assert version.description.startswith(f"AO {float(ao):.3f}, SR50 ")
+    check_page(run, out)
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"config.json", "checkpoint", "evaluation"} <= names
     about = run.data.tags["mlflow.note.content"]
@@ -219,6 +225,6 @@ def test_a_server_killed_in_mid_run_has_everything_at_the_end(
         assert run.info.status == "FINISHED"
         points = client.get_metric_history(run.info.run_id, "train/loss")
         assert sorted(point.step for point in points) == list(range(1, 21))
-        assert "eval/val/ao" in run.data.metrics
+        assert "score.eval/val/ao" in run.data.tags
     finally:
         server.kill()

@@ -233,7 +233,7 @@ def test_the_winner_is_trained_in_full_and_registered(
     assert parent.data.tags["lorat.final_version"] == str(version.version)
     assert parent.data.tags["lorat.final_run"] == final.info.run_id
     assert final.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert "eval/val/ao" in final.data.metrics
+    assert "score.eval/val/ao" in final.data.tags
     said = re.search(r"([\d.]+) trained in full, the search said ([\d.]+)", resumed.output)
     assert said is not None
     best_ao = max(

@@ -257,4 +257,6 @@ def ensure_experiment(client: MlflowClient, name: str, uri: str) -> str:
                 raise
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
+    for key in EXPERIMENT_TAGS.keys() - experiment.tags.keys():  # it was made by somebody else
+        client.set_experiment_tag(experiment.experiment_id, key, EXPERIMENT_TAGS[key])
     return experiment.experiment_id

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -24,6 +25,8 @@ from lorat.config.fields import to_dict
 from lorat.errors import UserError
 from lorat.files import storage
 from lorat_platform.cluster.interrupts import kept_handlers
+from lorat_platform.data.sources import inputs_of, resolve_sources
+from lorat_platform.recording.console_log import written_to
 from lorat_platform.recording.run import open_run
 from lorat_platform.recording.trouble import say_what_is_left
 from lorat_platform.runs.checkpoints import BETWEEN_RUNGS
@@ -39,7 +42,7 @@ from lorat_platform.search.plan import (
 )
 from lorat_platform.search.results.board import Leaderboard
 from lorat_platform.search.results.outcome import SearchOutcome, write_outcome
-from lorat_platform.search.session import SearchCallback, SearchSession
+from lorat_platform.search.session import AboutTrial, SearchCallback, SearchSession
 from lorat_platform.search.slots import check_reach, count_slots, worker_resources
 from lorat_platform.search.trial.crop_cache import driven_here, remove_cache
 from lorat_platform.search.trial.group import run_group_trial
@@ -146,7 +149,7 @@ def run_search(
             raise _begun(plan)
         note_origin(plan.name, location)
         _write_request(plan)
-        return _drive(plan, make_tuner, lease, tags={"git_revision": git_revision or "unknown"})
+        return _drive(plan, make_tuner, lease, git_revision=git_revision)
 
 
 @_writable_only_here()
@@ -156,6 +159,7 @@ def resume_search(
     *,
     trials: int | None = None,
     trust_folder: bool = False,
+    git_revision: str | None = None,
 ) -> SearchOutcome:
     """Go on with a search whose driver or machine died, on the connected cluster.
 
@@ -168,6 +172,7 @@ def resume_search(
         storage_path: where it is; none as in :class:`SearchOptions`.
         trials: configurations to try in all, with those that were; none means as many as before.
         trust_folder: believe its folder whoever may have written it.
+        git_revision: of the code.
 
     Raises:
         UserError: if there is no such search, it has more trials, it never began, its folder is
@@ -194,7 +199,7 @@ def resume_search(
                 storage_filesystem=_filesystem(plan),
             )
 
-        return _drive(plan, make_tuner, lease, resumes=True)
+        return _drive(plan, make_tuner, lease, git_revision=git_revision, resumes=True)
 
 
 def _write_request(plan: SearchPlan) -> None:
@@ -252,7 +257,7 @@ def _drive(
     make_tuner: Callable[[], tune.Tuner],
     lease: Lease,
     *,
-    tags: dict[str, str] | None = None,
+    git_revision: str | None,
     resumes: bool = False,
 ) -> SearchOutcome:
     """Run or go on, and write the outcome, whatever happened."""
@@ -266,7 +271,11 @@ def _drive(
         plan.name,
         folder=plan.folder / "mlflow-parent",
         run_id=known,
-        tags={"lorat.search": plan.name, "lorat.kind": "search", **(tags or {})},
+        tags={
+            "lorat.search": plan.name,
+            "lorat.kind": "search",
+            "git_revision": git_revision or "unknown",
+        },
     )
     parent.log_params(
         {f"search.{k}": v for k, v in dataclasses.asdict(plan.options).items() if v is not None}
@@ -285,11 +294,20 @@ def _drive(
         lease=lease,
         on_resume=(lambda: _write_request(plan)) if resumes else None,
         need=worker_resources(plan.options),
+        about=_about_trials(plan),
+        git_revision=git_revision,
     )
+    parent.log_inputs(_inputs(plan.space.base.data, plan.space.base.val_data))
     _quieten_tune()
     finished = False
     try:
-        with kept_handlers(), _cache_here(plan), judged(session), warnings.catch_warnings():
+        with (
+            written_to(parent),
+            kept_handlers(),
+            _cache_here(plan),
+            judged(session),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore", DeprecationWarning)
             results = make_tuner().fit()
         finished = True
@@ -310,6 +328,24 @@ def _drive(
             location.delete_folder(BETWEEN_RUNGS)
         _sweep_trials(location, results)
     return write_outcome(plan, board, parent, endings, interrupted=interrupted)
+
+
+def _about_trials(plan: SearchPlan) -> AboutTrial:
+    """Return what gives the parameters, by the names of a training's, and the data of a trial."""
+
+    def about(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, str]]]:
+        config = plan.space.configure(values)
+        return to_dict(config), _inputs(config.data, config.val_data)
+
+    return about
+
+
+@functools.cache
+def _inputs(data: str, val_data: str | None) -> list[dict[str, str]]:
+    """Return the data sets of trials as inputs of their runs."""
+    return inputs_of(
+        resolve_sources(data, "train"), resolve_sources(val_data, "val") if val_data else ()
+    )
 
 
 def _sweep_trials(location: storage.Location, results: tune.ResultGrid) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 import tempfile
 import time
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from lorat.files.scratch import make_folder, sweep, temporary_folder
 from lorat.files.storage import Location
 from lorat_platform.cluster.console import Console
 from lorat_platform.data.sources import Source
+from lorat_platform.recording.system_metrics import recorded_in
 from lorat_platform.runs import checkpoints, record
 from lorat_platform.runs.claim import check_held
 
@@ -64,6 +67,8 @@ class WorkerSetup:
     """Steps between validations; none for none."""
     run: Recorder | None
     console: Console
+    sample_every_s: float | None = None
+    """Seconds between samples of how busy the machines are; none for none."""
 
 
 def train_worker(setup: WorkerSetup) -> None:
@@ -117,20 +122,31 @@ def _train(setup: WorkerSetup) -> None:
             "the same command again."
         )
     reporter = _Reporter(setup, world, learner.step)
-    run(
-        config,
-        source,
-        world=world,
-        learner=learner,
-        hooks=Hooks(
-            log_every=setup.log_every,
-            on_interval=reporter.interval,
-            checkpoint_every=setup.checkpoint_every,
-            on_checkpoint=reporter.checkpoint,
-            on_step=reporter.preempted,
-            dumps=folder.child("dumps"),
-        ),
-    )
+    with _monitor(setup, context):
+        run(
+            config,
+            source,
+            world=world,
+            learner=learner,
+            hooks=Hooks(
+                log_every=setup.log_every,
+                on_interval=reporter.interval,
+                checkpoint_every=setup.checkpoint_every,
+                on_checkpoint=reporter.checkpoint,
+                on_step=reporter.preempted,
+                dumps=folder.child("dumps"),
+            ),
+        )
+
+
+def _monitor(setup: WorkerSetup, context: Any) -> AbstractContextManager[Any]:
+    """Return what records how busy this machine is, in the first worker of each machine."""
+    if setup.run is None or context.get_local_rank() != 0:
+        return nullcontext()
+    several = context.get_local_world_size() < context.get_world_size()
+    node = context.get_node_rank() if several else None
+    own = copy.copy(setup.run)  # it counts its calls, in one thread
+    return recorded_in(own, setup.sample_every_s, node=node)
 
 
 def make_learner(setup: WorkerSetup, world: World, last: str | None) -> Learner:

@@ -31,6 +31,12 @@ class BlackHole:
     def __init__(self) -> None:
         self.status = ""
 
+    def set_tags(self, values: dict[str, str]) -> None:
+        pass
+
+    def log_console(self, text: str) -> None:
+        pass
+
     def end(self, status: str, timeout_s: float) -> Ending:
         self.status = status
         time.sleep(timeout_s)
