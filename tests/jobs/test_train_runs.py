@@ -79,14 +79,15 @@ def trained(shards: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as ray:
         done = train(
             home, *SMALL, *data, "--name", "small", "--checkpoint-every", "1", "--keep", "2",
-            "--workers", "2", "--cpus-per-worker", "1", RAY_TMPDIR=ray, **PLANTED,
+            "--workers", "2", "--cpus-per-worker", "1", RAY_TMPDIR=ray,
+            MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL="0.2", **PLANTED,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         yield Trained(home=home, output=done.stdout + done.stderr, data=data, ray=Path(ray))
 
 
 def test_a_training_ends_with_a_registered_tracker_and_says_where(
-    trained: Trained, shards: tuple[str, str]
+    trained: Trained, shards: tuple[str, str], tmp_path: Path
 ) -> None:
     (data, val), out, home = shards, trained.output, trained.home
     assert re.search(r"^step +10/10  loss \d+\.\d+ .* samples/s .* left 0 s$", out, re.MULTILINE)
@@ -118,7 +119,18 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
     ao = run.data.tags["score.eval/val/ao"]
     assert ao == version.tags["score.eval/val/ao"]
     assert version.description.startswith(f"AO {float(ao):.3f}, SR50 ")
-    check_page(run, out)
+    page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType="
+    assert f" then http://127.0.0.1:5000/{page}machine_learning\n" in out
+    assert f"http://127.0.0.1:5000/#/models/lorat/versions/{version.version}?" in out
+    assert run.data.tags["mlflow.source.name"] == "jobs/train.py"
+    reads = {i.tags[0].value: i.dataset for i in run.inputs.dataset_inputs}
+    assert reads["training"].digest == record["data"]["train"][:36]
+    assert reads["validation"].digest == FrameIndex.open(val).fingerprint[:36]
+    assert "system/cpu_utilization_percentage" in names
+    log = client.download_artifacts(run.info.run_id, "console.log", str(tmp_path))
+    printed = Path(log).read_text()
+    assert re.search(r"^[-0-9]+ [:0-9]+ step +10/10  loss ", printed, re.MULTILINE)
+    assert "LoRAT     " in printed, "the whole log is there at the end"
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"config.json", "checkpoint", "evaluation"} <= names
     about = run.data.tags["mlflow.note.content"]

@@ -23,6 +23,7 @@ from lorat.files.addresses import without_secrets
 from lorat.files.scratch import temporary_folder
 from lorat.files.storage import check_plain_name
 from lorat_platform.recording.journal import REJECTED, Entry, Journal
+from lorat_platform.recording.pages import VIEW_TAG
 from lorat_platform.recording.store import connect, ensure_experiment
 from lorat_platform.recording.trouble import replay_command
 
@@ -289,6 +290,10 @@ class Delivery:
                 self._send_tags(run_id, record["values"])
             case "inputs":
                 self._send_inputs(run_id, record["datasets"])
+            case "view":
+                experiment_id = self._journal.header()["experiment_id"]
+                key = f"{VIEW_TAG}{record['key']}"
+                self.client.set_experiment_tag(experiment_id, key, record["view"])
             case "status":
                 self.client.set_terminated(run_id, record["status"], end_time=record["time_ms"])
             case "resume":

@@ -1,6 +1,7 @@
 """A data set as an input of a run, in MLflow's terms.
 
-MLflow finds runs by it: ``dataset.digest = 'DIGEST' and dataset.context = 'training'``.
+MLflow finds the runs that read one by ``dataset.digest = 'DIGEST'``.  What a run read it for stands
+at the input itself: a condition on ``dataset.context`` is met by any input of the run.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ _RECORD_SHAPES: dict[str, dict[str, Any]] = {
     "tags": {"values": dict[str, str]},
     "status": {"status": str},
     "artifact": {"staged": str, "folder": str | None},
+    "view": {"key": str, "view": str},
     "inputs": {"datasets": [_INPUT_SHAPE]},
 }
 """What a record has beside ``op`` and ``time_ms``, by its ``op``."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import shlex
 import urllib.parse
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from lorat_platform.recording.store import tracking_uri
 
 PORT = 5000
 """Where a server on this machine listens that a person is told to start."""
+VIEW_TAG = "mlflow.sharedViewState."
+"""Begin of the tags of an experiment that hold its shared views."""
 VIEW = "?workflowType=machine_learning"
 """What makes a page show trained models: without it, MLflow shows language-model traces to whoever
 has not chosen otherwise in this browser, whatever the experiment's kind is."""
@@ -17,6 +21,36 @@ has not chosen otherwise in this browser, whatever the experiment's kind is."""
 def run_page(experiment_id: str, run_id: str) -> str:
     """Return the page of a run, as it is called within the server."""
     return f"#/experiments/{experiment_id}/runs/{run_id}{VIEW}"
+
+
+def table_page(experiment_id: str, key: str) -> str:
+    """Return the page of an experiment's runs as a shared view shows them.
+
+    Args:
+        experiment_id: of the experiment.
+        key: of the view, which :func:`table_view` describes.
+    """
+    return f"#/experiments/{experiment_id}/runs{VIEW}&viewStateShareKey={key}"
+
+
+def table_view(
+    params: Iterable[str], metrics: Sequence[str], query: str, *, descending: bool
+) -> dict[str, Any]:
+    """Return what MLflow's pages store of a view of runs that somebody shares.
+
+    Args:
+        params: parameters that are columns.
+        metrics: metrics that are columns; the first orders the rows.
+        query: which runs are shown.
+        descending: whether large values come first.
+    """
+    columns = [f"params.`{name}`" for name in params] + [f"metrics.`{name}`" for name in metrics]
+    return {
+        "selectedColumns": columns,
+        "searchFilter": query,
+        "orderByKey": f"metrics.`{metrics[0]}`",
+        "orderByAsc": not descending,
+    }
 
 
 def version_page(name: str, version: str) -> str:

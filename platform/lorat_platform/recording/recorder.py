@@ -62,6 +62,15 @@ class Recorder(ABC):
         if datasets:
             self._record("inputs", datasets=list(datasets))
 
+    def share_view(self, key: str, view: Mapping[str, Any]) -> None:
+        """Give the run's experiment a view of its runs.
+
+        Args:
+            key: names the view in its address.
+            view: what :func:`~lorat_platform.recording.pages.table_view` gave.
+        """
+        self._record("view", key=key, view=json.dumps(view))
+
     def log_console(self, text: str) -> None:
         """Append text to the run's console log, an artefact that grows with the run."""
         if text:

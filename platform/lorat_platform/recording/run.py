@@ -29,7 +29,7 @@ from lorat_platform.recording import backlog
 from lorat_platform.recording.console_log import NAME as CONSOLE
 from lorat_platform.recording.delivery import Delivery, first_line
 from lorat_platform.recording.journal import Journal
-from lorat_platform.recording.pages import run_page
+from lorat_platform.recording.pages import run_page, table_page
 from lorat_platform.recording.recorder import Recorder
 from lorat_platform.recording.store import is_sqlite, tracking_uri, unusable_store
 from lorat_platform.recording.trouble import Ending, Trouble, say_what_is_left
@@ -90,6 +90,11 @@ class Run(Recorder):
         header = self.journal.header()
         run_id, experiment_id = header.get("run_id"), header.get("experiment_id")
         return run_page(experiment_id, run_id) if run_id and experiment_id else None
+
+    def table(self, key: str) -> str | None:
+        """The page of a view of its experiment's runs, or none as long as MLflow is silent."""
+        experiment_id = self.journal.header().get("experiment_id")
+        return table_page(experiment_id, key) if experiment_id else None
 
     @property
     def reference(self) -> str:

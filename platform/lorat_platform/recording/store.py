@@ -35,7 +35,7 @@ ANSWER_S = 12.0
 _SQLITE = b"SQLite format 3\0"
 """What such a file begins with; an empty one is a new database."""
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Makes the UI open an experiment as one of trained models, not of language-model traces."""
+"""Says that an experiment is of trained models.  Its pages show what their address asks for."""
 
 
 def tracking_uri() -> str:

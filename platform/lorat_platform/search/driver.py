@@ -27,7 +27,9 @@ from lorat.files import storage
 from lorat_platform.cluster.interrupts import kept_handlers
 from lorat_platform.data.sources import inputs_of, resolve_sources
 from lorat_platform.recording.console_log import written_to
+from lorat_platform.recording.pages import table_view
 from lorat_platform.recording.run import open_run
+from lorat_platform.recording.system_metrics import interval_s
 from lorat_platform.recording.trouble import say_what_is_left
 from lorat_platform.runs.checkpoints import BETWEEN_RUNGS
 from lorat_platform.runs.claim import Lease
@@ -42,7 +44,8 @@ from lorat_platform.search.plan import (
 )
 from lorat_platform.search.results.board import Leaderboard
 from lorat_platform.search.results.outcome import SearchOutcome, write_outcome
-from lorat_platform.search.session import AboutTrial, SearchCallback, SearchSession
+from lorat_platform.search.rungs import OBJECTIVES
+from lorat_platform.search.session import AboutTrial, SearchCallback, SearchSession, metric_name
 from lorat_platform.search.slots import check_reach, count_slots, worker_resources
 from lorat_platform.search.trial.crop_cache import driven_here, remove_cache
 from lorat_platform.search.trial.group import run_group_trial
@@ -231,6 +234,7 @@ def _trainable(plan: SearchPlan) -> Callable[[dict[str, Any]], None]:
         worker_resources=resources,
         crop_cache=plan.identity,
         crop_cache_bytes=int(options.crop_cache_gb * 2**30),
+        sample_every_s=interval_s(),
     )
     several = options.workers_per_trial > 1
 
@@ -297,6 +301,7 @@ def _drive(
         about=_about_trials(plan),
         git_revision=git_revision,
     )
+    parent.share_view(plan.identity, _table_of_trials(plan))
     parent.log_inputs(_inputs(plan.space.base.data, plan.space.base.val_data))
     _quieten_tune()
     finished = False
@@ -338,6 +343,17 @@ def _about_trials(plan: SearchPlan) -> AboutTrial:
         return to_dict(config), _inputs(config.data, config.val_data)
 
     return about
+
+
+def _table_of_trials(plan: SearchPlan) -> dict[str, Any]:
+    """Return the view that has the trials, and the winner's training, with what they differ in."""
+    objectives = plan.options.objectives
+    return table_view(
+        plan.space.dimensions,
+        [metric_name(name) for name in dict.fromkeys((*objectives, "ao", "loss"))],
+        f"tags.`lorat.search` = '{plan.name}' AND tags.`mlflow.parentRunId` != ''",
+        descending=OBJECTIVES[objectives[0]] == "max",
+    )
 
 
 @functools.cache

@@ -228,10 +228,10 @@ class SearchSession:
         row.report({k: _plain(result[k]) for k in REPORT_FIELDS if k in result})
         row.worker = f"{result.get('hostname')}:{result.get('pid')}"
         metrics = {
-            _METRICS.get(name, f"val/{name}"): value
+            metric_name(name): value
             for name, value in row.reports[-1].items()
             if name not in ("step", BUDGET)
-        }
+        } | {name: value for name, value in result.items() if name.startswith("system/")}
         self._open(row).log_metrics(metrics, row.steps)
         best = self.board.best()
         if best is row:
@@ -445,6 +445,11 @@ class _FailedResume(logging.Filter):
     def close(self) -> None:
         """Listen no more."""
         self._logger.removeFilter(self)
+
+
+def metric_name(name: str) -> str:
+    """Return the metric of a trial's run that has a number of its reports."""
+    return _METRICS.get(name, f"val/{name}")
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lorat.config.fields import to_dict
 from lorat.config.training import TrainConfig
-from lorat_platform.recording.pages import how_to_open
+from lorat_platform.recording.pages import address, how_to_open
 from lorat_platform.recording.run import Run
 from lorat_platform.recording.store import tracking_uri
 from lorat_platform.recording.trouble import Ending, say_what_is_left
@@ -35,6 +35,8 @@ class SearchOutcome:
     run_id: str | None
     page: str | None
     """The search's page in MLflow."""
+    table: str | None
+    """The page with all trials, their values and scores."""
     interrupted: bool
     endings: tuple[Ending, ...]
     """What the runs of the search and of its trials left for MLflow."""
@@ -82,7 +84,10 @@ def write_outcome(
             "lorat.trials_failed": board.count("failed"),
         }
     )
-    parent.set_description(search_description(plan, board))
+    text, table = search_description(plan, board), parent.table(plan.identity)
+    if table is not None:
+        text += f"\n\n[All trials with their values and scores]({table})"
+    parent.set_description(text)
     ending = parent.end("KILLED" if interrupted else "FINISHED")
     return SearchOutcome(
         plan=plan,
@@ -92,6 +97,7 @@ def write_outcome(
         best_config_file=best_file,
         run_id=parent.run_id,
         page=parent.page,
+        table=table,
         interrupted=interrupted,
         endings=(*endings, ending),
     )
@@ -106,6 +112,8 @@ def say_where_it_is(outcome: SearchOutcome) -> None:
         )  # fmt: skip
     if outcome.page is not None:
         log.info("open it %s", how_to_open(outcome.page))
+    if outcome.table is not None:
+        log.info("trials  %s", address(outcome.table))
     say_what_is_left(outcome.endings)
 
 
