@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,19 @@ import pytest
 from lorat.data.shards.frame_index import FrameIndex
 from lorat_platform.recording.inputs import dataset_inputs
 from lorat_platform.recording.run import open_run
-from lorat_platform.recording.store import connect
+from lorat_platform.recording.store import connect, tracking_uri
 from tests.small_shards import make_shards
+
+README = Path(__file__).resolve().parents[3] / "infra" / "README.md"
+(README_QUERY,) = re.findall(r"```python\n(.*?search_runs.*?)```", README.read_text(), re.DOTALL)
+"""How the page for operators asks which models saw a data set."""
 
 
 @pytest.mark.usefixtures("own_store")
-def test_the_runs_that_saw_a_data_set_are_found(tmp_path: Path) -> None:
+def test_the_runs_that_saw_a_data_set_are_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri())
     train, val = (
         FrameIndex.open(make_shards(tmp_path / split, split=split)) for split in ("train", "val")
     )
@@ -41,6 +49,11 @@ def test_the_runs_that_saw_a_data_set_are_found(tmp_path: Path) -> None:
 
     assert saw(train) == {"both": "training"}
     assert saw(val) == {"both": "validation", "one": "training, validation"}
+    exec(README_QUERY.replace('"..."', f'"{val.fingerprint}"'))
+    assert sorted(capsys.readouterr().out.splitlines()) == [
+        "both validation []",
+        "one training, validation []",
+    ]
     first, second = client.get_run(both.wait_for_id()).inputs.dataset_inputs
     stored = {i.dataset.name: i.dataset for i in (first, second)}["val"]
     assert (stored.source_type, json.loads(stored.source)) == ("local", {"uri": val.uri})
