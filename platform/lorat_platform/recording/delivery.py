@@ -260,6 +260,10 @@ class Delivery:
                 experiment_id, start_time=header["start_ms"], tags=tags, run_name=header["name"]
             ).info.run_id
             self._is_new = True
+            if header["parent"] and MLFLOW_PARENT_TAG not in tags:
+                # One that arrived meanwhile may have looked for its children before this was one.
+                for key, value in self._parent_tags(experiment_id, header["parent"]).items():
+                    self.client.set_tag(run_id, key, value)
         for child in self._runs_with(experiment_id, PARENT_TAG, header["key"]):
             self.client.set_tag(child, MLFLOW_PARENT_TAG, run_id)
         self._journal.set_header(run_id=run_id, experiment_id=experiment_id)
