@@ -154,7 +154,9 @@ def test_mlflow_has_the_search_and_its_trials_nested(outcome: SearchOutcome) -> 
         names = flatten(to_dict(outcome.plan.space.configure(row.values))).keys()
         assert run.data.params.keys() == names, "those of a training"
         assert run.data.params["lora.rank"] == str(row.values["lora.rank"])
-        assert run.info.run_name.startswith(f"t{row.number:02d} r{row.values['lora.rank']} lr")
+        number, *values = run.info.run_name.split()
+        assert number == f"t{row.number:02d}"
+        assert f"r{row.values['lora.rank']}" in values and f"d{row.values['head.depth']}" in values
         assert run.data.tags["mlflow.source.git.commit"] == REVISION
         assert [i.dataset.name for i in run.inputs.dataset_inputs] == ["train", "val"]
         if row.status == "failed":
@@ -170,7 +172,12 @@ def test_mlflow_has_the_search_and_its_trials_nested(outcome: SearchOutcome) -> 
 def test_table_and_plots_are_on_the_parent_run(outcome: SearchOutcome, tmp_path: Path) -> None:
     client = connect()
     names = {entry.path for entry in client.list_artifacts(outcome.run_id)}
-    assert names == {"best_config.json", "plots", "trials.csv", "trials.parquet"}
+    assert names == {"best_config.json", "console.log", "plots", "trials.csv", "trials.parquet"}
+    log = Path(client.download_artifacts(outcome.run_id, "console.log", str(tmp_path))).read_text()
+    assert log.count(": completed after 8 steps\n") == outcome.board.count("completed")
+    experiment = client.get_experiment_by_name("lorat-search")
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{outcome.plan.identity}"])
+    assert {"params.`lora.rank`", "params.`lr`", "metrics.`val/ao`"} <= set(view["selectedColumns"])
     plots = {Path(entry.path).stem for entry in client.list_artifacts(outcome.run_id, "plots")}
     assert {"history", "parallel_coordinates", "rank_lr_map", "pareto_front"} <= plots
     client.download_artifacts(outcome.run_id, "trials.csv", str(tmp_path))
