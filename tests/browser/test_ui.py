@@ -224,11 +224,12 @@ def test_run_page_shows_description_parameters_and_curves(page: Page, stage: Sta
 def test_charts_begin_with_losses_and_scores(page: Page, stage: Stage) -> None:
     page.open(f"/experiments/{stage.experiment_id}/runs/{stage.training_run}/model-metrics")
     page.text("train/loss")
-    page.text("Model metrics (")
+    page.until(
+        "return /train\\s*\\(1\\)[^]*val\\s*\\(1\\)[^]*Model metrics\\s*\\(1\\)/"
+        ".test(document.body.innerText)"
+    )
     page.picture("curves")
-    shown = page.driver.find_element("xpath", "//body").text
-    assert shown.index("train (1)") < shown.index("val (1)") < shown.index("Model metrics (1)")
-    assert "cpu_utilization" not in shown
+    assert "cpu_utilization" not in page.driver.find_element("xpath", "//body").text
     page.open(f"/experiments/{stage.experiment_id}/runs/{stage.training_run}/system-metrics")
     page.text("cpu_utilization_percentage")
 
