@@ -44,7 +44,8 @@ lint: style  ## Check format, rules and types
 
 ui: $(READY)  ## Open the MLflow UI on the local store
 	@mkdir -p "$(LORAT_HOME)"
-	@echo "MLflow UI: http://127.0.0.1:$(PORT)  (models: http://127.0.0.1:$(PORT)/#/models)"
+	@echo "MLflow UI: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
+	@echo "models:    http://127.0.0.1:$(PORT)/#/models?workflowType=machine_learning"
 	$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
 	  --backend-store-uri "sqlite:///$(LORAT_HOME)/mlflow.db" \
 	  --default-artifact-root "$(LORAT_HOME)/mlartifacts"

@@ -85,7 +85,7 @@ print(json.dumps({
     "status": run.info.status,
     "num_runs": len(runs),
     "steps": sorted({metric.step for metric in history}),
-    "ao": {k: v for k, v in run.data.metrics.items() if k.endswith("/ao")},
+    "ao": {k: v for k, v in run.data.tags.items() if k.startswith("score.") and k.endswith("/ao")},
 }))
 """
 """Asks MLflow what the training left there."""

@@ -16,6 +16,7 @@ from lorat.errors import UserError
 from lorat.files.addresses import refuse_secrets
 from lorat_platform.cluster.interrupts import EXIT_INTERRUPTED, interruptible, leave_at_once
 from lorat_platform.failures import home_message, surroundings_message, user_message
+from lorat_platform.recording.console_log import listen
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def run(main: Callable[[], int | None], *, goes_on: bool = False) -> None:
     LOADING.end()
     with interruptible() as interrupted, cleaned_output():
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        listen()
         for name in ("ray", "mlflow", "alembic", "urllib3", "botocore", "httpx"):
             logging.getLogger(name).setLevel(logging.WARNING)
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # its import sets its logger again
@@ -113,7 +115,7 @@ def git_revision(folder: str | os.PathLike[str]) -> str | None:
 
     try:
         result = subprocess.run(
-            ["git", "-C", os.fspath(folder), "describe", "--always", "--dirty", "--abbrev=40"],
+            ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             capture_output=True,
             text=True,
             timeout=10,

@@ -30,6 +30,8 @@ from lorat_platform.evaluation import contest, gap
 from lorat_platform.evaluation.report import check_place
 from lorat_platform.evaluation.session import EvaluationPlan, evaluate_plan
 from lorat_platform.evaluation.workers import EvaluationConfig
+from lorat_platform.recording.console_log import written_to
+from lorat_platform.recording.pages import how_to_open
 from lorat_platform.recording.run import open_run
 from lorat_platform.recording.store import tracking_uri
 from lorat_platform.runs.claim import Lease
@@ -104,15 +106,17 @@ def main() -> int:
             options.experiment, f"{name} {stamp}", tags=tags,
             folder=home() / "journals" / f"evaluate-{unique}",
         ) as run,
+        written_to(run),
     ):  # fmt: skip
         log.info("Evaluating %s with %s.", name, ray_cluster)
         given = dataclasses.asdict(options)
         run.log_params(given | {"data": uris, "model": " ".join(options.model)})
         log.info("\n%s", evaluate_plan(plan, run, before_writing=lease.confirm))
         log.info("files   %s", folder)
-    if run.run_id is not None:  # else the end of the run has said what waits, and where
+    if run.page is not None:  # else the end of the run has said what waits, and where
         where = tracking_uri(), options.experiment, run.run_id
         log.info("MLflow  %s, experiment %s, run %s", *where)
+        log.info("open it %s", how_to_open(run.page))
     return 0
 
 

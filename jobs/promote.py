@@ -25,6 +25,7 @@ from lorat.metrics.comparison import GateConfig
 from lorat_platform import cluster
 from lorat_platform.evaluation.workers import EvaluationConfig
 from lorat_platform.promotion import decision
+from lorat_platform.recording.console_log import written_to
 from lorat_platform.recording.run import open_run
 from lorat_platform.recording.store import needing_mlflow
 from lorat_platform.registry import versions
@@ -88,6 +89,7 @@ def compare_and_promote(options: Options) -> int:
             folder=home() / "journals" / f"promote-{stamp}-{secrets.token_hex(4)}",
             tags={"job": "promote", "git_revision": revision},
         ) as run,
+        written_to(run),
     ):
         if not version:
             model = versions.load(options.candidate, variant=options.variant)

@@ -90,6 +90,7 @@ def main() -> int:
                 options.search.storage,
                 trials=options.search.trials,
                 trust_folder=options.trust_search_folder,
+                git_revision=revision,
             )
         else:
             outcome = run_search(plan, git_revision=revision)

@@ -262,16 +262,16 @@ def _report(
         "train/loss": loss,
         "train/loss_cls": loss_cls,
         "train/loss_reg": loss_reg,
-        "train/grad_norm": float(interval.grad_norm) / (interval.num_norms or math.nan),
-        "train/lr": learner.optimizer.param_groups[0]["lr"],
-        "train/skipped_steps": float(learner.num_skipped),
-        "train/epoch": learner.step / learner.config.steps_per_epoch,
+        "grad_norm": float(interval.grad_norm) / (interval.num_norms or math.nan),
+        "lr": learner.optimizer.param_groups[0]["lr"],
+        "skipped_steps": float(learner.num_skipped),
+        "epoch": learner.step / learner.config.steps_per_epoch,
         "system/bytes_per_pair": num_bytes / max(pairs, 1),
         "_damaged": damaged,
         "_images": images,
     }
     if learner.scaler is not None:
-        metrics["train/loss_scale"] = float(learner.scaler.get_scale())
+        metrics["loss_scale"] = float(learner.scaler.get_scale())
     metrics |= summarise(
         wall_s=wall_s / world.size,
         parts_s=parts,
@@ -404,7 +404,7 @@ def metrics_line(step: int, end_step: int, metrics: dict[str, Any], seconds_left
     width = len(str(end_step))
     return (
         f"step {step:{width}d}/{end_step}  loss {metrics['train/loss']:.4f}  "
-        f"lr {metrics['train/lr']:.2e}  grad {metrics['train/grad_norm']:.2f}  "
+        f"lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.2f}  "
         f"{metrics['system/samples_per_s']:.1f} samples/s  "
         f"stall {100 * metrics['system/data_stall_share']:.0f} %  "
         f"left {duration(seconds_left)}"

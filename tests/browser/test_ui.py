@@ -19,10 +19,13 @@ import pytest
 
 from lorat.config.training import TrainConfig
 from lorat.data import synthetic
+from lorat.data.shards.frame_index import FrameIndex
 from lorat_platform import cluster
 from lorat_platform.evaluation.report import record, write_report
 from lorat_platform.evaluation.sets import EvaluationConfig, evaluate
 from lorat_platform.evaluation.subject import load_subject
+from lorat_platform.recording.inputs import dataset_inputs
+from lorat_platform.recording.pages import version_page
 from lorat_platform.recording.run import open_run
 from lorat_platform.registry import versions as registry
 from lorat_platform.search.driver import run_search
@@ -70,6 +73,8 @@ class Stage:
     search_run: str
     worse: str
     better: str
+    training_page: str
+    trials_page: str
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +88,12 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         for model in (shrinking_tracker(), staying_tracker()):
             with open_run("lorat", "training") as run:
                 run.set_description("# A training")
+                run.log_inputs(
+                    dataset_inputs([(FrameIndex.open(data), "validation", "got10k-val")])
+                )
                 for step in range(40):
                     run.log_metrics({"train/loss": 1 / (step + 1), "val/ao": step / 80}, step)
+                    run.log_metrics({"lr": 0.001, "system/cpu_utilization_percentage": 50}, step)
                 run.log_params({"lora": {"rank": 8}})
                 scores = {"val/ao": 0.1}
                 version = registry.register(
@@ -94,7 +103,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         with cluster.connected("local", num_cpus=2):
             subject = load_subject("models:/lorat@candidate")
             datasets = [evaluate(subject, data, EvaluationConfig(), progress=False)]
-            searched = search(data, make_shards(folder / "train", split="train")).run_id
+            outcome = search(data, make_shards(folder / "train", split="train"))
+            searched = outcome.run_id
         with open_run("evaluation", "candidate on synthetic") as evaluation:
             write_report(subject, datasets, folder / "report")
             record(evaluation, subject, datasets, folder / "report")
@@ -108,6 +118,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
             search_run=searched,
             worse=versions[0],
             better=versions[1],
+            training_page=str(run.page),
+            trials_page=str(outcome.table),
         )
 
 
@@ -197,20 +209,35 @@ def page(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pag
 
 def test_search_page_lists_the_runs(page: Page, stage: Stage) -> None:
     page.open(f"/experiments/{stage.experiment_id}/runs")
-    page.text("training")
+    page.find(f"//a[contains(@href, '/runs/{stage.training_run}')]")
     page.picture("search")
-    rows = page.driver.find_elements("xpath", "//a[contains(@href, '/runs/')]")
-    assert any(stage.training_run in row.get_attribute("href") for row in rows)
 
 
 def test_run_page_shows_description_parameters_and_curves(page: Page, stage: Stage) -> None:
     page.open(f"/experiments/{stage.experiment_id}/runs/{stage.training_run}")
     page.text("A training")
     page.text("lora.rank")
+    page.text("got10k-val")
     page.picture("run")
+
+
+def test_charts_begin_with_losses_and_scores(page: Page, stage: Stage) -> None:
     page.open(f"/experiments/{stage.experiment_id}/runs/{stage.training_run}/model-metrics")
     page.text("train/loss")
+    page.until(
+        "return /train\\s*\\(1\\)[^]*val\\s*\\(1\\)[^]*Model metrics\\s*\\(1\\)/"
+        ".test(document.body.innerText)"
+    )
     page.picture("curves")
+    assert "cpu_utilization" not in page.driver.find_element("xpath", "//body").text
+    page.open(f"/experiments/{stage.experiment_id}/runs/{stage.training_run}/system-metrics")
+    page.text("cpu_utilization_percentage")
+
+
+def test_the_address_alone_opens_the_view_of_trained_models(page: Page, stage: Stage) -> None:
+    for place in (stage.training_page, version_page("lorat", stage.better)):
+        page.open(place.removeprefix("#"))
+        page.find("//a[contains(., 'Model registry')]")  # the other view has none
 
 
 def test_evaluation_run_starts_with_the_headline_table(page: Page, stage: Stage) -> None:
@@ -229,6 +256,16 @@ def test_search_run_has_its_summary_table_and_plots(page: Page, stage: Stage) ->
     page.open(f"{run}/artifacts/plots/history.png")
     page.until(f"return {PICTURE}")
     page.picture("search-history")
+
+
+def test_a_searchs_table_has_its_fields_as_columns(page: Page, stage: Stage) -> None:
+    page.open(stage.trials_page.removeprefix("#"))
+    for number in range(3):
+        page.find(f"//a[starts-with(normalize-space(), 't0{number} r')]")
+    page.picture("trials")
+    for column in ("lora.rank", "lr", "head.depth", "val/ao"):
+        assert page.driver.find_elements("xpath", f"//*[normalize-space()='{column}']"), column
+    assert not page.driver.find_elements("xpath", "//a[normalize-space()='rank-and-lr']")
 
 
 def artifact(page: Page, stage: Stage, path: str) -> None:

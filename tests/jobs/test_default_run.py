@@ -33,9 +33,9 @@ def test_the_default_run_registers_a_tracker_that_tracks(tmp_path: Path) -> None
     client = MlflowClient(f"sqlite:///{tmp_path / 'home' / 'mlflow.db'}")
     version = client.get_model_version_by_alias("lorat", "candidate")
     assert version.run_id is not None
-    metrics = client.get_run(version.run_id).data.metrics
+    tags = client.get_run(version.run_id).data.tags
     overlap, static, mil = (
-        metrics[f"eval/synthetic/{name}"] for name in ("ao", "static_ao", "mil_ao")
+        float(tags[f"score.eval/synthetic/{name}"]) for name in ("ao", "static_ao", "mil_ao")
     )
     assert static < 0.35
     assert overlap >= 0.55

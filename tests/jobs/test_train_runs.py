@@ -95,6 +95,7 @@ def trained(shards: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -
             cwd=home,
             env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
             | {"LORAT_HOME": str(home), "RAY_TMPDIR": ray, "PYTHONUNBUFFERED": "1"}
+            | {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2"}
             | PLANTED,
         )  # fmt: skip
         assert job.stdout is not None
@@ -106,7 +107,7 @@ def trained(shards: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_a_training_ends_with_a_registered_tracker_and_says_where(
-    trained: Trained, shards: tuple[str, str]
+    trained: Trained, shards: tuple[str, str], tmp_path: Path
 ) -> None:
     (data, val), out, home = shards, trained.output, trained.home
     assert re.search(
@@ -134,15 +135,29 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
     assert version.run_id == record["mlflow_run_id"]
     run = client.get_run(record["mlflow_run_id"])
     assert run.info.status == "FINISHED"
-    assert run.data.params["config.lora.rank"] == "2"
+    assert run.data.params["lora.rank"] == "2"
     assert run.data.tags["dataset.train"] == record["data"]["train"]
-    assert {"train/loss", "system/samples_per_s", "val/ao", "eval/val/ao"} <= set(run.data.metrics)
-    low, ao, high = (f"eval/val/ao{end}" for end in ("_low", "", "_high"))
-    assert run.data.metrics[low] <= run.data.metrics[ao] <= run.data.metrics[high]
-    for name in (low, ao, high):
-        assert float(version.tags[f"score.{name}"]) == pytest.approx(
-            run.data.metrics[name], abs=1e-4
-        )
+    names = set(run.data.metrics)
+    assert {"train/loss", "system/samples_per_s", "val/ao"} <= names
+    assert not {name for name in names if name.startswith("eval/")}, "single numbers, no curves"
+    scores = [f"score.eval/val/ao{end}" for end in ("_low", "", "_high")]
+    low, ao, high = (float(run.data.tags[name]) for name in scores)
+    assert low <= ao <= high
+    for name in scores:
+        assert run.data.tags[name] == version.tags[name]
+    assert version.description.startswith(f"AO {ao:.3f}, SR50 ")
+    page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType="
+    assert f" then http://127.0.0.1:5000/{page}machine_learning\n" in out
+    assert f"http://127.0.0.1:5000/#/models/lorat/versions/{version.version}?" in out
+    assert run.data.tags["mlflow.source.name"] == "jobs/train.py"
+    reads = {i.tags[0].value: i.dataset for i in run.inputs.dataset_inputs}
+    assert reads["training"].digest == record["data"]["train"][:36]
+    assert reads["validation"].digest == FrameIndex.open(val).fingerprint[:36]
+    assert "system/cpu_utilization_percentage" in names
+    log = client.download_artifacts(run.info.run_id, "console.log", str(tmp_path))
+    printed = Path(log).read_text()
+    assert re.search(r"^[-0-9]+ [:0-9]+ step +10/10  loss ", printed, re.MULTILINE)
+    assert "LoRAT     " in printed, "the whole log is there at the end"
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"config.json", "checkpoint", "evaluation"} <= names
     about = run.data.tags["mlflow.note.content"]
@@ -268,6 +283,6 @@ def test_a_server_killed_in_mid_run_has_everything_at_the_end(
         assert run.info.status == "FINISHED"
         points = client.get_metric_history(run.info.run_id, "train/loss")
         assert sorted(point.step for point in points) == list(range(1, 21))
-        assert "eval/val/ao" in run.data.metrics
+        assert "score.eval/val/ao" in run.data.tags
     finally:
         server.kill()

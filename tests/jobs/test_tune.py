@@ -188,8 +188,9 @@ def test_a_stopped_search_goes_on(resumed: Resumed) -> None:
     parent, trials, _ = search_runs(resumed.home)
     assert parent.info.status == "FINISHED"
     assert trials.keys() >= rows.keys()
-    for trial_id in rows:
-        assert trials[trial_id].info.status == "FINISHED"
+    for trial_id, row in rows.items():
+        stopped = row["status"] == "stopped"
+        assert trials[trial_id].info.status == ("KILLED" if stopped else "FINISHED")
     assert all(r.info.status in ("FINISHED", "KILLED") for r in trials.values())
 
 
@@ -253,7 +254,7 @@ def test_the_winner_is_trained_in_full_and_registered(
     assert parent.data.tags["lorat.final_version"] == str(version.version)
     assert parent.data.tags["lorat.final_run"] == final.info.run_id
     assert final.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert "eval/val/ao" in final.data.metrics
+    assert "score.eval/val/ao" in final.data.tags
     best = home / "runs" / "stopped" / "results" / "best_config.json"
     penalty = json.loads(best.read_text())["tracking"]["window_penalty"]
     assert penalty in (0.125, 0.75)
@@ -263,7 +264,7 @@ def test_the_winner_is_trained_in_full_and_registered(
     said = re.search(r"([\d.]+) trained in full, the search said ([\d.]+)", resumed.output)
     assert said is not None
     best_ao = max(
-        trials[trial_id].data.metrics["ao"]
+        trials[trial_id].data.metrics["val/ao"]
         for trial_id, row in _rows(home).items()
         if row["status"] == "completed"
     )

@@ -171,3 +171,18 @@ def why_not_started(error: BaseException) -> str | None:
 
 def _controller_failure(error: BaseException) -> BaseException | None:
     return getattr(error, "controller_failure", None)
+
+
+def nvml() -> Any:
+    """Return Ray's copy of the binding to NVIDIA's management library, begun; none without a GPU.
+
+    torch and MLflow ask for a package of its own for this.
+    """
+    from ray._private.thirdparty import pynvml
+
+    binding: Any = pynvml  # what it has is not typed
+    try:
+        binding.nvmlInit()
+    except binding.NVMLError:
+        return None
+    return binding

@@ -12,6 +12,7 @@ from lorat.config.training import TrainConfig
 from lorat.data.shards.windows import WindowLaw
 from lorat.errors import UserError
 from lorat.files.storage import locate
+from lorat_platform.recording.inputs import Context, dataset_inputs
 
 if TYPE_CHECKING:
     from lorat.data.pairs.sampler import PairSampler
@@ -193,3 +194,16 @@ def open_datasets(config: TrainConfig) -> Datasets:
                 f"small for {config.variant} with this sampling; ingest it again with {remedy}."
             )
     return Datasets(train=train, val=val, fingerprints=fingerprints(train))
+
+
+def inputs_of(train: tuple[Source, ...], val: tuple[Source, ...]) -> list[dict[str, str]]:
+    """Return the data sets of a training as inputs of its run, under the run's names of them."""
+    sets: list[tuple[FrameIndex, Context, str]] = [
+        (index, "training", source.name)
+        for source, index in zip(train, open_indexes(train), strict=True)
+    ]
+    sets += [
+        (index, "validation", source.name)
+        for source, index in zip(val, open_indexes(val), strict=True)
+    ]
+    return dataset_inputs(sets)

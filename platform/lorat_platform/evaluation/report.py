@@ -23,6 +23,7 @@ from lorat.tracking.one_pass import ground_truth
 from lorat_platform.evaluation.published import Published
 from lorat_platform.evaluation.sets import DatasetResult
 from lorat_platform.evaluation.subject import Subject
+from lorat_platform.recording.inputs import dataset_inputs
 from lorat_platform.recording.recorder import Recorder
 from lorat_platform.runs.claim import is_mark
 
@@ -221,6 +222,7 @@ def record(
     """Put an evaluation into an MLflow run: metrics, description, and its files in ``folder``."""
     run.log_metrics(flat_metrics(datasets), step=0)
     run.set_description(headline(subject, datasets))
+    run.log_inputs(dataset_inputs((d.index, "evaluation", d.name) for d in datasets))
     run.set_tags(
         {"subject": subject.name, "subject_fingerprint": subject.fingerprint}
         | ({"variant": subject.variant} if subject.variant else {})

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorat.config.json_files import parse_json
+from lorat.data.shards.frame_index import FrameIndex
 from lorat.errors import UserError
 from lorat.files.scratch import temporary_folder
 from lorat.files.storage import locate
@@ -22,6 +23,8 @@ from lorat_platform.evaluation.subject import load_subject
 from lorat_platform.evaluation.workers import EvaluationConfig
 from lorat_platform.promotion import champion
 from lorat_platform.promotion.shadows import found_of
+from lorat_platform.recording import pages
+from lorat_platform.recording.inputs import dataset_inputs
 from lorat_platform.recording.run import Run, user_name
 from lorat_platform.recording.store import connect
 from lorat_platform.registry import versions
@@ -78,13 +81,18 @@ def whole_addresses(uris: Sequence[str]) -> list[str]:
     return [uri if uri == SYNTHETIC else locate(uri).uri for uri in uris]
 
 
+def made(uris: Sequence[str]) -> list[str]:
+    """Return addresses where data lies: the synthetic set is made on first use."""
+    from lorat.data import synthetic
+
+    return [synthetic.ensure(None, "val") if uri == SYNTHETIC else uri for uri in uris]
+
+
 def scores_on(
     uri_of_model: str, data: Sequence[str], config: EvaluationConfig, metric: str
 ) -> dict[str, float]:
     """Evaluate a model and return a metric of every sequence, named with its data set."""
-    from lorat.data import synthetic
-
-    data = [synthetic.ensure(None, "val") if uri == SYNTHETIC else uri for uri in data]
+    data = made(data)
     check_distinct(data)
     subject = load_subject(uri_of_model)
     scores: dict[str, float] = {}
@@ -125,6 +133,10 @@ def promote(candidate: Candidate, run: Run) -> bool:
         comparison, data, note = None, [], ""
         try:
             data = reference_set(client, candidate, [present, version] if present else [version])
+            indexes = [FrameIndex.open(uri) for uri in made(data)]
+            run.log_inputs(
+                dataset_inputs((i, "evaluation", f"{i.name}-{i.split}") for i in indexes)
+            )
             comparison = compare_with(candidate, present, data)
         except UserError as error:
             if not candidate.force and present is not None:
@@ -173,6 +185,7 @@ def write_down(
     name, version = candidate.name, candidate.version
     numbers = comparison.numbers() if comparison else {}
     experiment = client.get_run(run.wait_for_id()).info.experiment_id
+    page = pages.run_page(experiment, run.wait_for_id())
     heading = f"{record['gate.at']}: {record['gate.decision']}"
     text = (
         f"Version {version} against champion {present or '(none)'}: {record['gate.reason']}."
@@ -185,8 +198,7 @@ def write_down(
     run.log_metrics(numbers, step=0)
     run.set_tags(record | {"model": name, "version": version})
     run.set_description(f"### {heading}\n\n{text}")
-    link = f"[run](#/experiments/{experiment}/runs/{run.wait_for_id()})"
-    versions.add_to_description(client, name, version, heading, f"{text}Details: {link}\n")
+    versions.add_to_description(client, name, version, heading, f"{text}Details: [run]({page})\n")
     if comparison is not None:
         figure = plots.comparison_plot(
             comparison.differences,
@@ -204,6 +216,8 @@ def write_down(
                 (folder / "comparison.png").write_bytes(plots.png(figure))
                 client.log_model_artifacts(model_id, str(folder), artifact_path="promotion")
     log.info("\n%s", text)
+    log.info("open it     %s", pages.how_to_open(page))
+    log.info("model page  %s", pages.address(pages.version_page(name, version)))
 
 
 def roll_back(name: str, reason: str) -> None:
@@ -214,3 +228,4 @@ def roll_back(name: str, reason: str) -> None:
     text = f"Version {new} is champion again. {reason}".rstrip() + "\n"
     versions.add_to_description(connect(), name, old, f"{stamp}: rolled back", text)
     log.info("Champion of %s: version %s again, instead of version %s.", name, new, old)
+    log.info("open it     %s", pages.how_to_open(pages.version_page(name, new)))

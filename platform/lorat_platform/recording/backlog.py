@@ -125,7 +125,7 @@ def replay(folder: Path, *, rejected: bool = False) -> int | None:
         total = 0
         while sent := step(delivery.step):
             total += sent
-        if left := len(journal.postponed()):
+        if left := len(journal.postponed()) + journal.console.is_ahead():
             raise UserError(
                 f"{left} artefacts cannot be uploaded ({delivery.artifact_error}); mend that and "
                 f"give '{replay_command(uri, folder)}' again."

@@ -23,6 +23,7 @@ from lorat.files.addresses import without_secrets
 from lorat.files.scratch import temporary_folder
 from lorat.files.storage import check_plain_name
 from lorat_platform.recording.journal import REJECTED, Entry, Journal
+from lorat_platform.recording.pages import VIEW_TAG
 from lorat_platform.recording.store import connect, ensure_experiment
 from lorat_platform.recording.trouble import replay_command
 
@@ -87,6 +88,7 @@ class Delivery:
         self._doubtful_attempts = 0
         self._retry_at = 0.0
         self._retry_pause_s = 1.0
+        self._console_at = 0.0
         self.num_rejected = 0
         """Records that MLflow refused; they are in ``rejected.jsonl``."""
         self.num_failed_uploads = 0
@@ -110,7 +112,7 @@ class Delivery:
         run_id = self._ensure_run()
         entries = self._next_batch()
         if not entries:
-            return self._send_postponed(run_id)
+            return self._send_postponed(run_id) + self._send_console(run_id)
         record, uploaded = entries[0].record, False
         if record["op"] == "artifact":
             uploaded = self._upload_or_postpone(run_id, record)
@@ -123,8 +125,8 @@ class Delivery:
         return len(entries)
 
     def retry_artifacts(self) -> None:
-        """Let the next step without records try the postponed artefacts at once."""
-        self._retry_at = 0.0
+        """Let the next step without records try what waits for upload at once."""
+        self._retry_at = self._console_at = 0.0
 
     def _send_batch(self, run_id: str, entries: list[Entry]) -> None:
         try:
@@ -209,6 +211,23 @@ class Delivery:
         self._retry_at = time.monotonic() + self._retry_pause_s
         return len(records) - len(left)
 
+    def _send_console(self, run_id: str) -> int:
+        """Upload the console log, as a whole, if it has grown and it is time."""
+        console = self._journal.console
+        if time.monotonic() < self._console_at or not console.is_ahead():
+            return 0
+        version, done = console.version(), 1
+        try:
+            self.client.log_artifact(run_id, str(console.checked()))
+        except Exception as error:
+            self.client.get_run(run_id)  # raises if it is MLflow that does not answer
+            self._note_failed_upload(error)
+            done = 0
+        else:
+            console.set_uploaded(version)
+        self._console_at = time.monotonic() + console.pause_s()
+        return done
+
     def _note_failed_upload(self, error: Exception) -> None:
         self.artifact_error = first_line(error)
         self.num_failed_uploads += 1
@@ -227,6 +246,9 @@ class Delivery:
     def _ensure_run(self) -> str:
         header = self._journal.header()
         if header.get("run_id"):
+            if not header.get("experiment_id"):  # of a run that was begun elsewhere
+                info = self.client.get_run(header["run_id"]).info
+                self._journal.set_header(experiment_id=info.experiment_id)
             return header["run_id"]
         experiment_id = ensure_experiment(self.client, header["experiment"], self._uri)
         found = self._runs_with(experiment_id, KEY_TAG, header["key"])
@@ -238,6 +260,10 @@ class Delivery:
                 experiment_id, start_time=header["start_ms"], tags=tags, run_name=header["name"]
             ).info.run_id
             self._is_new = True
+            if header["parent"] and MLFLOW_PARENT_TAG not in tags:
+                # One that arrived meanwhile may have looked for its children before this was one.
+                for key, value in self._parent_tags(experiment_id, header["parent"]).items():
+                    self.client.set_tag(run_id, key, value)
         for child in self._runs_with(experiment_id, PARENT_TAG, header["key"]):
             self.client.set_tag(child, MLFLOW_PARENT_TAG, run_id)
         self._journal.set_header(run_id=run_id, experiment_id=experiment_id)
@@ -266,6 +292,12 @@ class Delivery:
                 self._send_params(run_id, record["values"])
             case "tags":
                 self._send_tags(run_id, record["values"])
+            case "inputs":
+                self._send_inputs(run_id, record["datasets"])
+            case "view":
+                experiment_id = self._journal.header()["experiment_id"]
+                key = f"{VIEW_TAG}{record['key']}"
+                self.client.set_experiment_tag(experiment_id, key, record["view"])
             case "status":
                 self.client.set_terminated(run_id, record["status"], end_time=record["time_ms"])
             case "resume":
@@ -347,6 +379,17 @@ class Delivery:
             self.client.log_batch(run_id, tags=tags[start : start + MAX_PARAMS])
         if long:
             self._send_text(run_id, json.dumps(long, indent=2), "long-tags.json")
+
+    def _send_inputs(self, run_id: str, datasets: list[dict[str, str]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+        inputs = []
+        for values in datasets:
+            context = InputTag(MLFLOW_DATASET_CONTEXT, values["context"])
+            stored = {name: value for name, value in values.items() if name != "context"}
+            inputs.append(DatasetInput(Dataset(**stored), [context]))
+        self.client.log_inputs(run_id, inputs)
 
     def _send_text(self, run_id: str, text: str, name: str) -> None:
         with temporary_folder() as folder:

@@ -2,14 +2,15 @@
 
 One folder per run and store: ``run.json`` (who the run is), ``journal.jsonl`` (append only),
 ``delivered.json`` (how far MLflow has it), ``artifacts/`` (files waiting for upload),
-``postponed.json`` (artefacts that could not be uploaded yet) and ``rejected.jsonl`` (records that
-MLflow refused, with its reason).
+``postponed.json`` (artefacts that could not be uploaded yet), ``rejected.jsonl`` (records that
+MLflow refused, with its reason) and ``console.log`` (what the job printed).
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import io
 import json
 import os
@@ -27,6 +28,8 @@ from lorat.config.json_files import check_shape, parse_json, read_json, write_js
 from lorat.errors import UserError
 from lorat.files.addresses import without_secrets
 from lorat.files.storage import is_plain_name
+from lorat_platform.recording.console_log import NAME as CONSOLE
+from lorat_platform.recording.console_log import LogFile
 from lorat_platform.recording.recorder import regular_files
 
 _REMEDY = "delete it, or the folder; what was not delivered is lost then"
@@ -41,13 +44,19 @@ _HEADER_SHAPE = {
     "tracking_uri": str,
     "store": str,
     "experiment_id?": str,
+    "console?": str,
 }
+_INPUT_SHAPE = dict.fromkeys(
+    ("name", "digest", "source_type", "source", "schema", "profile", "context"), str
+)
 _RECORD_SHAPES: dict[str, dict[str, Any]] = {
     "metrics": {"step": Annotated[int, Bounds(-(2**63), 2**63)], "values": dict[str, float]},
     "params": {"values": dict[str, str]},
     "tags": {"values": dict[str, str]},
     "status": {"status": str},
     "artifact": {"staged": str, "folder": str | None},
+    "view": {"key": str, "view": str},
+    "inputs": {"datasets": [_INPUT_SHAPE]},
 }
 """What a record has beside ``op`` and ``time_ms``, by its ``op``."""
 
@@ -99,6 +108,11 @@ class Journal:
         self.disk_error: OSError | None = None
         """Why the last append did not reach the disk, if it did not."""
 
+    @functools.cached_property
+    def console(self) -> LogFile:
+        """The run's console log."""
+        return LogFile(self.folder / self.header().get("console", CONSOLE))
+
     def header(self) -> dict[str, Any]:
         """Return ``run.json``, or an empty dictionary."""
         return read_json(self.folder / "run.json", _REMEDY, shape=_HEADER_SHAPE, missing={})
@@ -117,6 +131,13 @@ class Journal:
                 self._waiting.popleft()
                 self.num_dropped += 1
             self._try_to_flush()
+
+    def log(self, text: str) -> None:
+        """Append to the console log; a full or broken disk never raises, see ``disk_error``."""
+        try:
+            self.console.append(text)
+        except OSError as error:
+            self.disk_error = error
 
     def retry(self) -> None:
         """Write what the disk refused before, if it takes it now."""
@@ -187,11 +208,11 @@ class Journal:
 
     def is_delivered(self) -> bool:
         """Tell whether nothing waits any more."""
-        return self.is_read() and not self.postponed()
+        return self.is_read() and not self.postponed() and not self.console.is_ahead()
 
     def num_pending(self) -> int:
-        """Count the records on disk that are not delivered yet."""
-        return len(self.read(limit=1 << 62)) + len(self.postponed())
+        """Count the records on disk that are not delivered yet; the console log is one."""
+        return len(self.read(limit=1 << 62)) + len(self.postponed()) + self.console.is_ahead()
 
     def num_lost(self) -> int:
         """Count the records that are not on disk; those in memory are lost with the process."""

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,29 @@ class Recorder(ABC):
         """Set tags of the run."""
         if values:
             self._record("tags", values={_valid_name(k): _text(v) for k, v in values.items()})
+
+    def log_inputs(self, datasets: Sequence[dict[str, str]]) -> None:
+        """Record which data sets the run reads; the same again changes nothing.
+
+        Args:
+            datasets: what :func:`~lorat_platform.recording.inputs.dataset_inputs` gave.
+        """
+        if datasets:
+            self._record("inputs", datasets=list(datasets))
+
+    def share_view(self, key: str, view: Mapping[str, Any]) -> None:
+        """Give the run's experiment a view of its runs.
+
+        Args:
+            key: names the view in its address.
+            view: what :func:`~lorat_platform.recording.pages.table_view` gave.
+        """
+        self._record("view", key=key, view=json.dumps(view))
+
+    def log_console(self, text: str) -> None:
+        """Append text to the run's console log, an artefact that grows with the run."""
+        if text:
+            self._record("console", text=without_surrogates(text))
 
     def set_description(self, markdown: str) -> None:
         """Set what the run's page shows at its top."""

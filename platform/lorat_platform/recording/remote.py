@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lorat_platform.cluster.console import Console
 from lorat_platform.recording.recorder import Recorder, regular_files
-from lorat_platform.recording.run import CLOSE_S, Run, Status, open_run
+from lorat_platform.recording.run import CLOSE_S, Run, Status, made_by, open_run
 from lorat_platform.recording.store import tracking_uri
 from lorat_platform.recording.trouble import Ending, replay_command, say_what_is_left
 
@@ -58,9 +58,9 @@ class MetricSink:
         self._run.log_artifact(unpacked / name, folder)  # copies it
         shutil.rmtree(unpacked)
 
-    def identity(self) -> tuple[str, str | None]:
-        """Return the run's key and, once MLflow has answered, its id."""
-        return self._run.key, self._run.run_id
+    def identity(self) -> tuple[str, str | None, str | None]:
+        """Return the run's key and, once MLflow has answered, its id and its page."""
+        return self._run.key, self._run.run_id, self._run.page
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until MLflow has everything."""
@@ -92,6 +92,11 @@ class RemoteRun(Recorder):
     def run_id(self) -> str | None:
         """MLflow's id, or none as long as MLflow has not answered."""
         return ray.get(self._actor.identity.remote())[1]
+
+    @property
+    def page(self) -> str | None:
+        """The run's page in MLflow, or none as long as MLflow has not answered."""
+        return ray.get(self._actor.identity.remote())[2]
 
     def wait_for_id(self, timeout_s: float = CLOSE_S) -> str:
         """Return MLflow's id, waiting for it.
@@ -207,11 +212,14 @@ def open_remote_run(
         options["folder"] = str(Path(options["folder"]).absolute())
     environment = {k: v for k, v in os.environ.items() if k.startswith(("MLFLOW_", "LORAT_"))}
     environment["MLFLOW_TRACKING_URI"] = tracking_uri()
+    # Not what this actor's process was started by.
+    tags = options.get("tags") or {}
+    options["tags"] = made_by(tags) | dict(tags)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = (
         ray.remote(MetricSink)
         .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
         .remote(environment, {"experiment": experiment, "name": name, **options}, console)
     )
-    key, _ = ray.get(actor.identity.remote())
+    key, *_ = ray.get(actor.identity.remote())
     return RemoteRun(actor, key)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import getpass
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -25,8 +26,10 @@ import tenacity
 
 from lorat.files.home import home
 from lorat_platform.recording import backlog
+from lorat_platform.recording.console_log import NAME as CONSOLE
 from lorat_platform.recording.delivery import Delivery, first_line
 from lorat_platform.recording.journal import Journal
+from lorat_platform.recording.pages import run_page, table_page
 from lorat_platform.recording.recorder import Recorder
 from lorat_platform.recording.store import is_sqlite, tracking_uri, unusable_store
 from lorat_platform.recording.trouble import Ending, Trouble, say_what_is_left
@@ -85,6 +88,18 @@ class Run(Recorder):
     def run_id(self) -> str | None:
         """MLflow's id, or none as long as MLflow has not answered."""
         return self.journal.header().get("run_id")
+
+    @property
+    def page(self) -> str | None:
+        """The run's page in MLflow, or none as long as MLflow has not answered."""
+        header = self.journal.header()
+        run_id, experiment_id = header.get("run_id"), header.get("experiment_id")
+        return run_page(experiment_id, run_id) if run_id and experiment_id else None
+
+    def table(self, key: str) -> str | None:
+        """The page of a view of its experiment's runs, or none as long as MLflow is silent."""
+        experiment_id = self.journal.header().get("experiment_id")
+        return table_page(experiment_id, key) if experiment_id else None
 
     @property
     def reference(self) -> str:
@@ -189,13 +204,16 @@ class Run(Recorder):
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a finished record: what the methods above, here or on another node, made."""
-        self.journal.append(record)
+        if record["op"] == "console":
+            self.journal.log(record["text"])
+        else:
+            self.journal.append(record)
         if self.journal.disk_error:
             self._note_disk_error(self.journal.disk_error)
         else:
             NOT_WRITTEN.end(self, f"The journal in {self.journal.folder} is written again.")
         self._note_silence()
-        if record["op"] != "metrics":
+        if record["op"] not in ("metrics", "console"):
             self._wake.set()
 
     def _note_disk_error(self, error: OSError) -> None:
@@ -326,6 +344,8 @@ def open_run(
             name=name,
             parent=parent_run_id,
             start_ms=time.time_ns() // 1_000_000,
+            # Of a run that another folder, or machine, began, MLflow has a log already.
+            console=time.strftime("console-%Y-%m-%dT%H-%M-%S.log") if run_id else CONSOLE,
             tracking_uri=uri,
             store=store,
         )
@@ -335,13 +355,25 @@ def open_run(
     run = Run(journal, uri)
     if resumed or run_id:
         run._record("resume")
+    run.set_tags(made_by(tags or {}) | dict(tags or {}))
+    return run
+
+
+def made_by(tags: Mapping[str, Any]) -> dict[str, str]:
+    """Return who and what made a run, as MLflow's pages show it: user, job, commit.
+
+    Args:
+        tags: of the run; a ``git_revision`` with a commit in it gives that.
+    """
+    # Wherever the job was started from, it is jobs/NAME.py.
+    job = "/".join(Path(sys.argv[0]).absolute().parts[-2:])
     about = {
         "mlflow.user": user_name(),
-        "mlflow.source.name": sys.argv[0],
+        "mlflow.source.name": job,
         "mlflow.source.type": "JOB",
     }
-    run.set_tags(about | dict(tags or {}))
-    return run
+    commit = re.search(r"\b[0-9a-f]{40}\b", str(tags.get("git_revision", "")))
+    return about | ({"mlflow.source.git.commit": commit[0]} if commit else {})
 
 
 def user_name() -> str:

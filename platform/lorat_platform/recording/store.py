@@ -35,7 +35,7 @@ ANSWER_S = 12.0
 _SQLITE = b"SQLite format 3\0"
 """What such a file begins with; an empty one is a new database."""
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Makes the UI open an experiment as one of trained models, not of language-model traces."""
+"""Says that an experiment is of trained models.  Its pages show what their address asks for."""
 
 
 def tracking_uri() -> str:
@@ -98,6 +98,8 @@ def connect(uri: str | None = None) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", REQUEST_TIMEOUT_S)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when MLflow is imported
+    # Its own lines lead to the view of language models; jobs print addresses of theirs.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     from mlflow import MlflowClient
 
@@ -257,4 +259,6 @@ def ensure_experiment(client: MlflowClient, name: str, uri: str) -> str:
                 raise
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
+    for key in EXPERIMENT_TAGS.keys() - experiment.tags.keys():  # it was made by somebody else
+        client.set_experiment_tag(experiment.experiment_id, key, EXPERIMENT_TAGS[key])
     return experiment.experiment_id

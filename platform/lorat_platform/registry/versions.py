@@ -81,7 +81,7 @@ def register(
         if value != usual[key]
     }
     about |= {f"dataset.{key}": value for key, value in (datasets or {}).items()}
-    about |= {f"score.{key}": f"{value:.4f}" for key, value in (scores or {}).items()}
+    about |= score_tags(scores or {})
     about |= {"reference_set": json.dumps(list(reference_set))} if reference_set else {}
     about |= {"git_revision": git_revision} if git_revision else {}
     about |= {key: str(value) for key, value in (tags or {}).items()}
@@ -115,18 +115,43 @@ def register(
         source=logged.artifact_location,
         run_id=run_id,
         tags=about,
-        description=version_description(MODEL_NAME, about)[:MAX_DESCRIPTION],
+        description=version_description(MODEL_NAME, about, scores or {})[:MAX_DESCRIPTION],
         model_id=logged.model_id,
     ).version
     client.set_registered_model_alias(MODEL_NAME, CANDIDATE, version)
     return str(version)
 
 
-def version_description(name: str, about: Mapping[str, str]) -> str:
-    """Return a version's Markdown description."""
+def score_tags(scores: Mapping[str, float]) -> dict[str, str]:
+    """Return the tags of a version, and of the run that trained it, which hold its scores."""
+    return {f"score.{key}": f"{value:.4f}" for key, value in scores.items()}
+
+
+def headline(scores: Mapping[str, float]) -> str:
+    """Return the scores in a line, those of each data set together, such as ``AO 0.613 (val)``.
+
+    Args:
+        scores: by names that end in ``DATASET/SCORE``.
+    """
+    of_set: dict[str, list[str]] = {}
+    for key, value in scores.items():
+        dataset, _, name = key.rpartition("/")
+        if name.endswith(("_low", "_high")):  # ends of an interval
+            continue
+        shown = f"{name.upper()} {value:.3f}"
+        of_set.setdefault(dataset.rpartition("/")[2], []).append(shown)
+    return "; ".join(
+        f"{', '.join(shown)} ({dataset})" if dataset else ", ".join(shown)
+        for dataset, shown in of_set.items()
+    )
+
+
+def version_description(name: str, about: Mapping[str, str], scores: Mapping[str, float]) -> str:
+    """Return a version's Markdown description; lists of versions show its first line."""
+    first = ". ".join(filter(None, (headline(scores), about["variant"])))
     rows = "\n".join(f"| {key} | {value} |" for key, value in sorted(about.items()))
     return (
-        f"LoRAT {about['variant']}, safetensors, no pickle.\n\n| | |\n|---|---|\n{rows}\n\n"
+        f"{first}. LoRAT, safetensors, no pickle.\n\n| | |\n|---|---|\n{rows}\n\n"
         "```python\n"
         "import mlflow\n"
         f'model = mlflow.pyfunc.load_model("models:/{name}@{CHAMPION}")\n'

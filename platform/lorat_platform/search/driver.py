@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -23,8 +24,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lorat.config.fields import to_dict
 from lorat.errors import UserError
 from lorat.files import storage
+from lorat.metrics.catalogue import METRICS
 from lorat_platform.cluster.interrupts import kept_handlers
+from lorat_platform.data.sources import inputs_of, resolve_sources
+from lorat_platform.recording.console_log import written_to
+from lorat_platform.recording.pages import table_view
 from lorat_platform.recording.run import open_run
+from lorat_platform.recording.system_metrics import interval_s
 from lorat_platform.recording.trouble import say_what_is_left
 from lorat_platform.runs.checkpoints import BETWEEN_RUNGS
 from lorat_platform.runs.claim import Lease
@@ -39,8 +45,9 @@ from lorat_platform.search.plan import (
 )
 from lorat_platform.search.results.board import Leaderboard
 from lorat_platform.search.results.outcome import SearchOutcome, write_outcome
-from lorat_platform.search.session import SearchCallback, SearchSession
+from lorat_platform.search.session import AboutTrial, SearchCallback, SearchSession, metric_name
 from lorat_platform.search.slots import check_reach, count_slots, worker_resources
+from lorat_platform.search.space import TRACKING
 from lorat_platform.search.trial.crop_cache import driven_here, remove_cache
 from lorat_platform.search.trial.group import run_group_trial
 from lorat_platform.search.trial.progress import TrialSetup
@@ -146,7 +153,7 @@ def run_search(
             raise _begun(plan)
         note_origin(plan.name, location)
         _write_request(plan)
-        return _drive(plan, make_tuner, lease, tags={"git_revision": git_revision or "unknown"})
+        return _drive(plan, make_tuner, lease, git_revision=git_revision)
 
 
 @_writable_only_here()
@@ -156,6 +163,7 @@ def resume_search(
     *,
     trials: int | None = None,
     trust_folder: bool = False,
+    git_revision: str | None = None,
 ) -> SearchOutcome:
     """Go on with a search whose driver or machine died, on the connected cluster.
 
@@ -168,6 +176,7 @@ def resume_search(
         storage_path: where it is; none as in :class:`SearchOptions`.
         trials: configurations to try in all, with those that were; none means as many as before.
         trust_folder: believe its folder whoever may have written it.
+        git_revision: of the code.
 
     Raises:
         UserError: if there is no such search, it has more trials, it never began, its folder is
@@ -194,7 +203,7 @@ def resume_search(
                 storage_filesystem=_filesystem(plan),
             )
 
-        return _drive(plan, make_tuner, lease, resumes=True)
+        return _drive(plan, make_tuner, lease, git_revision=git_revision, resumes=True)
 
 
 def _write_request(plan: SearchPlan) -> None:
@@ -227,6 +236,7 @@ def _trainable(plan: SearchPlan) -> Callable[[dict[str, Any]], None]:
         crop_cache=plan.identity,
         crop_cache_bytes=int(options.crop_cache_gb * 2**30),
         settings=plan.settings(),
+        sample_every_s=interval_s(),
     )
     several = options.workers_per_trial > 1
 
@@ -253,7 +263,7 @@ def _drive(
     make_tuner: Callable[[], tune.Tuner],
     lease: Lease,
     *,
-    tags: dict[str, str] | None = None,
+    git_revision: str | None,
     resumes: bool = False,
 ) -> SearchOutcome:
     """Run or go on, and write the outcome, whatever happened."""
@@ -267,7 +277,11 @@ def _drive(
         plan.name,
         folder=plan.folder / "mlflow-parent",
         run_id=known,
-        tags={"lorat.search": plan.name, "lorat.kind": "search", **(tags or {})},
+        tags={
+            "lorat.search": plan.name,
+            "lorat.kind": "search",
+            "git_revision": git_revision or "unknown",
+        },
     )
     parent.log_params(
         {f"search.{k}": v for k, v in dataclasses.asdict(plan.options).items() if v is not None}
@@ -286,11 +300,21 @@ def _drive(
         lease=lease,
         on_resume=(lambda: _write_request(plan)) if resumes else None,
         need=worker_resources(plan.options),
+        about=_about_trials(plan),
+        git_revision=git_revision,
     )
+    parent.share_view(plan.identity, _table_of_trials(plan))
+    parent.log_inputs(_inputs(plan.space.base.data, plan.space.base.val_data))
     _quieten_tune()
     finished = False
     try:
-        with kept_handlers(), _cache_here(plan), judged(session), warnings.catch_warnings():
+        with (
+            written_to(parent),
+            kept_handlers(),
+            _cache_here(plan),
+            judged(session),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore", DeprecationWarning)
             results = make_tuner().fit()
         finished = True
@@ -311,6 +335,38 @@ def _drive(
             location.delete_folder(BETWEEN_RUNGS)
         _sweep_trials(location, results)
     return write_outcome(plan, board, parent, endings, interrupted=interrupted)
+
+
+def _about_trials(plan: SearchPlan) -> AboutTrial:
+    """Return what gives the parameters, by the names of a training's, and the data of a trial."""
+
+    def about(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, str]]]:
+        config = plan.space.configure(values)
+        about = to_dict(config)
+        for path in plan.space.tracking:  # known when the trial's weights have tracked
+            del about["tracking"][path.removeprefix(TRACKING)]
+        return about, _inputs(config.data, config.val_data)
+
+    return about
+
+
+def _table_of_trials(plan: SearchPlan) -> dict[str, Any]:
+    """Return the view that has the trials, and the winner's training, with what they differ in."""
+    objectives = plan.options.objectives
+    return table_view(
+        plan.space.dimensions,
+        [metric_name(name) for name in dict.fromkeys((*objectives, "ao", "loss"))],
+        f"tags.`lorat.search` = '{plan.name}' AND tags.`mlflow.parentRunId` != ''",
+        descending=METRICS[objectives[0]].sign > 0,
+    )
+
+
+@functools.cache
+def _inputs(data: str, val_data: str | None) -> list[dict[str, str]]:
+    """Return the data sets of trials as inputs of their runs."""
+    return inputs_of(
+        resolve_sources(data, "train"), resolve_sources(val_data, "val") if val_data else ()
+    )
 
 
 def _sweep_trials(location: storage.Location, results: tune.ResultGrid) -> None:

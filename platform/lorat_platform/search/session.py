@@ -28,6 +28,7 @@ from lorat_platform.failures import (
     is_preempted,
     last_line,
 )
+from lorat_platform.recording.console_log import stamped
 from lorat_platform.recording.run import CLOSE_S, Run, open_run
 from lorat_platform.recording.run import Status as RunStatus
 from lorat_platform.recording.trouble import Ending
@@ -38,12 +39,23 @@ from lorat_platform.search.results.board import (
     Leaderboard,
     Status,
     TrialRow,
+    trial_label,
 )
 from lorat_platform.search.results.console import SearchConsole
 from lorat_platform.search.rungs import BUDGET
 
 log = logging.getLogger(__name__)
 
+AboutTrial = Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[dict[str, str]]]]
+"""Returns the parameters and the data sets of a trial with these values, for its run."""
+_METRICS = {"loss": "train/loss", "latency": "latency", "parameters": "parameters"} | {
+    name: f"system/{name}"
+    for name in (
+        "train_seconds", "evaluation_seconds", "total_seconds", "crop_cache_hit_rate",
+        "crops_decoded", "optimiser_steps", "pairs",
+    )
+}  # fmt: skip
+"""Metrics of a trial's run, where they are not ``val/SCORE``; a training has the same names."""
 _SESSIONS: dict[str, SearchSession] = {}
 RETRIES = 2
 """How often a trial is tried again whose surroundings failed."""
@@ -66,6 +78,9 @@ class SearchSession:
         lease: right over the search, without which nothing more is written.
         on_resume: called where this process goes on with a snapshot, once that is back.
         need: what a worker of a trial asks for, such as ``{"CPU": 1}``.
+        about: parameters and data sets of a trial, for its run, from its values; none gives the
+            values alone.
+        git_revision: of the code.
     """
 
     def __init__(
@@ -82,6 +97,8 @@ class SearchSession:
         lease: Lease,
         on_resume: Callable[[], None] | None = None,
         need: Mapping[str, float] | None = None,
+        about: AboutTrial = lambda values: (dict(values), []),
+        git_revision: str | None = None,
     ) -> None:
         self.name = name
         self.identity = identity
@@ -101,6 +118,8 @@ class SearchSession:
         self._on_resume = on_resume
         self._restored = False
         self._need = dict(need or {})
+        self._about = about
+        self._git_revision = git_revision
         self._phases = Phases()
         self._reminder = Reminder(self._phases)
         self._failed_resume = _FailedResume()
@@ -152,6 +171,7 @@ class SearchSession:
         self._show(dict.fromkeys(STATUSES, 0))
         self._deadline = time.monotonic() + CLOSE_S
         for trial_id in list(self._runs) if close else ():
+            self._runs[trial_id].set_tags({"lorat.trial_status": "interrupted"})
             self._close(trial_id, "KILLED")
         self._closer.shutdown(wait=True)
         _SESSIONS.pop(self.identity, None)
@@ -203,8 +223,8 @@ class SearchSession:
         row.started_at = row.started_at or time.time()
         row.counted_at = time.time()
         run = self._open(row)
+        run.set_tags({"lorat.trial_status": row.status})
         if row.troubles:
-            run.set_tags({"lorat.trial_status": "running"})
             run.set_description("Tried again after: " + "; ".join(row.troubles))
 
     def report(self, trial: Any, result: dict[str, Any]) -> None:
@@ -212,15 +232,19 @@ class SearchSession:
         row = self._row(trial)
         row.report({k: _plain(result[k]) for k in REPORT_FIELDS if k in result})
         row.worker = f"{result.get('hostname')}:{result.get('pid')}"
-        numbers = {k: v for k, v in row.reports[-1].items() if not isinstance(v, dict | list)}
-        self._open(row).log_metrics(numbers, row.steps)
+        metrics = {
+            metric_name(name): value
+            for name, value in row.reports[-1].items()
+            if name not in ("step", BUDGET) and not isinstance(value, dict | list)
+        } | {name: value for name, value in result.items() if name.startswith("system/")}
+        self._open(row).log_metrics(metrics, row.steps)
         best = self.board.best()
         if best is row:
             objectives = {f"best_{n}": row.last(n) for n in self.board.objectives}
             self.parent.log_metrics(objectives, self.board.cost().steps)
         reached = ", ".join(f"{n} {row.last(n):.4g}" for n in self.board.objectives)
         reached += "".join(f", {path} {value:.3g}" for path, value in row.tracking.items())
-        self.console.line(row, f"rung {row.num_rungs}/{self.board.rungs.num_rungs}, {reached}")
+        self._say(row, f"rung {row.num_rungs}/{self.board.rungs.num_rungs}, {reached}")
 
     def finish(self, trial: Any) -> None:
         """A trial ended by itself or was stopped by the scheduler."""
@@ -228,10 +252,15 @@ class SearchSession:
         completed = row.steps >= self.board.rungs.max_steps
         row.status = "completed" if completed else "stopped"
         row.ended_at = time.time()
-        self.console.line(row, f"{row.status} after {row.steps} steps")
-        self._open(row).set_tags({"lorat.trial_status": row.status})
-        self._open(row).log_params(row.tracking)
-        self._close(trial.trial_id, "FINISHED")
+        self._say(row, f"{row.status} after {row.steps} steps")
+        run = self._open(row)
+        run.set_tags({"lorat.trial_status": row.status})
+        run.log_params(row.tracking)
+        if not completed:
+            run.set_description(
+                f"Stopped early, after {row.steps} of {self.board.rungs.max_steps} steps."
+            )
+        self._close(trial.trial_id, "FINISHED" if completed else "KILLED")
 
     def tries_again(self, trial: Any, error: BaseException) -> bool:
         """Judge why a trial failed; return whether it is tried again, from its last state.
@@ -252,7 +281,7 @@ class SearchSession:
         row.retries += not preempted
         count = "its node was taken away" if preempted else f"try {row.retries} of {RETRIES}"
         said = f"tried again ({count}), for a failure that is not its own: {trouble}"
-        self.console.line(row, said)
+        self._say(row, said)
         return True
 
     def reopens(self, trial_id: str) -> bool:
@@ -270,11 +299,19 @@ class SearchSession:
         row.status = "failed"
         row.ended_at = time.time()
         tried = f" (tried {row.retries + 1} times)" if row.retries else ""
-        self.console.line(row, f"failed: {row.reason}{tried}")
+        self._say(row, f"failed: {row.reason}{tried}")
         run = self._open(row)
         run.set_tags({"lorat.trial_status": "failed", "lorat.failure": row.reason})
         run.set_description(f"Failed: {row.reason}")
         self._close(trial.trial_id, "FAILED")
+
+    def _say(self, row: TrialRow, text: str) -> None:
+        """Show what happened to a trial, and write it to the logs of the search and the trial."""
+        self.console.line(row, text)
+        line = stamped(f"{trial_label(row, self.num_trials)}: {text}")
+        self.parent.log_console(line)
+        if run := self._runs.get(row.trial_id):
+            run.log_console(line)
 
     def _open(self, row: TrialRow) -> Run:
         """Return the trial's run, a nested child of the search's."""
@@ -282,7 +319,7 @@ class SearchSession:
         if run is None:
             run = open_run(
                 self.experiment,
-                f"trial-{row.number:03d}",
+                trial_label(row, self.num_trials),
                 folder=self.folder / "mlflow" / row.trial_id,
                 run_id=self._run_ids.get(row.trial_id),
                 parent_run_id=self.parent.reference,
@@ -291,9 +328,12 @@ class SearchSession:
                     "lorat.trial": row.number,
                     "lorat.trial_id": row.trial_id,
                     "lorat.trial_status": row.status,
+                    "git_revision": self._git_revision or "unknown",
                 },
             )
-            run.log_params(row.values)
+            params, inputs = self._about(row.values)
+            run.log_params(params)
+            run.log_inputs(inputs)
             self._runs[row.trial_id] = run
         return run
 
@@ -412,6 +452,11 @@ class _FailedResume(logging.Filter):
     def close(self) -> None:
         """Listen no more."""
         self._logger.removeFilter(self)
+
+
+def metric_name(name: str) -> str:
+    """Return the metric of a trial's run that has a number of its reports."""
+    return _METRICS.get(name, f"val/{name}")
 
 
 def _plain(value: Any) -> Any:

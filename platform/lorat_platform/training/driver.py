@@ -23,8 +23,10 @@ from lorat_platform.cluster.connection import Cluster, describe
 from lorat_platform.cluster.console import Console, ConsolePrinter
 from lorat_platform.cluster.phases import Phases
 from lorat_platform.cluster.places import Reminder
-from lorat_platform.data.sources import Datasets, open_datasets
+from lorat_platform.data.sources import Datasets, inputs_of, open_datasets
 from lorat_platform.failures import user_message
+from lorat_platform.recording.console_log import written_to
+from lorat_platform.recording.system_metrics import interval_s
 from lorat_platform.registry import versions
 from lorat_platform.runs import checkpoints
 from lorat_platform.runs.claim import Lease
@@ -92,22 +94,15 @@ def train(
         with ConsolePrinter(phases) as console:
             run, id_kept = _open_run(record, folder, options, datasets, lease, console)
             try:
-                result = _fit(
-                    config,
-                    options,
-                    cluster,
-                    record,
-                    folder,
-                    datasets,
-                    run,
-                    console,
-                    lease,
-                    phases,
-                )
-                result = finish(result, options, cluster, datasets, run, record, began, phases)
-                id_kept.join(10.0)
-                lease.confirm()
-                _write_finished(record, result)
+                with written_to(run):
+                    result = _fit(
+                        config, options, cluster, record, folder, datasets, run, console, lease,
+                        phases,
+                    )  # fmt: skip
+                    result = finish(result, options, cluster, datasets, run, record, began, phases)
+                    id_kept.join(10.0)
+                    lease.confirm()
+                    _write_finished(record, result)
             except BaseException as error:
                 if lease.is_lost_now():
                     run.abandon()  # it is another driver's to close
@@ -148,14 +143,9 @@ def _open_run(
         tags={"job": "train", "git_revision": record.git_revision or "unknown"}
         | {f"dataset.{name}": value for name, value in record.data.items()},
     )
-    run.log_params(
-        {
-            "config": record.config,
-            "run": dataclasses.asdict(options),
-            "data": {s.name: dataclasses.asdict(s) for s in datasets.train},
-            "val_data": {s.name: dataclasses.asdict(s) for s in datasets.val},
-        }
-    )
+    # A field of the configuration has the same name here as in the trials of a search.
+    run.log_params(record.config | {"run": dataclasses.asdict(options)})
+    run.log_inputs(inputs_of(datasets.train, datasets.val))
     run.log_bytes(json.dumps(record.config, indent=2).encode(), "config.json")
     keeper = threading.Thread(target=_keep_run_id, args=(run, record, folder, lease), daemon=True)
     keeper.start()
@@ -248,6 +238,7 @@ def _fit(
         ),
         run=run,
         console=console,
+        sample_every_s=interval_s(),
     )
     validation = None
     if validated:

@@ -78,7 +78,9 @@ def finish(
 ) -> TrainingResult:
     """Evaluate beside the baselines, register, and say where everything is."""
     from lorat.learning.clock import duration
+    from lorat_platform.recording import pages
     from lorat_platform.recording.store import tracking_uri
+    from lorat_platform.registry.versions import MODEL_NAME, score_tags
 
     evaluated = bool(datasets.val) and options.final_evaluation
     model = None
@@ -100,7 +102,8 @@ def finish(
         results = evaluate_beside_baselines(model, datasets.val, options, phases)
         scores = _metrics(results)
         phases.begin("reporting plots, tables, clips and result files")
-        run.log_metrics(scores, result.step)
+        # One number each is no curve: as metrics they would be the page's first charts.
+        run.set_tags(score_tags(scores))
         run.set_description(run_description(config, result, results))
         _log_report(model, results[MODEL], run)
     else:
@@ -123,7 +126,10 @@ def finish(
     if run_id is not None:  # else the end of the run says what waits, and where
         log.info("MLflow      %s, experiment %s, run %s", tracking_uri(),
                  options.experiment, run_id)  # fmt: skip
-        log.info("open it     %s", ui_command())
+        if page := run.page:
+            log.info("open it     %s", pages.how_to_open(page))
+    if version:
+        log.info("model page  %s", pages.address(pages.version_page(MODEL_NAME, version)))
     for line in next_steps(config, version, larger=cluster.gpus > 0 and hub_has(LARGER)):
         log.info("%s", line)
     return dataclasses.replace(result, mlflow_run_id=run_id, model_version=version, scores=scores)
@@ -179,16 +185,6 @@ def _register(
 
 def _is_of_baseline(metric: str) -> bool:
     return any(f"/{name}_" in metric for name in BASELINES)
-
-
-def ui_command() -> str:
-    """Return what opens the MLflow UI on the store in use."""
-    from lorat_platform.recording.store import is_sqlite, tracking_uri
-
-    uri = tracking_uri()
-    if not is_sqlite(uri):
-        return uri
-    return f"mlflow server --backend-store-uri {shlex.quote(uri)} --port 5000   then http://127.0.0.1:5000"
 
 
 def next_steps(config: TrainConfig, version: str | None, *, larger: bool) -> list[str]:

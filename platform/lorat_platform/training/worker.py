@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 import tempfile
 import time
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from lorat.files.storage import Location
 from lorat.metrics.catalogue import MAIN
 from lorat_platform.cluster.console import Console
 from lorat_platform.data.sources import Source
+from lorat_platform.recording.system_metrics import recorded_in
 from lorat_platform.runs import checkpoints, record
 from lorat_platform.runs.claim import check_held
 
@@ -70,6 +73,8 @@ class WorkerSetup:
     console: Console
     after: AfterLastStep
     """What the time left includes beside the steps."""
+    sample_every_s: float | None = None
+    """Seconds between samples of how busy the machines are; none for none."""
 
 
 def train_worker(setup: WorkerSetup) -> None:
@@ -125,23 +130,34 @@ def _train(setup: WorkerSetup) -> None:
             "the same command again."
         )
     reporter = _Reporter(setup, world, learner)
-    run(
-        config,
-        source,
-        world=world,
-        learner=learner,
-        hooks=Hooks(
-            log_every=setup.log_every,
-            on_interval=reporter.interval,
-            checkpoint_every=setup.checkpoint_every,
-            on_checkpoint=reporter.checkpoint,
-            on_step=reporter.step,
-            dumps=folder.child("dumps"),
-        ),
-    )
+    with _monitor(setup, context):
+        run(
+            config,
+            source,
+            world=world,
+            learner=learner,
+            hooks=Hooks(
+                log_every=setup.log_every,
+                on_interval=reporter.interval,
+                checkpoint_every=setup.checkpoint_every,
+                on_checkpoint=reporter.checkpoint,
+                on_step=reporter.step,
+                dumps=folder.child("dumps"),
+            ),
+        )
     if rank == 0:
         checked = " and validating it" if reporter.is_validated(config.total_steps) else ""
         setup.console.phase(f"storing the last checkpoint{checked}")
+
+
+def _monitor(setup: WorkerSetup, context: Any) -> AbstractContextManager[Any]:
+    """Return what records how busy this machine is, in the first worker of each machine."""
+    if setup.run is None or context.get_local_rank() != 0:
+        return nullcontext()
+    several = context.get_local_world_size() < context.get_world_size()
+    node = context.get_node_rank() if several else None
+    own = copy.copy(setup.run)  # it counts its calls, in one thread
+    return recorded_in(own, setup.sample_every_s, node=node)
 
 
 def make_learner(setup: WorkerSetup, world: World, last: str | None) -> Learner:

@@ -120,6 +120,31 @@ def test_restart_with_the_same_folder_continues_the_same_run(tmp_path: Path) -> 
     assert data.tags["changed.workers"] == "1 -> 2"
 
 
+def test_a_run_says_which_job_made_it_from_which_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789" * 4
+    for given in ("/home/x/lorat/jobs/train.py", "jobs/train.py"):
+        monkeypatch.setattr(sys, "argv", [given])
+        made = recording.made_by({"git_revision": f"{commit}-dirty"})
+        assert made["mlflow.source.name"] == "jobs/train.py"
+        assert made["mlflow.source.type"] == "JOB"
+        assert made["mlflow.source.git.commit"] == commit
+    assert "mlflow.source.git.commit" not in recording.made_by({"git_revision": "unknown"})
+    client = connect()
+    theirs = client.create_experiment("theirs")
+    with recording.open_run("theirs", "a", folder=tmp_path / "a") as run:
+        pass
+    assert run.page == (f"#/experiments/{theirs}/runs/{run.run_id}?workflowType=machine_learning")
+    tags = client.get_run(run.wait_for_id()).data.tags
+    assert tags["mlflow.source.name"] == "jobs/train.py"
+    assert client.get_experiment(theirs).tags["mlflow.experimentKind"] == "custom_model_development"
+    # A run that goes on from another folder, or machine, has the same page.
+    with recording.open_run("theirs", "a", folder=tmp_path / "b", run_id=run.run_id) as again:
+        pass
+    assert again.page == run.page
+
+
 def test_children_find_a_parent_that_arrives_later(tmp_path: Path) -> None:
     parent = recording.open_run("search", "parent", folder=tmp_path / "parent")
     with recording.open_run(

@@ -82,6 +82,13 @@ def test_version_has_alias_and_tags(registered: dict[str, str]) -> None:
     assert "mlflow.pyfunc.load_model" in version.description
 
 
+def test_a_list_of_versions_shows_the_scores(registered: dict[str, str]) -> None:
+    version = connect().get_model_version("lorat", registered["version"])
+    assert version.description.startswith("AO 0.612 (val). N-112. ")
+    scores = {"eval/a/ao": 0.5, "eval/a/sr50": 0.6, "eval/b/ao": 0.25}
+    assert versions.headline(scores) == "AO 0.500, SR50 0.600 (a); AO 0.250 (b)"
+
+
 def test_no_file_is_a_pickle(registered: dict[str, str]) -> None:
     files = [path for path in files_of(registered["version"]).rglob("*") if path.is_file()]
     assert any(path.name == "model.safetensors" for path in files)

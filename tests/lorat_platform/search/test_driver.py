@@ -19,11 +19,12 @@ import pytest
 import ray
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from lorat.config.fields import from_dict
+from lorat.config.fields import from_dict, to_dict
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files import storage
 from lorat_platform import cluster
+from lorat_platform.recording.recorder import flatten
 from lorat_platform.recording.store import connect
 from lorat_platform.runs.claim import announcements
 from lorat_platform.search import driver, session
@@ -38,6 +39,7 @@ from tests.small_shards import make_shards
 pytestmark = pytest.mark.processes(minutes=2.5)
 
 Data = tuple[str, str]
+REVISION = "0123456789" * 4
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def outcome(data: Data) -> SearchOutcome:
         config(data, weight_decay=10.0),
         options(trials=8, space=space, scheduler="none", name="whole"),
     )
-    return run_search(plan, git_revision="abc")
+    return run_search(plan, git_revision=REVISION)
 
 
 def test_a_search_ends_with_the_best_configuration(outcome: SearchOutcome) -> None:
@@ -144,9 +146,9 @@ def test_mlflow_has_the_search_and_its_trials_nested(outcome: SearchOutcome) -> 
     experiment = client.get_experiment_by_name("lorat-search")
     parent = client.get_run(outcome.run_id)
     assert parent.info.status == "FINISHED"
-    assert parent.data.tags["git_revision"] == "abc"
-    assert parent.data.metrics["trials_failed"] == outcome.board.count("failed")
-    assert parent.data.metrics["cost_saved"] == pytest.approx(outcome.board.cost().saved)
+    assert parent.data.tags["git_revision"] == REVISION
+    assert parent.data.tags["lorat.trials_failed"] == str(outcome.board.count("failed"))
+    assert set(parent.data.metrics) == {"best_ao"}, "what is one number is no chart"
     assert "Best is trial" in parent.data.tags["mlflow.note.content"]
     children = client.search_runs(
         [experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{outcome.run_id}'"
@@ -156,15 +158,22 @@ def test_mlflow_has_the_search_and_its_trials_nested(outcome: SearchOutcome) -> 
     for row in outcome.board.rows.values():
         run = by_trial[row.trial_id]
         assert run.data.tags["lorat.trial_status"] == row.status
+        names = flatten(to_dict(outcome.plan.space.configure(row.values))).keys()
+        assert run.data.params.keys() == names, "those of a training"
         assert run.data.params["lora.rank"] == str(row.values["lora.rank"])
+        number, *values = run.info.run_name.split()
+        assert number == f"t{row.number:02d}"
+        assert f"r{row.values['lora.rank']}" in values and f"d{row.values['head.depth']}" in values
+        assert run.data.tags["mlflow.source.git.commit"] == REVISION
+        assert [i.dataset.name for i in run.inputs.dataset_inputs] == ["train", "val"]
         if row.status == "failed":
             assert run.info.status == "FAILED"
             assert "not finite" in run.data.tags["lorat.failure"]
         else:
             assert run.info.status == "FINISHED"
-            history = client.get_metric_history(run.info.run_id, "ao")
+            history = client.get_metric_history(run.info.run_id, "val/ao")
             assert [(m.step, m.value) for m in history] == [(8, row.last("ao"))]
-            assert run.data.metrics["loss"] == row.last("loss")
+            assert run.data.metrics["train/loss"] == row.last("loss")
             penalty = row.tracking["tracking.window_penalty"]
             assert run.data.params["tracking.window_penalty"] == str(penalty)
 
@@ -173,9 +182,14 @@ def test_table_and_plots_are_on_the_parent_run(outcome: SearchOutcome, tmp_path:
     client = connect()
     names = {entry.path for entry in client.list_artifacts(outcome.run_id)}
     assert names == {
-        "best_config.json", "plots",
+        "best_config.json", "console.log", "plots",
         *(f"{table}.{kind}" for table in ("trials", "settings") for kind in ("csv", "parquet")),
     }  # fmt: skip
+    log = Path(client.download_artifacts(outcome.run_id, "console.log", str(tmp_path))).read_text()
+    assert log.count(": completed after 8 steps\n") == outcome.board.count("completed")
+    experiment = client.get_experiment_by_name("lorat-search")
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{outcome.plan.identity}"])
+    assert {"params.`lora.rank`", "params.`lr`", "metrics.`val/ao`"} <= set(view["selectedColumns"])
     plots = {Path(entry.path).stem for entry in client.list_artifacts(outcome.run_id, "plots")}
     assert {"history", "parallel_coordinates", "rank_lr_map", "pareto_front"} <= plots
     assert "tracking_settings" in plots

@@ -14,6 +14,8 @@ from ray.exceptions import RayActorError
 from lorat.errors import UserError
 from lorat.files.storage import locate
 from lorat_platform.failures import TrialFailed
+from lorat_platform.recording.run import Run, open_run
+from lorat_platform.recording.store import connect
 from lorat_platform.recording.trouble import Ending
 from lorat_platform.runs.claim import LEASE_S, Lease
 from lorat_platform.search import session as search_session
@@ -31,6 +33,12 @@ class BlackHole:
     def __init__(self) -> None:
         self.status = ""
 
+    def set_tags(self, values: dict[str, str]) -> None:
+        pass
+
+    def log_console(self, text: str) -> None:
+        pass
+
     def end(self, status: str, timeout_s: float) -> Ending:
         self.status = status
         time.sleep(timeout_s)
@@ -38,7 +46,12 @@ class BlackHole:
 
 
 def _session(
-    folder: Path, *, num_trials: int = 100, resumes: bool = False, need: Any = None
+    folder: Path,
+    *,
+    num_trials: int = 100,
+    resumes: bool = False,
+    need: Any = None,
+    parent: Run | None = None,
 ) -> SearchSession:
     nothing: Any = BlackHole()
     return SearchSession(
@@ -46,7 +59,7 @@ def _session(
         identity="many-id",
         folder=folder,
         board=Leaderboard(objectives=("ao",), rungs=Rungs(max_steps=4, reduction=2, num_rungs=1)),
-        parent=nothing,
+        parent=parent or nothing,
         experiment="lorat-search",
         num_trials=num_trials,
         remember_parent=lambda _: None,
@@ -89,6 +102,32 @@ class FakeGauge:
 
 def _exported() -> dict[str, float]:
     return {status: value for (_, status), value in FakeGauge.values.items()}
+
+
+def test_a_trial_that_was_stopped_looks_stopped_in_mlflow(own_store: Path, tmp_path: Path) -> None:
+    with open_run("lorat-search", "many", folder=tmp_path / "parent") as parent:
+        session = _session(tmp_path, parent=parent)
+        trials: list[Any] = [
+            SimpleNamespace(trial_id=name, config={"lora.rank": 8})
+            for name in ("completed", "stopped", "interrupted")
+        ]
+        for trial, step in zip(trials, (4, 2, 2), strict=True):
+            session.begin(trial, trials)
+            session.report(trial, {"step": step, "ao": 0.5, "loss": 1.0, "system/gpu": 3.0})
+        runs = dict(session._runs)
+        session.finish(trials[0])
+        session.finish(trials[1])
+        session.end()
+    client = connect()
+    for name, opened in runs.items():
+        run = client.get_run(opened.wait_for_id())
+        assert run.info.status == ("FINISHED" if name == "completed" else "KILLED")
+        assert run.data.tags["lorat.trial_status"] == name
+        assert run.data.metrics == {"val/ao": 0.5, "train/loss": 1.0, "system/gpu": 3.0}
+        assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"console.log"}
+    stopped = client.get_run(runs["stopped"].wait_for_id())
+    assert stopped.info.run_name == "t01 r8"
+    assert stopped.data.tags["mlflow.note.content"] == "Stopped early, after 2 of 4 steps."
 
 
 def test_the_number_of_trials_by_status_is_exported(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +18,17 @@ from lorat.files.storage import locate
 from lorat.learning.learner import Learner, World
 from lorat.learning.loop import Hooks, run
 from lorat_platform.cluster.console import Console
+from lorat_platform.recording.recorder import Recorder
 from lorat_platform.runs import checkpoints
 from lorat_platform.runs.claim import Lease
 from lorat_platform.training.after import AfterLastStep
-from lorat_platform.training.worker import WorkerSetup, _Reporter, _Upload, make_learner
+from lorat_platform.training.worker import (
+    WorkerSetup,
+    _monitor,
+    _Reporter,
+    _Upload,
+    make_learner,
+)
 from tests.lorat.learning.test_learner import CONFIG, source
 
 
@@ -114,3 +124,39 @@ def test_the_first_steps_are_told_and_the_time_left_has_what_comes_after(
     first = min(end, 10)
     assert phases[0] == "[taking the first step]"
     assert phases[1:] == [f"(taking step {n} of {end})" for n in range(2, first + 1)] + ["[]"]
+
+
+class Records(Recorder):
+    """Keeps the names of metrics."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def _record(self, op: str, **fields: Any) -> None:
+        self.names.update(fields["values"])
+
+    def _store(self, source: Path | bytes, name: str, folder: str) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "local_size", "prefix"),
+    [(0, 4, "system/"), (0, 2, "system/node_3/"), (1, 2, None)],
+)
+def test_the_first_worker_of_a_machine_records_how_busy_it_is(
+    local_rank: int, local_size: int, prefix: str | None, tmp_path: Path
+) -> None:
+    context = SimpleNamespace(
+        get_local_rank=lambda: local_rank,
+        get_local_world_size=lambda: local_size,
+        get_world_size=lambda: 4,
+        get_node_rank=lambda: 3,
+    )
+    run = Records()
+    worker = dataclasses.replace(setup(tmp_path, None), run=run, sample_every_s=0.02)
+    with _monitor(worker, context):
+        deadline = time.monotonic() + (20 if prefix else 0.2)
+        while time.monotonic() < deadline and not (prefix and run.names):
+            time.sleep(0.01)
+    assert bool(run.names) == (prefix is not None)
+    assert prefix is None or f"{prefix}cpu_utilization_percentage" in run.names

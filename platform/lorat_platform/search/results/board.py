@@ -28,6 +28,9 @@ REPORTED = (
 )  # fmt: skip
 """Numbers of a report that the table has as columns (the last report's)."""
 
+MAX_LABEL = 200
+"""Characters of a trial's name; MLflow takes 250."""
+
 REPORT_FIELDS = ("step", "budget", *REPORTED, "total_seconds", "tracking", "settings")
 """Everything that is kept of a report."""
 
@@ -105,6 +108,37 @@ class TrialRow:
         """Add a report; one at a step that was reported before replaces it and what followed."""
         self.counted_at = time.time()
         self.reports = [r for r in self.reports if r["step"] < values["step"]] + [values]
+
+
+SHORT = {"lora.rank": "r", "head.depth": "d", "lora.alpha": "a", "lora.dropout": "drop"}
+"""Short names of searched fields; others are called by the last part of their path."""
+
+
+def trial_label(row: TrialRow, num_trials: int) -> str:
+    """Name a trial by its number and values, such as ``t03 r16 lr2e-3 d3``.
+
+    Args:
+        row: of the trial.
+        num_trials: of the search, whose last number gives the digits.
+    """
+    digits = max(2, len(str(num_trials - 1)))
+    shown = [
+        f"{SHORT.get(path, path.rpartition('.')[2])}{separator}{text}"
+        for path, value in row.values.items()
+        for text in [_value_text(value)]
+        for separator in ["" if text[:1].isdigit() or text[:1] == "-" else "="]
+    ]
+    return " ".join([f"t{row.number:0{digits}d}", *shown])[:MAX_LABEL]
+
+
+def _value_text(value: Any) -> str:
+    """Write a value with two digits, small ones as ``2e-3``."""
+    if not isinstance(value, float):
+        return str(value)
+    if value and abs(value) < 0.01:
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return f"{value:.2g}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lorat.config.fields import to_dict
 from lorat.config.training import TrainConfig
+from lorat_platform.recording.pages import address, how_to_open
 from lorat_platform.recording.run import Run
 from lorat_platform.recording.store import tracking_uri
 from lorat_platform.recording.trouble import Ending, say_what_is_left
@@ -32,6 +33,10 @@ class SearchOutcome:
     best_config: TrainConfig | None
     best_config_file: Path | None
     run_id: str | None
+    page: str | None
+    """The search's page in MLflow."""
+    table: str | None
+    """The page with all trials, their values and scores."""
     interrupted: bool
     endings: tuple[Ending, ...]
     """What the runs of the search and of its trials left for MLflow."""
@@ -67,19 +72,22 @@ def write_outcome(
         parent.log_artifact(path)
     for path in plots:
         parent.log_artifact(path, "plots")
-    parent.log_metrics(
+    # One number each is no curve: as metrics they would be the page's first charts.
+    parent.set_tags(
         {
-            "steps_spent": cost.steps,
-            "steps_of_full_runs": cost.full_steps,
-            "cost_saved": cost.saved,
-            "trial_seconds": cost.seconds,
-            "trials_completed": board.count("completed"),
-            "trials_stopped": board.count("stopped"),
-            "trials_failed": board.count("failed"),
-        },
-        cost.steps,
+            "lorat.steps_spent": cost.steps,
+            "lorat.steps_of_full_runs": cost.full_steps,
+            "lorat.cost_saved": f"{cost.saved:.4f}",
+            "lorat.trial_seconds": f"{cost.seconds:.0f}",
+            "lorat.trials_completed": board.count("completed"),
+            "lorat.trials_stopped": board.count("stopped"),
+            "lorat.trials_failed": board.count("failed"),
+        }
     )
-    parent.set_description(search_description(plan, board))
+    text, table = search_description(plan, board), parent.table(plan.identity)
+    if table is not None:
+        text += f"\n\n[All trials with their values and scores]({table})"
+    parent.set_description(text)
     ending = parent.end("KILLED" if interrupted else "FINISHED")
     return SearchOutcome(
         plan=plan,
@@ -88,6 +96,8 @@ def write_outcome(
         best_config=best_config,
         best_config_file=best_file,
         run_id=parent.run_id,
+        page=parent.page,
+        table=table,
         interrupted=interrupted,
         endings=(*endings, ending),
     )
@@ -100,6 +110,10 @@ def say_where_it_is(outcome: SearchOutcome) -> None:
             "MLflow  %s, experiment %s, run %s",
             tracking_uri(), outcome.plan.options.experiment, outcome.run_id,
         )  # fmt: skip
+    if outcome.page is not None:
+        log.info("open it %s", how_to_open(outcome.page))
+    if outcome.table is not None:
+        log.info("trials  %s", address(outcome.table))
     say_what_is_left(outcome.endings)
 
 

@@ -27,6 +27,7 @@ from lorat_platform.failures import (
     trial_failures,
     user_message,
 )
+from lorat_platform.recording.system_metrics import SystemMonitor
 from lorat_platform.runs import checkpoints
 from lorat_platform.search.trial.measure import measure
 from lorat_platform.search.trial.process import (
@@ -49,6 +50,7 @@ _RESULT_SHAPE = {
     "latency_ms": float | None,
     "train_seconds": float,
     "evaluation_seconds": float,
+    "system": dict[str, float],
 }
 START_ATTEMPTS = 3
 """Starts of the worker group that may time out before the trial fails."""
@@ -114,7 +116,7 @@ def _run_rungs(values: dict[str, Any], setup: TrialSetup) -> None:
         progress.train_seconds += done["train_seconds"]
         progress.evaluation_seconds += done["evaluation_seconds"]
         seconds = before + time.perf_counter() - began
-        report = progress.report(setup, rung, done["measured"], seconds)
+        report = progress.report(setup, rung, done["measured"], seconds) | done["system"]
         with temporary_folder() as name:
             hand_over(report, progress, name)
 
@@ -168,7 +170,9 @@ def _worker(work: RungWork) -> None:
     world = World(rank=context.get_world_rank(), size=context.get_world_size(), device=device)
     config, folder, progress = work.config, work.folder, work.progress
     last = checkpoints.newest(folder)
-    with temporary_folder() as name, open_cache(config, work.setup) as cache:
+    # Of the machine with worker 0; a trial's workers are alike.
+    monitor = SystemMonitor(work.setup.sample_every_s if world.rank == 0 else None)
+    with temporary_folder() as name, open_cache(config, work.setup) as cache, monitor:
         resume = checkpoints.download(folder, last, name) if last else None
         start_step = work.setup.steps(config)[work.rung - 1] if work.rung else 0
         if last and resume is not None and (checkpoints.step_of(last) or 0) > start_step:
@@ -208,6 +212,7 @@ def _worker(work: RungWork) -> None:
                 "latency_ms": progress.latency_ms,
                 "train_seconds": seconds,
                 "evaluation_seconds": progress.evaluation_seconds - evaluated,
+                "system": monitor.take(),
             }
             folder.write_bytes(work.result_file, json.dumps(done).encode())
         dist.barrier()

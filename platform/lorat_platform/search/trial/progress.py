@@ -29,6 +29,8 @@ class TrialSetup:
     crop_cache: str
     """The search's identity, under which its trials share crops."""
     crop_cache_bytes: int
+    sample_every_s: float | None = None
+    """Seconds between samples of how busy the machine is; none for none."""
     save_every_s: float = 600.0
     """Longest training that an interruption may cost."""
     settings: tuple[dict[str, Any], ...] = ({},)

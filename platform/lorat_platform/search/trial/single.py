@@ -23,6 +23,7 @@ from lorat.learning.learner import Learner, World
 from lorat.learning.loop import Hooks, run
 from lorat.learning.tail_average import TailAverage
 from lorat_platform.failures import trial_failures
+from lorat_platform.recording.system_metrics import SystemMonitor
 from lorat_platform.runs import checkpoints
 from lorat_platform.search.rungs import HISTORY
 from lorat_platform.search.trial.measure import measure
@@ -63,6 +64,7 @@ def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
         )
         before = progress.total_seconds
         cache = stack.enter_context(open_cache(config, setup))
+        monitor = stack.enter_context(SystemMonitor(setup.sample_every_s))
         for rung in range(len(progress.history), setup.rungs.num_rungs):
             step = setup.steps(config)[rung]
             average = rung_average(learner, setup, rung, folder)
@@ -78,7 +80,7 @@ def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
             progress.train_seconds += time.perf_counter() - trained
             measured = measure(learner, config, setup, progress, cache, average)
             seconds = before + time.perf_counter() - began
-            report = progress.report(setup, rung, measured, seconds)
+            report = progress.report(setup, rung, measured, seconds) | monitor.take()
             with temporary_folder() as name:
                 learner.save(name)
                 hand_over(report, progress, name)

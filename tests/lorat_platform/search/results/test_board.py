@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lorat_platform.search.plan import default_config
-from lorat_platform.search.results.board import Leaderboard
+from lorat_platform.search.results.board import Leaderboard, trial_label
 from lorat_platform.search.results.console import SearchConsole
 from lorat_platform.search.results.plots import draw_settings, importance, write_plots
 from lorat_platform.search.rungs import Rungs
@@ -46,6 +46,17 @@ def test_best_is_the_best_of_the_highest_rung() -> None:
     assert best is not None
     assert best.trial_id == "t9", "t0 was better, but only at the first rung"
     assert [r.trial_id for r in board.ranked()][:4] == ["t9", "t8", "t7", "t0"]
+
+
+def test_a_trial_is_named_by_its_values() -> None:
+    board = _board()
+    row = board.add("t", {"lora.rank": 16, "lr": 0.002, "head.depth": 3})
+    assert trial_label(row, 12) == "t11 r16 lr2e-3 d3"
+    other = {"lora.rank": 4, "lr": 3.17e-4, "lora.dropout": 0.125, "variant": "B-224", "lr2": 0.5}
+    assert trial_label(board.add("u", other), 1000) == (
+        "t012 r4 lr3.2e-4 drop0.12 variant=B-224 lr20.5"
+    )
+    assert len(trial_label(board.add("v", {f"path.{i}": "long" * 9 for i in range(99)}), 9)) <= 250
 
 
 def test_cost_is_counted_against_full_runs_of_the_same_trials() -> None:

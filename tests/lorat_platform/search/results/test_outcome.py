@@ -30,6 +30,8 @@ def test_a_search_that_mlflow_never_took_shows_no_link_and_the_command_for_all_i
         best_config=None,
         best_config_file=None,
         run_id=runs[0].run_id,
+        page=runs[0].page,
+        table=runs[0].table("trials"),
         interrupted=False,
         endings=tuple(run.end(timeout_s=0.0) for run in runs),
     )
