@@ -25,8 +25,6 @@ from lorat.files.storage import locate
 from lorat.learning.learner import Learner, World, resolve_precision, step_seed
 from lorat.learning.loop import Hooks, run
 from lorat.learning.optimisation import (
-    BETAS,
-    EPS,
     build_optimizer,
     parameter_groups,
     set_learning_rate,
@@ -271,7 +269,11 @@ def test_fused_steps_are_those_of_the_plain_optimiser() -> None:
     ours = build_optimizer(models[0], CONFIG)
     assert ours.defaults["fused"]
     plain = torch.optim.AdamW(
-        parameter_groups(models[1], CONFIG.weight_decay), lr=0.01, betas=BETAS, eps=EPS, fused=False
+        parameter_groups(models[1], CONFIG.weight_decay),
+        lr=0.01,
+        betas=(CONFIG.beta1, CONFIG.beta2),
+        eps=CONFIG.adam_eps,
+        fused=False,
     )
     generator = torch.Generator().manual_seed(0)
     parameters = [model.trainable_parameters() for model in models]
