@@ -4,58 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lorat.learning.optimisation import set_learning_rate
+from lorat.model.cuda_graphs import Recorder, Replay
 
 log = logging.getLogger(__name__)
 
 EAGER_STEPS = 3
 """Steps before the recording.  They do what must not happen in one: compile, open libraries, make
 constants and the optimiser's state."""
-
-Replay = Callable[[], Tensor]
-"""Do a recorded step again; the result is the same tensor, with new values, every time."""
-
-
-class Recorder(Protocol):
-    """What makes recordings, such as :class:`CudaGraphs`."""
-
-    def record(self, step: Callable[[], Tensor]) -> Replay:
-        """Record a step without doing it; its tensors stay where they are.
-
-        Raises:
-            Exception: of any kind, if it cannot be recorded.
-        """
-        ...
-
-
-class CudaGraphs:
-    """Records steps as CUDA graphs of one device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def record(self, step: Callable[[], Tensor]) -> Replay:
-        """Record a step; see :class:`Recorder`."""
-        graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device(self._device),
-            # Comes back to the caller's stream also where torch, before 2.15, does not.
-            torch.cuda.stream(torch.cuda.current_stream(self._device)),
-            # The thread that copies the next batch may allocate while this one records.
-            torch.cuda.graph(graph, capture_error_mode="thread_local"),
-        ):
-            result = step()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        return replay
 
 
 class CapturedStep:

@@ -23,11 +23,12 @@ from lorat import checkpoint
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.learning.augment import augment, foreground_mask
-from lorat.learning.capture import CapturedStep, CudaGraphs
+from lorat.learning.capture import CapturedStep
 from lorat.learning.clock import StepClock
 from lorat.learning.criterion import Criterion, positive_mask
 from lorat.learning.optimisation import build_optimizer, scheduled_lr, set_learning_rate
 from lorat.learning.step import Inputs, Readback, StepResult
+from lorat.model.cuda_graphs import CudaGraphs
 from lorat.model.network import LoRAT, build_model
 
 log = logging.getLogger(__name__)

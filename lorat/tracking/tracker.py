@@ -24,9 +24,10 @@ from lorat.errors import UserError
 from lorat.image.boxes import Box, clip_box, enlarge_to_minimum, intersects, rasterize
 from lorat.image.codec import mean_rgb
 from lorat.image.crops import CropParams, crop_params, foreground_mask, resample
+from lorat.model.cuda_graphs import CudaGraphs
 from lorat.model.network import LoRAT
 from lorat.model.normalisation import normalize_
-from lorat.tracking.capture import Capture, CudaGraphs
+from lorat.tracking.capture import Capture
 from lorat.tracking.postprocess import box_in_frame, find_peak, hann_window, next_box
 from lorat.tracking.search_crops import DeviceCrops, HostCrops, SearchCrops
 

@@ -223,7 +223,7 @@ def _exported() -> set[str]:
         wall_s=1.0, parts_s=dict.fromkeys(clock.PARTS, 0.1), num_steps=1, num_pairs=1,
         num_workers=1, flops_per_pair=1.0, peak=1.0,
     )  # fmt: skip
-    names = _words("lorat/learning/loop.py", r"(train|data|system)/\w+") | set(shown)
+    names = _words("lorat/learning/loop.py", r"(train|data|system)/\w+|lr") | set(shown)
     gauges = _words("platform/lorat_platform/search/session.py", r"lorat_search_\w+")
     gauges |= {f"lorat_serve_{name}_total" for name in publishing.COUNTERS}
     gauges |= {f"lorat_serve_{name}" for name in publishing.GAUGES}

@@ -99,9 +99,14 @@ def test_torch_and_numpy_load_data_only() -> None:
 
 
 def test_archives_are_unpacked_only_with_members_checked() -> None:
-    """Python's data filter refuses absolute paths, parents, links outside, and devices."""
+    """Python's data filter refuses absolute paths, parents, links outside, and devices.
+
+    Zips need none: their members are no links, and are unpacked without roots and parents.
+    """
     for file, name, call in _calls():
-        if name.endswith((".extractall", ".extract")):
+        if "import tarfile" in (ROOT / file).read_text() and name.endswith(
+            (".extractall", ".extract")
+        ):
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
             assert keywords.get("filter") == "'data'", file
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorat.learning.capture import EAGER_STEPS, CapturedStep, CudaGraphs, Recorder
+from lorat.learning.capture import EAGER_STEPS, CapturedStep
 from lorat.learning.learner import Learner, World
+from lorat.model.cuda_graphs import CudaGraphs, Recorder
 from tests.lorat.learning.test_learner import CONFIG, source
 
 SCHEDULED = dataclasses.replace(CONFIG, warmup_epochs=1.0)

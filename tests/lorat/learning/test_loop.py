@@ -113,8 +113,8 @@ def test_a_step_that_is_checked_one_later_is_left_out_and_named_all_the_same(
     for one, other in zip(late.parameters, at_once.parameters, strict=True):
         assert torch.equal(one, other)
     for step, metrics in expected.items():
-        for name in ("loss", "loss_cls", "grad_norm", "lr", "skipped_steps"):
-            assert seen[step][f"train/{name}"] == metrics[f"train/{name}"]
+        for name in ("train/loss", "train/loss_cls", "grad_norm", "lr", "skipped_steps"):
+            assert seen[step][name] == metrics[name]
     learner = Learner(CONFIG)
     hooks = Hooks(dumps=locate(tmp_path))
     with pytest.raises(UserError, match=r"not finite at step 3 \(pairs 30 to 39\)") as caught:

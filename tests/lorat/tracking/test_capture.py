@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorat.model.cuda_graphs import CudaGraphs
 from lorat.tracking import capture
-from lorat.tracking.capture import EAGER_CALLS, Capture, CudaGraphs
+from lorat.tracking.capture import EAGER_CALLS, Capture
 from tests.lorat.tracking.recorded_ops import RecordedOps
 
 
