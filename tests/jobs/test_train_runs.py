@@ -145,6 +145,9 @@ def test_a_training_ends_with_a_registered_tracker_and_says_where(
     assert low <= ao <= high
     for name in scores:
         assert run.data.tags[name] == version.tags[name]
+    histogram = json.loads(version.tags["score_histogram"])
+    index = FrameIndex.open(val)
+    assert sum(histogram) == index.num_frames - index.num_tracks, "each frame but the first ones"
     assert version.description.startswith(f"AO {ao:.3f}, SR50 ")
     page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType="
     assert f" then http://127.0.0.1:5000/{page}machine_learning\n" in out

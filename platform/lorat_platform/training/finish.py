@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
+import json
 import logging
 import math
 import os
@@ -97,10 +98,11 @@ def finish(
         run.log_artifact(weights)
     config = from_dict(TrainConfig, record.config)
     scores: dict[str, float] = {}
+    own: list[DatasetResult] = []
     if evaluated:
         assert model is not None
         results = evaluate_beside_baselines(model, datasets.val, options, phases)
-        scores = _metrics(results)
+        scores, own = _metrics(results), results[MODEL]
         phases.begin("reporting plots, tables, clips and result files")
         # One number each is no curve: as metrics they would be the page's first charts.
         run.set_tags(score_tags(scores))
@@ -117,7 +119,7 @@ def finish(
     if options.register:
         assert model is not None
         phases.begin("registering the model")
-        run_id, version = _register(model, result, datasets, run, record, scores)
+        run_id, version = _register(model, result, datasets, run, record, scores, own)
         phases.end()
     else:
         run_id = _id_of(run)
@@ -151,6 +153,7 @@ def _register(
     run: RemoteRun,
     record: RunRecord,
     scores: dict[str, float],
+    results: list[DatasetResult],
 ) -> tuple[str, str]:
     """Register the model; return MLflow's run and the model's version.
 
@@ -172,7 +175,7 @@ def _register(
             scores={k: v for k, v in scores.items() if not _is_of_baseline(k)},
             reference_set=reference_set(record.config["val_data"], datasets),
             git_revision=record.git_revision,
-            tags={"run": record.name},
+            tags={"run": record.name} | score_histogram(results),
         )
     except (TimeoutError, OSError, MlflowException) as error:
         where = result.folder.child(result.checkpoint).uri
@@ -181,6 +184,18 @@ def _register(
             "give the same command again when MLflow answers."
         ) from error
     return run_id, version
+
+
+def score_histogram(results: list[DatasetResult]) -> dict[str, str]:
+    """Return the tag with the tracker's scores of all frames but the first ones, in bins.
+
+    A server compares the scores of its sessions with them.
+    """
+    from lorat.metrics.confidence import histogram
+    from lorat_platform.registry.versions import SCORE_HISTOGRAM
+
+    scores = [score for each in results for r in each.results.values() for score in r.scores[1:]]
+    return {SCORE_HISTOGRAM: json.dumps(histogram(scores).tolist())} if scores else {}
 
 
 def _is_of_baseline(metric: str) -> bool:
