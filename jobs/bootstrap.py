@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from multiprocessing import parent_process
 from types import FrameType
 
 
@@ -37,4 +38,5 @@ if os.path.exists(os.path.join(ROOT, "lorat", "__init__.py")):
 
 from loading import LOADING  # noqa: E402  (found by the paths above)
 
-LOADING.begin("loading libraries", quiet=True)
+if parent_process() is None:  # what a job spawns imports it again, and has nobody to tell
+    LOADING.begin("loading libraries", quiet=True)

@@ -19,7 +19,9 @@ def import_job(name: str) -> ModuleType:
     """Return the module ``jobs/NAME.py``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "jobs"))
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
+        importlib.import_module("loading").LOADING.end()  # as the job would when it runs
+        return module
 
 
 def run_in_process(name: str, *arguments: object) -> int:

@@ -60,7 +60,7 @@ def test_a_model_that_was_registered_before_a_kill_is_not_registered_again(
 
     def register() -> str:
         datasets = Datasets(train=(), val=(), fingerprints={})
-        return finish._register(random_tracker(), result, datasets, run, record, {})[1]
+        return finish._register(random_tracker(), result, datasets, run, record, {}, [])[1]
 
     client = connect()
     assert register() == "1"
