@@ -159,7 +159,8 @@ def test_mlflow_has_the_search_and_its_trials_nested(outcome: SearchOutcome) -> 
         run = by_trial[row.trial_id]
         assert run.data.tags["lorat.trial_status"] == row.status
         names = flatten(to_dict(outcome.plan.space.configure(row.values))).keys()
-        assert run.data.params.keys() == names, "those of a training"
+        untold = {"tracking.window_penalty"} if row.status == "failed" else set()
+        assert run.data.params.keys() == names - untold, "those of a training"
         assert run.data.params["lora.rank"] == str(row.values["lora.rank"])
         number, *values = run.info.run_name.split()
         assert number == f"t{row.number:02d}"
@@ -294,7 +295,8 @@ def test_a_trial_whose_process_dies_is_tried_again_and_a_resumed_search_tries_it
     assert outcome.board.count("completed", "stopped") == 3
     assert outcome.board.pareto()
     again = connect().get_run(_run_of(outcome, rows[0].trial_id))
-    assert again.info.status == "FINISHED"
+    ended = {"completed": "FINISHED", "stopped": "KILLED"}
+    assert again.info.status == ended[rows[0].status]
     with pytest.raises(UserError, match="--trials is 2 but the search killed has begun 3"):
         driver.resume_search("killed", trials=2)
 
