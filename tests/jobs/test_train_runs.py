@@ -99,7 +99,8 @@ def trained(shards: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -
             | PLANTED,
         )  # fmt: skip
         assert job.stdout is not None
-        lines = [(line, time.monotonic() - began) for line in job.stdout]
+        with job.stdout:
+            lines = [(line, time.monotonic() - began) for line in job.stdout]
         output = "".join(line for line, _ in lines)
         assert job.wait() == 0, output
         said_at = [at for _, at in lines]

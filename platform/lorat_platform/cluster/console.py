@@ -11,6 +11,8 @@ from typing import Any, Literal
 from lorat_platform.cluster.phases import Phases
 
 POLL_S = 0.25
+END_S = 10.0
+"""Longest wait for the last lines."""
 KEPT = 10_000
 
 Kind = int | Literal["phase", "quiet phase"]
@@ -100,6 +102,8 @@ class ConsolePrinter:
         self.console = Console(actor.remote())
         self._phases = phases or Phases()
         self._log = logging.getLogger("lorat_platform.workers")
+        self._asked: Any = None
+        """A question to the actor that was not answered yet: it may take long to start."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="console", daemon=True)
 
@@ -111,21 +115,28 @@ class ConsolePrinter:
         self._stop.set()
         self._thread.join(timeout=5.0)
         with contextlib.suppress(Exception):  # the cluster may be gone; its error is told elsewhere
-            self._print()
+            self._print(END_S)
+            self._print(END_S)  # what came after the question that the first one has answered
 
     def _loop(self) -> None:
         import ray
 
         while not self._stop.wait(POLL_S):
             try:
-                self._print()
+                self._print(POLL_S)
             except ray.exceptions.RayError:
                 return
 
-    def _print(self) -> None:
+    def _print(self, patience_s: float) -> None:
+        """Print what the actor has; where it does not answer yet, a later call takes the answer."""
         import ray
 
-        for kind, line in ray.get(self.console.actor.take.remote(), timeout=10.0):
+        if self._asked is None:
+            self._asked = self.console.actor.take.remote()
+        if not ray.wait([self._asked], timeout=patience_s)[0]:
+            return
+        answer, self._asked = self._asked, None
+        for kind, line in ray.get(answer):
             if isinstance(kind, int):
                 self._log.log(kind, "%s", line)
             elif line:
