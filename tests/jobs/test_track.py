@@ -258,7 +258,7 @@ def test_object_selected_with_the_mouse_is_tracked_and_shown(
         (["text.mp4", "--box", "1,1,5,5"], "cannot be read as a video"),
         (["camera:97", "--box", "1,1,5,5"], "camera cannot be opened"),
         (["{folder}", "--box", "1,1,5,5", "--output", "a.avi"], "give a name in .mp4 or .webm"),
-        (["{folder}", "--box", "1,1,5,5"], "There is no models:/lorat@champion in MLflow"),
+        (["{folder}", "--box", "1,1,5,5"], "There is no lorat@champion and no lorat@candidate"),
         (["{folder}", "--box", "1,1,5,5", "--model", "gone"], "There is no model gone"),
         (["{folder}", "--select", "--model", "static"], "--select needs a screen"),
         (["{folder}", "--box", "1,1,5,5", "--output", "text.mp4/o.mp4"], "text.mp4 is none"),
