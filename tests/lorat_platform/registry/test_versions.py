@@ -284,9 +284,12 @@ def test_where_no_model_is_named_the_champion_counts_and_else_the_candidate(
 ) -> None:
     caplog.set_level("INFO")
     uri = f"models:/lorat/{registered['version']}"
+    client = connect()
+    before = client.get_registered_model("lorat").aliases.get(versions.CHAMPION)
+    if before:  # another test's
+        client.delete_registered_model_alias("lorat", versions.CHAMPION)
     assert versions.usual() == uri
     assert caplog.messages[-1] == f"model       {uri}, the candidate; there is no champion yet"
-    client = connect()
     source = client.get_model_version("lorat", registered["version"]).source
     later = client.create_model_version("lorat", source=source).version
     client.set_registered_model_alias("lorat", versions.CHAMPION, later)
@@ -296,6 +299,8 @@ def test_where_no_model_is_named_the_champion_counts_and_else_the_candidate(
     finally:
         client.delete_registered_model_alias("lorat", versions.CHAMPION)
         client.delete_model_version("lorat", later)
+        if before:
+            client.set_registered_model_alias("lorat", versions.CHAMPION, before)
 
 
 def test_an_alias_is_pinned_to_the_version_that_it_means_now(registered: dict[str, str]) -> None:
