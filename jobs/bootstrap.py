@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from multiprocessing import parent_process
+from multiprocessing import current_process
 from types import FrameType
 
 
@@ -38,5 +38,5 @@ if os.path.exists(os.path.join(ROOT, "lorat", "__init__.py")):
 
 from loading import LOADING  # noqa: E402  (found by the paths above)
 
-if parent_process() is None:  # what a job spawns imports it again, and has nobody to tell
+if current_process().name == "MainProcess":  # what a job spawns imports this, too, and goes on
     LOADING.begin("loading libraries", quiet=True)

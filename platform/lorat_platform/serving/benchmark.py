@@ -100,7 +100,9 @@ def _server(options: ServeBenchmark, versions: int = 1, **settings: Any) -> Iter
                     registry.register(build_model(config), run_id=run.wait_for_id())
             store = connect()
             store.set_registered_model_alias("lorat", "champion", "1")
-            scale = Scale(replicas=settings.pop("replicas", 1), cpus=0.5)
+            replicas = settings.pop("replicas", 1)
+            cpus = len(os.sched_getaffinity(0)) / replicas  # of Ray: clients have the same cores
+            scale = Scale(replicas=replicas, cpus=cpus)
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
