@@ -28,6 +28,7 @@ def test_what_is_missing_is_looked_at_again_and_what_follows_is_said(
 ) -> None:
     clock = [1000.0]
     monkeypatch.setattr(places.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(Phases, "_repeat", lambda self: None)  # its thread would see this clock
     said: list[str] = []
     with Phases(said.append) as phases:
         reminder = Reminder(phases, then="starting")
