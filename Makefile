@@ -29,7 +29,7 @@ $(READY): infra/requirements.lock pyproject.toml
 run: $(READY)  ## Train the small tracker on this machine and register it
 	@PATH="$(CURDIR)/$(BIN):$$PATH" infra/local_run.sh $(ARGS)
 
-test: $(READY) style  ## Run the checks, on 2 cores in 20 minutes (ARGS="tests/lorat -k lr" for a part)
+test: $(READY) style  ## Run the checks, on 2 cores in 25 minutes (ARGS="tests/lorat -k lr" for a part)
 	$(BIN)/python -m pytest $(ARGS)
 
 test-all: $(READY) style  ## Run these and the exhaustive ones, in about 45 minutes

@@ -151,7 +151,7 @@ class Replica:
             "models": engine.models_in_use(),
             "drift": self.drift.index(engine.model.name),
             "counts": engine.statistics.counts(),
-            "seconds_p50_p99": engine.statistics.quantiles(0.5, 0.99),
+            "p50_p99": engine.statistics.quantiles(0.5, 0.99),
         }
         if self.shadow is not None:
             shown["shadow"] = {

@@ -154,7 +154,7 @@ def _throughput(options: ServeBenchmark) -> dict[str, Any]:
         with _server(options) as server:
             each = options.targets // clients
             rate = each * _together(clients, _track_there, server.track, options.seconds, each)
-            batch = server.status()["seconds_p50_p99"].get("batch", [0.0])[0]
+            batch = server.status()["p50_p99"].get("batch", [0.0])[0]
         figures |= {name: rate, f"{name}_ratio": rate / alone, f"{name}_batch": batch}
         log.info(
             "%d session(s) of %d target(s): %.0f targets/s, %.2f times, median batch %.0f",

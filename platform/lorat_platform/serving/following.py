@@ -34,7 +34,6 @@ class Following:
         self._present = present
         self._use, self._refused = use, refused
         self._stopped = threading.Event()
-        self._asked = threading.Event()
         self._bad: dict[str, str] = {}
         self.trouble: str | None = None
         """Why the alias could not be read the last time."""
@@ -46,21 +45,12 @@ class Following:
         """Models that were refused, and why."""
         return dict(self._bad)
 
-    def look(self) -> None:
-        """Look at once, as after a webhook's call."""
-        self._asked.set()
-
     def stop(self) -> None:
         """End the thread after what it does now."""
         self._stopped.set()
-        self._asked.set()
 
     def _run(self) -> None:
-        while True:
-            self._asked.wait(self._settings.poll_s)
-            self._asked.clear()
-            if self._stopped.is_set():
-                return
+        while not self._stopped.wait(self._settings.poll_s):
             try:
                 uri = self._settings.present()
             except UserError as error:

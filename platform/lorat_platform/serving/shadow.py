@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_Targets = dict[str, tuple[object, "Target"]]
+"""Kept first view and target, by name: a name that is used again has another view."""
 LATENCIES_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 """Upper ends of the bins of latencies; one more holds what took longer."""
 
@@ -31,7 +33,6 @@ LATENCIES_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 class Agreement:
     """What a shadow found beside a model that serves, since the start."""
 
-    beside: str
     frames: int = 0
     sessions: int = 0
     failures: int = 0
@@ -58,15 +59,6 @@ class Agreement:
         }
 
 
-@dataclass
-class _Seen:
-    """The targets of a session, as the shadow has them."""
-
-    beside: str
-    targets: dict[str, tuple[object, Target]]
-    """The kept first view and the target, by name: a name that is used again has another view."""
-
-
 class Shadow:
     """Tracks beside.
 
@@ -79,7 +71,7 @@ class Shadow:
         self.model, self.share = model, share
         self.agreements: dict[str, Agreement] = {}
         """By the model that serves."""
-        self._seen: weakref.WeakKeyDictionary[Session, _Seen] = weakref.WeakKeyDictionary()
+        self._seen: weakref.WeakKeyDictionary[Session, _Targets] = weakref.WeakKeyDictionary()
 
     def sees(self, session: Session) -> bool:
         """Tell whether a session is in the share, which its id decides."""
@@ -90,12 +82,11 @@ class Shadow:
         """Track the frame of an answer, and compare; in the thread that tracks."""
         if not self.sees(session):
             return
-        beside = answer["model"]
-        agreement = self.agreements.setdefault(beside, Agreement(beside))
+        agreement = self.agreements.setdefault(answer["model"], Agreement())
         seen = self._seen.get(session)
         if seen is None:
             agreement.sessions += 1
-            seen = self._seen[session] = _Seen(beside, {})
+            seen = self._seen[session] = {}
         began = time.perf_counter()
         try:
             compared = self._step(session, image, seen)
@@ -115,20 +106,20 @@ class Shadow:
             agreement.latencies[np.searchsorted(LATENCIES_MS, took_ms)] += 1
 
     def _step(
-        self, session: Session, image: np.ndarray, seen: _Seen
+        self, session: Session, image: np.ndarray, seen: _Targets
     ) -> dict[str, tuple[list[float], float]]:
         """Begin with what is new, step the rest; return box and score of those by name."""
         old: dict[str, Target] = {}
         for name, followed in session.followed.items():
-            known = seen.targets.get(name)
+            known = seen.get(name)
             if known is not None and known[0] is followed.view:
                 old[name] = known[1]
                 continue
             (target,) = self.model.tracker.start_from([followed.view])
             target.box = followed.target.box
-            seen.targets[name] = followed.view, target
-        for name in seen.targets.keys() - session.followed.keys():
-            del seen.targets[name]
+            seen[name] = followed.view, target
+        for name in seen.keys() - session.followed.keys():
+            del seen[name]
         if not old:
             return {}
         boxes, scores = self.model.tracker.step(list(old.values()), [image] * len(old))

@@ -21,7 +21,6 @@ class Statistics:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._recent: dict[str, deque[float]] = {}
-        self._began = time.monotonic()
 
     def count(self, name: str, number: int = 1) -> None:
         """Add to a counter."""
