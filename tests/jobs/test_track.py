@@ -163,11 +163,14 @@ def test_a_damaged_frame_is_passed_over_and_told_by_the_exit_code(
 
 @pytest.fixture
 def screen() -> Iterator[str]:
-    """Run an X server without a monitor; yield its name."""
+    """Run an X server without a monitor; yield its name.
+
+    It must not reset itself when its last client goes: it turns away who comes meanwhile.
+    """
     if not (shutil.which("Xvfb") and shutil.which("xdotool")):
         pytest.skip("Debian's xvfb and xdotool are not installed")
     server = subprocess.Popen(
-        ["Xvfb", "-displayfd", "1", "-screen", "0", "1280x960x24"],
+        ["Xvfb", "-displayfd", "1", "-noreset", "-screen", "0", "1280x960x24"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -207,26 +210,27 @@ def test_object_selected_with_the_mouse_is_tracked_and_shown(
             ["xdotool", *map(str, words)], env=environment, capture_output=True, text=True
         ).stdout
 
-    window = wait_until(
-        "window",
-        lambda: xdotool("search", "--onlyvisible", "--name", "draw the object"),
-        process=job,
-    )
-    time.sleep(1)
-    at = ["mousemove", "--window", window.split()[0]]
-    xdotool(*at, 90, 110)
-    xdotool("mousedown", 1)
-    for x, y in ((100, 115), (120, 130), (150, 150)):
-        xdotool(*at, x, y)
-        time.sleep(0.1)
-    xdotool("mouseup", 1)
-    time.sleep(0.3)
-    xdotool("windowfocus", window.split()[0])
-    xdotool("key", "Return")
     try:
+        window = wait_until(
+            "window",
+            lambda: xdotool("search", "--onlyvisible", "--name", "draw the object"),
+            process=job,
+        )
+        time.sleep(1)
+        at = ["mousemove", "--window", window.split()[0]]
+        xdotool(*at, 90, 110)
+        xdotool("mousedown", 1)
+        for x, y in ((100, 115), (120, 130), (150, 150)):
+            xdotool(*at, x, y)
+            time.sleep(0.1)
+        xdotool("mouseup", 1)
+        time.sleep(0.3)
+        xdotool("windowfocus", window.split()[0])
+        xdotool("key", "Return")
         output, _ = job.communicate(timeout=300)
     finally:
         job.kill()
+        job.communicate(timeout=30)
     assert job.returncode == 0, output
     content = json.loads((tmp_path / "tracked.json").read_text())
     assert len(content["boxes_xywh"]) == 12
