@@ -4,6 +4,7 @@ python jobs/benchmark.py data       the pair stream, stage by stage, beside its 
 python jobs/benchmark.py train      the step loop beside bare PyTorch; memory of LoRA and full
 python jobs/benchmark.py track      frames per second, stage by stage, one video and many
 python jobs/benchmark.py search     early stopping beside full training of all trials
+python jobs/benchmark.py curves     trains configurations with several seeds, to replay searches
 python jobs/benchmark.py serve      targets per second, changes of the model, a lost replica
 python jobs/benchmark.py scale      what breaks first on 8, 64 and 256 GPUs
 python jobs/benchmark.py --describe B-224     parameters and work of a model
@@ -38,21 +39,22 @@ log = logging.getLogger(__name__)
 
 
 BENCHMARKS = {
-    "data": "data",
-    "train": "training",
-    "track": "evaluation",
-    "search": "search",
-    "serve": "serving",
-    "scale": "scale",
+    "data": "data.benchmark",
+    "train": "training.benchmark",
+    "track": "evaluation.benchmark",
+    "search": "search.benchmark",
+    "curves": "search.curves",
+    "serve": "serving.benchmark",
+    "scale": "scale.benchmark",
 }
-"""What can be measured, and the room that does it."""
+"""What can be measured, and the module that does it."""
 
 
 def main() -> int:
     """Run the job."""
     first, *rest = sys.argv[1:] or ["--help"]
-    if room := BENCHMARKS.get(first):
-        module = importlib.import_module(f"lorat_platform.{room}.benchmark")
+    if name := BENCHMARKS.get(first):
+        module = importlib.import_module(f"lorat_platform.{name}")
         kind, benchmark = f"{first.title()}Benchmark", f"benchmark_{first}"
         measure(getattr(module, kind), getattr(module, benchmark), rest)
     elif first in ("-h", "--help"):

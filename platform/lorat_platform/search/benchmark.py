@@ -71,11 +71,11 @@ def benchmark_search(benchmark: SearchBenchmark) -> dict[str, Any]:
     with cluster.connected(benchmark.address) as ray_cluster:
         log.info("Searching with %s.", ray_cluster)
         began = time.perf_counter()
-        searched = _run_or_go_on(plan)
+        searched = run_or_go_on(plan)
         search_seconds = time.perf_counter() - began
         points = [row.values for row in in_order(searched.board)]
         began = time.perf_counter()
-        full = _run_or_go_on(full_plan, points)
+        full = run_or_go_on(full_plan, points)
         full_seconds = time.perf_counter() - began
     figures = compare(searched.board, full.board) | {
         "search_seconds": search_seconds,
@@ -90,7 +90,7 @@ def benchmark_search(benchmark: SearchBenchmark) -> dict[str, Any]:
     return figures
 
 
-def _run_or_go_on(
+def run_or_go_on(
     plan: SearchPlan, points: Sequence[Mapping[str, Any]] | None = None
 ) -> SearchOutcome:
     """Run a part of the benchmark, or go on with it after an interruption.

@@ -11,9 +11,11 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import numpy as np
 
 from lorat.config.fields import field_paths, get_path, shown, unknown_field
 from lorat.config.training import TrainConfig
@@ -89,9 +91,30 @@ class Dimension:
         numbers = [v for v in self.values if isinstance(v, int | float)]
         return min(numbers, key=lambda v: abs(v - value)) if numbers else self.values[0]
 
+    def at(self, position: float) -> Scalar:
+        """Return the value at a place of the range or of the choices, from 0 to below 1."""
+        if self.kind == "choice":
+            return self.values[int(position * len(self.values))]
+        low, high = self.bounds
+        whole = self.kind in ("int", "logint")
+        high += whole  # both ends are included
+        value = low * (high / low) ** position if self.log else low + (high - low) * position
+        return int(value) if whole else value
+
     def __str__(self) -> str:
         inside = ",".join("none" if v is None else f"{v}" for v in self.values)
         return f"{self.path}={self.kind}({inside})"
+
+
+def latin_hypercube(
+    dimensions: Mapping[str, Dimension], number: int, rng: np.random.Generator
+) -> list[dict[str, Scalar]]:
+    """Return points in which each field takes values from all parts of its range."""
+    columns = [(rng.permutation(number) + rng.random(number)) / max(number, 1) for _ in dimensions]
+    return [
+        {path: d.at(float(x)) for (path, d), x in zip(dimensions.items(), row, strict=True)}
+        for row in zip(*columns, strict=True)
+    ]
 
 
 def parse_entry(entry: str, base: TrainConfig) -> Dimension:

@@ -72,9 +72,10 @@ class SearchOptions:
     """Who stops trials early: asha, median, hyperband, or none."""
     reduction: Annotated[int, Bounds(2, 1000)] = 4
     """About one trial in so many goes on from a rung, 2 to 1000; rungs grow by the same factor."""
-    rungs: Annotated[int, Bounds(1, 32)] = 3
-    """Comparisons in a trial's life, 1 to 32; the last is its end, the earlier ones judge the mean
-    of the weights over the second half of the steps up to them."""
+    rungs: Annotated[int, Bounds(1, 32)] | None = None
+    """Evaluations in a trial's life, 1 to 32; the last is at its end, the earlier ones judge the
+    mean of the weights over the second half of the steps up to them. None means 3, or the end alone
+    where no scheduler compares them."""
     max_steps: Count | None = None
     """Steps after which every trial ends, 1 to 1,000,000,000; none means the full schedule, which
     the learning rate follows in any case."""
@@ -239,7 +240,7 @@ def make_plan(
         raise UserError("A search needs validation sequences with full frames; give --val-data.")
     total = space.base.total_steps
     max_steps = min(options.max_steps or total, total)
-    num_rungs = 1 if options.scheduler == "none" else options.rungs
+    num_rungs = options.rungs or (1 if options.scheduler == "none" else 3)
     rungs = Rungs(max_steps=max_steps, reduction=options.reduction, num_rungs=num_rungs)
     # Two that start in the same second are two searches.
     stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"

@@ -20,7 +20,7 @@ from lorat.config.fields import replace_path
 from lorat.config.tracking import TrackingConfig
 from lorat.metrics import METRICS
 from lorat.metrics.catalogue import SCORES
-from lorat_platform.search.dimension import Dimension, Scalar
+from lorat_platform.search.dimension import Scalar, latin_hypercube
 from lorat_platform.search.space import TRACKING, SearchSpace
 
 STREAM = 83
@@ -46,25 +46,9 @@ def settings_of(space: SearchSpace, number: int, seed: int) -> tuple[dict[str, S
         found = [dict(zip(dimensions, each, strict=True)) for each in itertools.product(*choices)]
     else:
         rng = np.random.default_rng([seed, STREAM])
-        rest = number - 1
-        columns = [(rng.permutation(rest) + rng.random(rest)) / max(rest, 1) for _ in dimensions]
-        found = [
-            {p: _at(d, float(x)) for (p, d), x in zip(dimensions.items(), row, strict=True)}
-            for row in zip(*columns, strict=True)
-        ]
+        found = latin_hypercube(dimensions, number - 1, rng)
     every = [usual, *found]
     return tuple(setting for place, setting in enumerate(every) if setting not in every[:place])
-
-
-def _at(dimension: Dimension, position: float) -> Scalar:
-    """Return the value at a place of a dimension, from 0 to below 1."""
-    if dimension.kind == "choice":
-        return dimension.values[int(position * len(dimension.values))]
-    low, high = dimension.bounds
-    whole = dimension.kind in ("int", "logint")
-    high += whole  # both ends are included
-    value = low * (high / low) ** position if dimension.log else low + (high - low) * position
-    return int(value) if whole else value
 
 
 def tracking_of(tracking: TrackingConfig, setting: Mapping[str, Any]) -> TrackingConfig:

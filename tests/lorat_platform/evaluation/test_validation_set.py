@@ -81,9 +81,13 @@ def test_a_training_and_a_search_say_the_same_of_a_model(sets: list[FrameIndex])
         val_sequences=4, worker_resources={"CPU": 1.0}, settings=({},), objectives=("ao",)
     )
     searched = measure.validate(model, config, setup, torch.device("cpu"), progress)
+    of_sequences = searched.pop("sequences")
     trained = validate(model, plan)
     assert trained == {f"val/{name}": value for name, value in searched.items()}
     assert set(searched) == set(SCORES)
+    means = [np.mean([each["ao"] for each in of_set.values()]) for of_set in of_sequences]
+    assert len(means) == 2
+    assert np.mean(means) == pytest.approx(searched["ao"])
 
 
 def test_sequences_are_spread_over_each_set(

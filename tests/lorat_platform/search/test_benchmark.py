@@ -8,10 +8,10 @@ import pytest
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat_platform.search.benchmark import (
-    _run_or_go_on,
     compare,
     in_order,
     overhead_seconds,
+    run_or_go_on,
     table,
     verdict,
 )
@@ -89,4 +89,4 @@ def test_a_benchmark_goes_on_only_with_what_it_was_begun_with(
     (folder / REQUEST_FILE).write_text(json.dumps(begun.request()))
     other = make_plan(config, SearchOptions(name="mine", trials=17, reduction=3))
     with pytest.raises(UserError, match="--trials and --reduction cannot be changed"):
-        _run_or_go_on(other)
+        run_or_go_on(other)

@@ -118,7 +118,7 @@ def _run_rungs(values: dict[str, Any], setup: TrialSetup) -> None:
         seconds = before + time.perf_counter() - began
         report = progress.report(setup, rung, done["measured"], seconds) | done["system"]
         with temporary_folder() as name:
-            hand_over(report, progress, name)
+            hand_over(report, progress, name, setup)
 
 
 def _fit(work: RungWork) -> None:

@@ -13,11 +13,15 @@ from lorat.learning.tail_average import TailAverage
 from lorat.model.network import LoRAT
 from lorat.tracking.tracker import Tracker
 from lorat_platform.data.sources import open_indexes, resolve_sources
-from lorat_platform.evaluation.validation_set import tracking_scores
+from lorat_platform.evaluation.validation_set import (
+    mean_scores,
+    scores_of_sequences,
+    tracking_evaluations,
+)
 from lorat_platform.search.settings import best_of, tracking_of
 from lorat_platform.search.trial.crop_cache import CropCache
 from lorat_platform.search.trial.latency import latency_ms
-from lorat_platform.search.trial.progress import Progress, TrialSetup
+from lorat_platform.search.trial.progress import SEQUENCES, Progress, TrialSetup
 
 
 def measure(
@@ -49,23 +53,26 @@ def validate(
     """Track the validation sequences and return their mean scores; measure latency once.
 
     With several settings, the scores are those of the best one, which is returned as ``tracking``,
-    and all of them as ``settings``.
+    and all of them as ``settings``.  The scores of each set's sequences are returned as
+    ``sequences``.
     """
     began = time.perf_counter()
     tracker = Tracker(model, device=device)
     indexes = open_indexes(resolve_sources(config.val_data or "", "val"))
     threads = max(1, int(setup.worker_resources.get("CPU", 1.0)))
-    found = []
+    found, of_sequences = [], []
     for setting in setup.settings:
         tracker.tracking = tracking_of(config.tracking, setting)
-        scores = tracking_scores(
+        evaluations = tracking_evaluations(
             tracker, indexes, num_sequences=setup.val_sequences, threads=threads
         )
-        found.append({"tracking": setting, "scores": scores})
+        found.append({"tracking": setting, "scores": mean_scores(evaluations)})
+        of_sequences.append(scores_of_sequences(evaluations))
     best = best_of(found, setup.objectives)
     if progress.latency_ms is None:
         progress.latency_ms = latency_ms(tracker, indexes[0], setup)
     progress.evaluation_seconds += time.perf_counter() - began
+    measured = best["scores"] | {SEQUENCES: of_sequences[found.index(best)]}
     if not best["tracking"]:
-        return best["scores"]
-    return best["scores"] | {"tracking": best["tracking"], "settings": found}
+        return measured
+    return measured | {"tracking": best["tracking"], "settings": found}

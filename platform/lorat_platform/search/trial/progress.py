@@ -6,11 +6,25 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lorat.files import storage
 from lorat_platform.search.rungs import BUDGET, Rungs
 from lorat_platform.search.space import SearchSpace
 
 if TYPE_CHECKING:
     from lorat.config.training import TrainConfig
+
+SEQUENCES = "sequences"
+"""What a rung measured of each sequence, by set; also the folder of a search that keeps it."""
+
+
+def sequences_folder(search: storage.Location, trial_id: str) -> storage.Location:
+    """Return where a search's folder keeps the scores of sequences of a trial, a file per rung."""
+    return search.child(SEQUENCES).child(trial_id)
+
+
+def sequences_file(rung: int) -> str:
+    """Return the name of the file of a rung, from 0."""
+    return f"rung-{rung}.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ the trial goes on after any interruption; long rungs are saved in between, too.
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,13 @@ from lorat_platform.search.trial.process import (
     rung_average,
     start_weights,
 )
-from lorat_platform.search.trial.progress import Progress, TrialSetup
+from lorat_platform.search.trial.progress import (
+    SEQUENCES,
+    Progress,
+    TrialSetup,
+    sequences_file,
+    sequences_folder,
+)
 
 STATE_FILE = "trial.json"
 
@@ -83,11 +90,19 @@ def run_trial(values: dict[str, Any], setup: TrialSetup) -> None:
             report = progress.report(setup, rung, measured, seconds) | monitor.take()
             with temporary_folder() as name:
                 learner.save(name)
-                hand_over(report, progress, name)
+                hand_over(report, progress, name, setup)
 
 
-def hand_over(report: dict[str, Any], progress: Progress, folder: Path) -> None:
-    """Give report and checkpoint to Ray Tune, which may end the trial here."""
+def hand_over(report: dict[str, Any], progress: Progress, folder: Path, setup: TrialSetup) -> None:
+    """Give report and checkpoint to Ray Tune, which may end the trial here.
+
+    What was measured of the sequences goes into a file: Tune's snapshot is written every second.
+    """
+    trial_id = str(tune.get_context().get_trial_id())
+    place = sequences_folder(storage.locate(setup.folder), trial_id)
+    place.make()
+    content = json.dumps(report.pop(SEQUENCES))
+    place.write_bytes(sequences_file(len(progress.history) - 1), content.encode())
     _write_progress(progress, folder)
     tune.report(
         report | {HISTORY: progress.history},

@@ -15,12 +15,12 @@ import torch
 from lorat.config.training import TrainConfig
 from lorat.files.storage import locate
 from lorat.learning.tail_average import TailAverage
-from lorat.metrics.catalogue import SCORES
+from lorat.metrics.scores import Evaluation
 from lorat_platform.failures import TrialFailed
 from lorat_platform.runs.checkpoints import BETWEEN_RUNGS
 from lorat_platform.search.rungs import Rungs
 from lorat_platform.search.space import build_space
-from lorat_platform.search.trial import group, single
+from lorat_platform.search.trial import group, measure, single
 from lorat_platform.search.trial.progress import TrialSetup
 from tests.small_shards import make_shards
 
@@ -125,9 +125,9 @@ def test_a_rung_is_judged_by_the_mean_of_its_last_weights_and_the_last_by_its_ow
         weights[step] = average._parameters[-1].detach().clone()
         add(average, step)
 
-    def validate(model: Any, *_: Any) -> dict[str, float]:
+    def validate(model: Any, *_: Any) -> dict[str, Any]:
         judged.append(model.trainable_parameters()[-1].detach().clone())
-        return {"ao": 0.5}
+        return {"ao": 0.5, "sequences": []}
 
     monkeypatch.setattr(TailAverage, "add", noting_add)
     monkeypatch.setattr("lorat_platform.search.trial.measure.validate", validate)
@@ -189,16 +189,24 @@ def test_weights_are_tracked_with_every_setting_after_one_training(
     trained: list[int] = []
     whole_run = single.run
 
-    def scores_of(tracker: Any, *_: Any, **__: Any) -> dict[str, float]:
+    whole = measure.tracking_evaluations
+
+    def evaluated(tracker: Any, *args: Any, **kwargs: Any) -> list[Evaluation]:
         tracked.append(tracker.tracking.window_penalty)
-        return dict.fromkeys(SCORES, 0.9 if tracked[-1] == 0.0 else 0.5) | {"sr75": 0.1}
+        (found,) = whole(tracker, *args, **kwargs)
+        scores = found.scores | {"AO": 0.9 if tracked[-1] == 0.0 else 0.5}
+        sequences = {
+            name: dataclasses.replace(s, scores=s.scores | {"AO": scores["AO"]})
+            for name, s in found.sequences.items()
+        }
+        return [dataclasses.replace(found, scores=scores, sequences=sequences)]
 
     def noting_run(*args: Any, **kwargs: Any) -> Any:
         learner = whole_run(*args, **kwargs)
         trained.append(learner.step)
         return learner
 
-    monkeypatch.setattr("lorat_platform.search.trial.measure.tracking_scores", scores_of)
+    monkeypatch.setattr(measure, "tracking_evaluations", evaluated)
     monkeypatch.setattr(single, "run", noting_run)
     single.run_trial(VALUES | {"batch_size": 16}, setup)
     assert trained == [2, 6], "one training to each rung"
@@ -210,6 +218,9 @@ def test_weights_are_tracked_with_every_setting_after_one_training(
         assert (report["ao"], report["tracking"]) == (0.9, {window: 0.0})
         assert [each["tracking"][window] for each in report["settings"]] == [0.45, 0.0, 1.0]
         assert report["history"][-1]["ao"] == 0.9
+    for rung in range(2):
+        (kept,) = json.loads((Path(setup.folder) / f"sequences/t1/rung-{rung}.json").read_text())
+        assert kept and {each["ao"] for each in kept.values()} == {0.9}, "those of the best setting"
     best = setup.space.configure(VALUES | tune.reports[-1]["tracking"])
     assert best.tracking.window_penalty == 0.0
 
