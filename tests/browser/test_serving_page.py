@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 import pytest
 
 from lorat.config.training import TrainConfig
 from lorat.model.network import build_model
 from lorat.tracking.clips import ClipWriter
+from lorat.tracking.video_source import VideoSource
 from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.settings import ServingSettings
 from tests.served_models import served
@@ -65,13 +67,32 @@ def engine_and_place() -> Iterator[tuple[Engine, str]]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def camera(video: Path) -> Path:
+    """What the browser's camera sees: the frames of the video, again and again."""
+    file = video.with_suffix(".y4m")
+    with file.open("wb") as stream:
+        stream.write(f"YUV4MPEG2 W{WIDTH} H{HEIGHT} F25:1 Ip A1:1 C420jpeg\n".encode())
+        for frame in VideoSource(str(video)):
+            stream.write(b"FRAME\n" + cv2.cvtColor(frame.image, cv2.COLOR_RGB2YUV_I420).tobytes())
+    return file
+
+
 @pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Chrome]:
+def browser(tmp_path: Path, camera: Path) -> Iterator[Chrome]:
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM or ""
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,900"):
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=1300,900",
+        "--use-fake-device-for-media-stream",
+        "--use-fake-ui-for-media-stream",
+        f"--use-file-for-fake-video-capture={camera}",
+    ):
         options.add_argument(flag)
     options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -142,6 +163,45 @@ def test_draw_follow_change_the_model_and_take_the_boxes(
         assert abs(float(y) + float(height) / 2 - top - SIDE / 2) < SIDE / 2
     severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert not severe
+
+
+def test_a_camera_is_seen_and_followed_also_after_a_pause_that_ended_the_session(
+    browser: Chrome,
+) -> None:
+    from selenium.webdriver import Keys
+
+    settings = ServingSettings(idle_s=1.0)
+    model = served(1, build_model(TrainConfig(variant="T-168")))
+    with web(settings, model=model) as (engine, address):
+        browser.get(f"http://{address}/#ticket={TOKEN}")
+
+        def state(script: str) -> Any:
+            return browser.execute_script(f"return {script}")
+
+        def picture() -> Any:
+            return state("view.toDataURL('image/jpeg')")
+
+        browser.find_element("id", "camera").click()
+        view = browser.find_element("id", "view")
+        text = browser.find_element("id", "state")
+        wait_until("camera", lambda: "Drag a box" in text.text, seconds=60)
+        first = picture()
+        wait_until("another picture", lambda: picture() != first, seconds=30)
+        wait_until("the end of the idle session", lambda: not engine._sessions, seconds=30)
+        assert "Drag a box" in text.text
+
+        view.send_keys("b", Keys.ENTER)
+        wait_until("answers", lambda: state("state.rows.length") >= 5, seconds=60)
+        view.send_keys(Keys.SPACE)
+        wait_until("the end of the idle session", lambda: not engine._sessions, seconds=30)
+        assert "Following one target" in text.text
+        rows = state("state.rows.length")
+        view.send_keys(Keys.SPACE)
+        wait_until("answers", lambda: state("state.rows.length") >= rows + 5, seconds=60)
+
+        browser.find_element("css selector", "[aria-label='Drop 1']").click()
+        last = picture()
+        wait_until("another picture", lambda: picture() != last, seconds=30)
 
 
 def test_without_the_token_the_page_says_what_to_do(

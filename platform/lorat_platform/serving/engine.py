@@ -139,8 +139,14 @@ class Engine:
             )
         return session
 
-    def close(self, session: Session, why: str = "") -> None:
-        """End a session; it answers the reason, if there is one."""
+    def close(self, session: Session, why: str = "", *, idle: bool = False) -> None:
+        """End a session; it answers the reason, if there is one.
+
+        Args:
+            session: to end.
+            why: one sentence for the client.
+            idle: it did nothing wrong but was quiet for too long.
+        """
         with self._lock:
             known = self._sessions.pop(session.id, None)
             session.end(why)
@@ -148,7 +154,7 @@ class Engine:
             self._last_tick.pop(session, None)
         if known is not None and why:
             self.statistics.count("refused")
-            session.answer({"error": why})
+            session.answer({"error": why} | ({"idle": True} if idle else {}))
 
     def command(self, session: Session, text: str) -> None:
         """Take a text message of a session.
@@ -194,7 +200,8 @@ class Engine:
         with self._lock:
             idle = [s for s in self._sessions.values() if s.last_message < limit and not s.waiting]
         for session in idle:
-            self.close(session, f"No message came for {self.settings.idle_s:g} s; begin again.")
+            why = f"No message came for {self.settings.idle_s:g} s; begin again."
+            self.close(session, why, idle=True)
 
     def observe(self, observer: Callable[[Session, np.ndarray, dict[str, Any]], None]) -> None:
         """Call ``observer`` with session, frame and answer after every answer."""

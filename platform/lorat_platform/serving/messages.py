@@ -17,7 +17,8 @@ binary                                       8 bytes, two big-endian integers: t
 
 The answer is ``{"frame": 7, "targets": {"a": {"box": [l, t, w, h], "score": 0.9}}, "model":
 "lorat/3", "skipped": 0, "ms": 4.2}``: ``skipped`` counts the frames before it that gave way, ``ms``
-is the time since the frame came.  ``{"error": "..."}`` is the last message of a session.
+is the time since the frame came.  ``{"error": "..."}`` is the last message of a session, with
+``"idle": true`` beside it where the session only was quiet for too long.
 """
 
 from __future__ import annotations

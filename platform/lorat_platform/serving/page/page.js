@@ -9,7 +9,7 @@ const element = (id) => document.getElementById(id);
 const view = element("view"), video = element("source"), brush = view.getContext("2d");
 
 const state = {
-  token: "", socket: null, live: false, running: false, paused: false, scale: 1,
+  token: "", socket: null, open: false, live: false, running: false, paused: false, scale: 1,
   number: 0, read: 0, onTheWay: new Map(), shown: null,
   targets: new Map(), // name: {colour, box, score, first: {blob, box}, added}
   draft: null, count: 0, rows: [], times: [], retries: 0,
@@ -38,13 +38,17 @@ function connect() {
   const socket = new WebSocket(base);
   socket.binaryType = "arraybuffer";
   state.socket = socket;
+  state.open = false;
   state.number = state.read = 0;
   state.onTheWay.clear();
   let hello = false, failed = false;
   return new Promise((resolve) => {
     socket.onmessage = async (event) => {
+      if (socket !== state.socket) return;
       const message = JSON.parse(event.data);
-      if (message.error) {
+      if (message.idle) {
+        hangUp(); // the next frame begins again where it was
+      } else if (message.error) {
         failed = true;
         stop();
         say(message.error, true);
@@ -54,6 +58,7 @@ function connect() {
         element("model").textContent = message.model;
         socket.send(JSON.stringify({ order: "strict" }));
         await takeUp();
+        state.open = true;
         resolve(true);
       } else {
         state.read += 1;
@@ -61,23 +66,22 @@ function connect() {
       }
     };
     socket.onclose = () => {
+      resolve(false); // unless it was open before
       if (socket !== state.socket) return;
-      state.socket = null;
+      hangUp();
       if (!hello && !state.retries) {
         stop();
         say("The server asks for its token: open the address that it printed, or give it here.", true);
         element("ask").showModal();
-        resolve(false);
       } else if (!failed && state.running && state.retries < 20) {
         state.retries += 1;
         say("The connection is lost; trying again …", true);
         setTimeout(async () => {
-          if (await connect()) {
+          if (!state.socket && state.running && await connect()) {
             say("Going on where it was.");
             pump();
           }
         }, Math.min(250 * state.retries, 3000));
-        resolve(false);
       }
     };
   });
@@ -90,6 +94,14 @@ async function takeUp() {
     command({ add: name, box: target.first.box, at: target.box });
     post(new Uint8Array(await target.first.blob.arrayBuffer()), null);
   }
+}
+
+function hangUp() {
+  const socket = state.socket;
+  state.socket = null;
+  state.open = false;
+  state.onTheWay.clear();
+  if (socket) socket.close();
 }
 
 function command(message) {
@@ -113,7 +125,7 @@ async function open(source) {
   stop();
   state.targets.clear();
   state.rows = [];
-  state.count = 0;
+  state.count = state.retries = 0;
   video.srcObject = null;
   if (source instanceof MediaStream) {
     video.removeAttribute("src");
@@ -146,16 +158,27 @@ async function open(source) {
   view.focus();
   element("pause").disabled = element("csv").disabled = false;
   say("Drag a box around what to follow.");
+  if (state.live) preview();
   if (await connect()) pump();
+}
+
+// A camera is seen while nothing is followed, too.
+async function preview() {
+  const stream = video.srcObject;
+  while (state.running && video.srcObject === stream) {
+    await nextFrame();
+    if (state.targets.size || state.paused) continue;
+    if (state.shown) state.shown.close();
+    state.shown = null;
+    paint();
+  }
 }
 
 function stop() {
   state.running = false;
   video.pause();
   for (const track of (video.srcObject && video.srcObject.getTracks()) || []) track.stop();
-  const socket = state.socket;
-  state.socket = null;
-  if (socket) socket.close();
+  hangUp();
 }
 
 let pumping = false;
@@ -163,15 +186,19 @@ async function pump() {
   if (pumping) return;
   pumping = true;
   try {
-    while (state.running && state.socket && !state.paused && state.targets.size) {
+    while (state.running && !state.paused && state.targets.size) {
+      if (!state.open && (state.socket || state.retries || !(await connect()))) return;
       if (state.onTheWay.size >= AHEAD) {
         if (!state.live) video.pause(); // a file waits for its tracker, a camera cannot
         return;
       }
-      if (video.ended) return finished();
+      if (video.ended) {
+        if (!state.onTheWay.size) finished();
+        return;
+      }
       if (video.paused) await video.play().catch(() => {});
       await nextFrame();
-      if (!state.running || !state.socket || state.paused) return;
+      if (!state.running || !state.open || state.paused) continue;
       await sendFrame();
     }
   } finally {
@@ -193,7 +220,7 @@ async function sendFrame() {
   canvas.getContext("2d").drawImage(video, 0, 0, view.width, view.height);
   const time = video.currentTime;
   const blob = await canvas.convertToBlob({ type: "image/jpeg", quality: 0.85 });
-  if (!state.socket) return;
+  if (!state.open) return;
   for (const [name, target] of state.targets) {
     if (target.first) continue;
     target.first = { blob, box: target.box };
@@ -203,6 +230,7 @@ async function sendFrame() {
 }
 
 function finished() {
+  stop();
   say("The video is over. Choose another, or take the boxes with you.");
   element("pause").disabled = true;
 }
@@ -377,8 +405,12 @@ document.addEventListener("keydown", (event) => {
 function togglePause() {
   state.paused = !state.paused;
   element("pause").innerHTML = `<kbd>Space</kbd> ${state.paused ? "Go on" : "Pause"}`;
-  if (state.paused) video.pause();
-  else pump();
+  if (state.paused) {
+    video.pause();
+  } else {
+    if (state.live) video.play();
+    pump();
+  }
 }
 
 // --- controls -----------------------------------------------------------------------------------
