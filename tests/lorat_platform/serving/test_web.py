@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import requests
 from websockets.exceptions import ConnectionClosed
@@ -16,6 +17,7 @@ from websockets.sync.client import connect
 
 from lorat.errors import UserError
 from lorat.image.codec import decode_rgb, encode_jpeg
+from lorat_platform.serving import connections
 from lorat_platform.serving.client import Client
 from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.messages import HEADER
@@ -137,6 +139,70 @@ def test_silent_sessions_end_and_half_open_connections_hold_nobody_up() -> None:
                 silent.receive()
             assert time.monotonic() - began < 30
         assert engine.num_sessions == 0
+
+
+def test_requests_that_do_not_end_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silent, slow, endless and unread connections, beside a session that goes on."""
+    monkeypatch.setattr(connections, "REQUEST_S", 1.0)
+    get = b"GET / HTTP/1.1\r\nHost: x\r\n"
+    post = b"POST /sessions/a/commands HTTP/1.1\r\nHost: x\r\n"
+    chunked = post + b"Transfer-Encoding: chunked\r\n\r\n"
+    with web(ServingSettings(), token=None) as (engine, place), contextlib.ExitStack() as stack:
+
+        def connected(first: bytes) -> socket.socket:
+            host, port = place.split(":")
+            each = stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            each.sendall(first)
+            return each
+
+        unread = connected(b"")
+        unread.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while unread.send((get + b"\r\n") * 1000):
+                pass
+        session = requests.post(f"http://{place}/sessions").json()["session"]
+        to_session = chunked.replace(b"/a/", f"/{session}/".encode())
+        late = [connected(first) for first in (b"", b"\r\n", get, to_session + b"1\r\n")]
+        trickling = connected(get + b"X: ")
+        with Client(f"ws://{place}/track") as client:
+            for _ in client.track(frames(13), {"it": BOX}):
+                with contextlib.suppress(OSError):
+                    trickling.send(b"x")
+                time.sleep(0.1)
+        for each in (*late, trickling):
+            assert b" 408 " in read_to_the_end(each)
+
+        def server_has(each: socket.socket) -> bool:
+            return any(c.raddr == each.getsockname() for c in psutil.Process().net_connections())
+
+        wait_until("end of what is not read", lambda: not server_has(unread), seconds=30)
+        for first, more in ((get, b"X: y\r\n"), (get + b"X: ", b"yyyy"), (chunked, b"1\r\nx\r\n")):
+            endless = connected(first + 30_000 * more)
+            assert b" 431 " in read_to_the_end(endless)
+        assert engine.num_sessions <= 1
+
+
+def read_to_the_end(connection: socket.socket) -> bytes:
+    """Return what comes until the other side closes, or resets what it has not read."""
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65_536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def test_more_connections_than_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "most_connections", lambda: 3)
+    with web(ServingSettings(), token=None) as (_, place):
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(Client(f"ws://{place}/track")) for _ in range(3)]
+            refused = requests.get(f"http://{place}/status")
+            assert refused.status_code == 503
+            assert "too many connections" in refused.json()["error"]
+            with pytest.raises(UserError, match="busy"):
+                Client(f"ws://{place}/track")
+            assert len(list(clients[0].track(frames(3), {"it": BOX}))) == 3
+        wait_until("place", lambda: requests.get(f"http://{place}/status").status_code == 200)
 
 
 def test_newest_order_answers_the_last_frame(open_web: tuple[Engine, str]) -> None:
