@@ -30,6 +30,9 @@ MAX_HEAD = 65_536
 chunks, trailers."""
 SHARE_OF_FILES = 0.5
 """Of the file descriptors of a process, for connections; Ray needs the others."""
+REFUSED_S = 1.0
+"""Longest time in which a connection beyond those begins a request, to be told; half as many may
+wait for it."""
 WARN_S = 60.0
 """Between two warnings that there are too many connections."""
 
@@ -57,6 +60,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     _deadline: asyncio.TimerHandle | None = None
     _besides_body = _of_body = 0
+    _refused = False
     _warned = -WARN_S
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -65,8 +69,11 @@ class BoundedProtocol(HttpToolsProtocol):
         most = most_connections()
         if len(self.connections) > most:
             self._warn(most)
-            self._end(503, "The server has too many connections; try again later.")
-            return
+            if len(self.connections) > 1.5 * most:
+                self.transport.abort()
+                return
+            self._refused = True
+            self.loop.call_later(REFUSED_S, self.transport.close)
         # The kernel ends a connection, WebSockets too, that takes nothing of what waits for it.
         transport.get_extra_info("socket").setsockopt(
             socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * REQUEST_S)
@@ -75,6 +82,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take a part of a request."""
+        if self._refused:
+            self._end(503, "The server has too many connections; try again later.")
+            return
         if self.cycle is None or self.cycle.response_complete:
             self._await_request()
         self._besides_body += len(data)

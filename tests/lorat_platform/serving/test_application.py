@@ -126,6 +126,18 @@ def test_plain_http_finds_its_replica(place: str) -> None:
             assert http.delete(at, headers=own).status_code == 204
             assert http.delete(at, headers=own).status_code == 410
         assert requests.get(f"http://{place}/status", timeout=30).status_code == 401
+        name = http.post(f"http://{place}/sessions").json()["session"]
+        own, at = {SESSION_HEADER: name}, f"http://{place}/sessions/{name}"
+        http.post(f"{at}/commands", json={"raw": [160, 120]}, headers=own)
+        video = frames(5)
+        for frame in video:  # a client that does not wait; Ray Serve drops what works on its frame
+            with contextlib.suppress(requests.Timeout):
+                http.post(f"{at}/frames", data=frame.tobytes(), headers=own, timeout=(10, 0.005))
+        answer = wait_until(
+            "place for a frame",
+            lambda: http.post(f"{at}/frames", data=video[0].tobytes(), headers=own).json(),
+            seconds=30,
+        )
 
 
 def test_sessions_of_a_killed_replica_are_told_and_begin_again(place: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -74,6 +76,87 @@ def test_plain_http_gives_the_same(open_web: tuple[Engine, str]) -> None:
         assert too_long.status_code in (400, 410)
 
 
+def test_bad_requests_of_plain_http_end_only_their_session(open_web: tuple[Engine, str]) -> None:
+    engine, place = open_web
+    before = engine.num_sessions
+    root = f"http://{place}/sessions"
+    jpeg = encode_jpeg(frames(1)[0], 95)
+    with requests.Session() as http:
+        http.headers["Authorization"] = f"Bearer {TOKEN}"
+
+        def begin(*commands: str) -> str:
+            at = f"{root}/{http.post(root).json()['session']}"
+            for command in commands:
+                assert http.post(f"{at}/commands", data=command).status_code == 200
+            return at
+
+        def says(at: str, what: str, body: bytes) -> str:
+            answer = http.post(f"{at}/{what}", data=body, timeout=60)
+            assert answer.status_code == 400, answer.text
+            assert http.post(f"{at}/frames", data=jpeg).status_code == 410
+            return answer.json()["error"]
+
+        good = begin(f'{{"add": "it", "box": {list(BOX)}}}')
+        for command, what in (
+            (b"", "no JSON"),
+            (b"\xff\xfe", "no JSON"),
+            (b'{"add": "a", "box": [1, NaN, 3, 4]}', "The box is"),
+            (b'{"drop": "a"}', "no target"),
+            (HEADER.pack(0, 0) + jpeg[:90], "no JSON"),
+        ):
+            assert what in says(begin(), "commands", command)
+        bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\0\1\0\0" * 2
+        for data, what in (
+            (b"", "8 bytes"),
+            (b'{"add": "a"}', "no image"),
+            (jpeg[:-9], "without its end"),
+            (bomb, "65536x65536"),
+        ):
+            assert what in says(begin(), "frames", data)
+        assert "one byte per channel" in says(begin('{"raw": [9, 9]}'), "frames", bytes(242))
+        assert "outside" in says(begin('{"add": "a", "box": [900, 9, 9, 9]}'), "frames", jpeg)
+        assert "there already" in says(
+            begin('{"add": "a", "box": [1, 2, 3, 4]}'),
+            "commands",
+            b'{"add": "a", "box": [1, 2, 3, 4]}',
+        )
+        assert http.post(f"{good}/commands", data=b"x" * 5000).status_code == 400
+        assert http.get(f"{good}/frames").status_code == 405
+        assert http.post(f"{good}/frames", data=jpeg).json()["frame"] == 0
+        assert engine.num_sessions == before + 1
+        http.delete(good)
+
+
+def test_session_of_plain_http_ends_while_its_frame_is_tracked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with web(ServingSettings(), token=None) as (engine, place):
+        going_on = threading.Event()
+        step = engine.model.tracker.step
+
+        def slow_step(*given: Any) -> Any:
+            assert going_on.wait(60)
+            return step(*given)
+
+        monkeypatch.setattr(engine.model.tracker, "step", slow_step)
+        root = f"http://{place}/sessions"
+        jpeg = encode_jpeg(frames(1)[0], 95)
+        name = requests.post(root).json()["session"]
+        at = f"{root}/{name}"
+        requests.post(f"{at}/commands", json={"add": "it", "box": list(BOX)})
+        requests.post(f"{at}/frames", data=jpeg)
+        session = engine.find(name)
+        with ThreadPoolExecutor(1) as other:
+            tracked = other.submit(requests.post, f"{at}/frames", data=jpeg, timeout=60)
+            wait_until("frame", lambda: session.answered == 2)
+            assert requests.post(f"{at}/frames", data=jpeg).status_code == 409
+            assert requests.delete(at).status_code == 204
+            answer = tracked.result()
+        assert answer.status_code == 400
+        assert "was ended" in answer.json()["error"]
+        going_on.set()
+
+
 def test_who_has_no_token_gets_the_page_only(open_web: tuple[Engine, str]) -> None:
     engine, place = open_web
     sessions = engine.num_sessions
@@ -97,6 +180,9 @@ def test_bad_messages_close_their_socket_with_a_reason(open_web: tuple[Engine, s
         ("nonsense", "no JSON"),
         (b"short", "8 bytes"),
         (HEADER.pack(0, 0) + b"nonsense", "no image"),
+        (HEADER.pack(0, 7) + b"nonsense", "answers were read"),
+        ("", "no JSON"),
+        (HEADER.pack(0, 0), "8 bytes"),
         ('{"raw": [10, 10]}', "one byte per channel"),
     ):
         with connect(f"ws://{place}/track?token={TOKEN}") as bad:
