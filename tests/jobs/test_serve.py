@@ -51,6 +51,7 @@ def test_a_checkpoint_is_served_until_the_job_is_interrupted(tmp_path: Path) -> 
         job.send_signal(signal.SIGINT)
         assert job.wait(timeout=120) == 130
         assert "Traceback" not in output.read_text()
+        assert "graceful_shutdown" not in output.read_text()
     finally:
         job.kill()
         job.wait()

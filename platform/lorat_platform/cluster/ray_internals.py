@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -137,6 +138,36 @@ def keep_replica_to_loopback() -> None:
         return listen(server, address.replace("[::]", "127.0.0.1"))
 
     replica.add_port_to_grpc_server = listen_here
+
+
+def end_serve(seconds: float = 30.0) -> bool:
+    """End Ray Serve and wait for its end; return whether that came in time.
+
+    ``serve.shutdown`` waits in a task of the controller that only the controller's death ends, of
+    which Ray prints that the task failed and will be retried.  Here the controller is asked, and
+    its name is looked up until nobody has it.
+    """
+    import ray
+    from ray.serve import context
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    client: Any = context._get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return True
+    client.shutdown_cached_handles()
+    until = time.monotonic() + seconds
+    try:
+        ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=seconds)
+        while time.monotonic() < until:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            time.sleep(0.1)
+    except (ray.exceptions.RayActorError, ValueError):  # it has ended; nobody has its name
+        return True
+    except ray.exceptions.GetTimeoutError:
+        pass
+    finally:
+        context._disconnect()
+    return False
 
 
 def torch_backend() -> type:
