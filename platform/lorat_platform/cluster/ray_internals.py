@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+KEPT = "lorat"
+"""Namespace of what we keep in Ray's head."""
 SLOW_START = "timed out during startup"
 """In the message of ``ray.init`` on a very busy machine."""
 
@@ -138,6 +140,35 @@ def keep_replica_to_loopback() -> None:
         return listen(server, address.replace("[::]", "127.0.0.1"))
 
     replica.add_port_to_grpc_server = listen_here
+
+
+def store(key: str, value: str, *, overwrite: bool = True) -> bool:
+    """Keep a text in Ray's head, where all of its processes find it; return whether it was new."""
+    from ray.experimental import internal_kv
+
+    return not internal_kv._internal_kv_put(key, value, overwrite, namespace=KEPT)
+
+
+def stored(key: str) -> str | None:
+    """Return a text that :func:`store` kept; none if there is none."""
+    from ray.experimental import internal_kv
+
+    value = internal_kv._internal_kv_get(key, namespace=KEPT)
+    return None if value is None else value.decode()
+
+
+def stored_keys(prefix: str) -> list[str]:
+    """Return the keys that begin so of what :func:`store` kept."""
+    from ray.experimental import internal_kv
+
+    return [key.decode() for key in internal_kv._internal_kv_list(prefix, namespace=KEPT)]
+
+
+def forget(key: str) -> None:
+    """Remove a text that :func:`store` kept."""
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_del(key, namespace=KEPT)
 
 
 def end_serve(seconds: float = 30.0) -> bool:

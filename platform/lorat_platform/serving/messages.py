@@ -17,7 +17,8 @@ binary                                       8 bytes, two big-endian integers: t
 
 The answer is ``{"frame": 7, "targets": {"a": {"box": [l, t, w, h], "score": 0.9}}, "model":
 "lorat/3", "skipped": 0, "ms": 4.2}``: ``skipped`` counts the frames before it that gave way, ``ms``
-is the time since the frame came.  ``{"error": "..."}`` is the last message of a session.
+is the time since the frame came.  ``{"error": "..."}`` is the last message of a session; a message
+of more than 16 MiB ends it with the code 1009 instead.
 """
 
 from __future__ import annotations

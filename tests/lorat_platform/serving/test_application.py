@@ -15,12 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 import torch
 
 from infra.processes import free_port
 from lorat.errors import UserError
+from lorat.metrics.confidence import BINS
+from lorat_platform.cluster import ray_internals
 from lorat_platform.cluster.connection import connected
 from lorat_platform.recording.run import open_run
 from lorat_platform.recording.store import connect, tracking_uri
@@ -30,6 +33,7 @@ from lorat_platform.serving.client import Client
 from lorat_platform.serving.connections import BOUNDED
 from lorat_platform.serving.crowd import HALF_OPEN, HANDSHAKE, crowd
 from lorat_platform.serving.running import serving
+from lorat_platform.serving.score_board import SharedBoard
 from lorat_platform.serving.settings import ServingSettings
 from lorat_platform.serving.web import SESSION_HEADER
 from tests.constant_trackers import random_tracker, staying_tracker
@@ -280,6 +284,22 @@ def test_settings_of_a_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="5 characters"):
         build({"model": "m"})
     build({"model": "m", "token": "none"})
+
+
+def test_counts_of_scores_are_added_up_in_ray(place: str) -> None:
+    first, second = SharedBoard("test", "first"), SharedBoard("test", "second")
+    ones = {"lorat/1": np.ones(BINS, np.int64)}
+    first.add_up(1, ones)
+    for _ in range(2):  # its own counts replace what it wrote before
+        total = second.add_up(1, ones | {"lorat/2": np.arange(BINS)})
+    assert {model: counts.sum() for model, counts in total.items()} == {
+        "lorat/1": 2 * BINS,
+        "lorat/2": BINS * (BINS - 1) / 2,
+    }
+    assert [first.is_first(1, "lorat/1"), second.is_first(1, "lorat/1")] == [True, False]
+    assert second.is_first(1, "lorat/2")
+    assert second.add_up(2, ones)["lorat/1"].sum() == BINS
+    assert ray_internals.stored_keys("test/scores/1/") == []
 
 
 def test_port_that_is_taken(place: str) -> None:
