@@ -388,7 +388,7 @@ def _loss(options: ServeBenchmark) -> dict[str, Any]:
     """Open and drop sessions at random while a replica is killed."""
     video = _video()
     with _server(options, replicas=2) as server:
-        counts = {"frames": 0, "told": 0, "resumed": 0, "wrong": 0}
+        counts = {"frames": 0, "told": 0, "resumed": 0, "elsewhere": 0, "wrong": 0, "refused": 0}
         lock = threading.Lock()
         stop = threading.Event()
 
@@ -396,27 +396,29 @@ def _loss(options: ServeBenchmark) -> dict[str, Any]:
             chance = random.Random(number)
             last: dict[str, Any] | None = None
             while not stop.is_set():
+                began = False
                 try:
                     with Client(server.track) as client:
+                        began = True
                         at = last["targets"]["it"]["box"] if last is not None else None
                         client.add("it", BOX, at=at)
-                        if last is not None:
-                            with lock:
-                                counts["resumed"] += 1
-                        last = None
                         for n in range(chance.randint(5, 60)):
                             client.send(video[n % VIDEO_FRAMES])
                             answer = client.receive()
                             with lock:
                                 counts["frames"] += 1
                                 counts["wrong"] += answer["frame"] != n
+                                if n == 0 and at is not None:
+                                    found = answer["targets"]["it"]["box"]
+                                    goes_on = np.allclose(found, at, atol=0.02)
+                                    counts["resumed" if goes_on else "elsewhere"] += 1
                             last = answer
                             if stop.is_set():
                                 return
                         last = None
                 except UserError:
                     with lock:
-                        counts["told"] += 1
+                        counts["told" if began else "refused"] += 1
                     time.sleep(0.1)
 
         clients = [
@@ -435,11 +437,12 @@ def _loss(options: ServeBenchmark) -> dict[str, Any]:
         stop.set()
         for client in clients:
             client.join(60)
+        counts["hung"] = sum(client.is_alive() for client in clients)
         counts["frames_at_the_end"] = counts["frames"] - before
     log.info(
         "%d sessions at a time, a replica killed: %d frames, %d wrong answers, %d sessions told, "
-        "%d taken up again, %d frames after it",
+        "%d taken up again from their last box, %d elsewhere, %d refused at first, %d frames after",
         options.sessions, counts["frames"], counts["wrong"], counts["told"], counts["resumed"],
-        counts["frames_at_the_end"],
+        counts["elsewhere"], counts["refused"], counts["frames_at_the_end"],
     )  # fmt: skip
     return dict(counts)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import queue
 import threading
 import time
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,13 @@ from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.image.codec import encode_jpeg
 from lorat.model.network import build_model
-from lorat_platform.serving import messages
+from lorat_platform.serving import messages, statistics
+from lorat_platform.serving.drift import Drift
 from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.messages import HEADER
 from lorat_platform.serving.session import Session
 from lorat_platform.serving.settings import ServingSettings
+from lorat_platform.serving.shadow import Shadow
 from tests.constant_trackers import random_tracker
 from tests.served_models import BOX, expected, frames, served
 from tests.waiting import wait_until
@@ -317,6 +321,31 @@ def test_limits_of_a_server() -> None:
         assert unread.session.waiting == 0
         assert engine.num_sessions == 0
     finally:
+        engine.stop()
+
+
+def test_a_long_session_keeps_nothing_of_its_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "RECENT", 10)
+    engine = Engine(served(1), ServingSettings(batch_wait_ms=0))
+    try:
+        engine.observe(Drift(lambda model: None, print).observe)
+        engine.observe(Shadow(served(2), 1.0).observe)
+        talk = Talk(engine, ADD)
+        video = frames(10)
+
+        def held_after(count: int) -> int:
+            for number in range(count):
+                talk.send(video[number % 10])
+                talk.receive()
+            gc.collect()
+            return tracemalloc.get_traced_memory()[0]
+
+        held_after(15)
+        tracemalloc.start()
+        before = held_after(15)
+        assert held_after(100) - before < 100 * 50  # bytes; an answer alone has 200
+    finally:
+        tracemalloc.stop()
         engine.stop()
 
 
