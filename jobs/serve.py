@@ -26,6 +26,7 @@ from lorat_platform.cluster.connection import connected
 from lorat_platform.evaluation.subject import load_subject
 from lorat_platform.registry import versions
 from lorat_platform.serving.application import TOKEN, Scale
+from lorat_platform.serving.connections import BOUNDED
 from lorat_platform.serving.running import serving
 from lorat_platform.serving.settings import ServingSettings
 
@@ -59,7 +60,7 @@ def main() -> None:
     model = options.settings.model or versions.usual()
     subject = load_subject(model, variant=options.settings.variant)
     with (
-        connected(options.address) as cluster,
+        connected(options.address, env=BOUNDED) as cluster,
         serving(
             options.settings, options.scale, host=options.host, port=options.port, token=token
         ) as url,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import uvicorn
 
+from lorat_platform.serving.connections import BoundedProtocol
 from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.served_model import ServedModel
 from lorat_platform.serving.settings import ServingSettings
@@ -30,7 +31,8 @@ def web(
     app = make_app(engine, hashed, lambda: {"model": engine.model.name})
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="websockets-sansio"))
+    config = uvicorn.Config(app, log_level="error", ws="websockets-sansio", http=BoundedProtocol)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

@@ -33,6 +33,8 @@ from lorat.tracking.search_crops import DeviceCrops, HostCrops, SearchCrops
 
 STAGES = ("crop", "copy", "network", "read back")
 """Parts of a step: cutting the frames, to the device, all that it computes, and the results."""
+MIN_SIDE_PX = 0.01
+"""Shortest side of a box to begin with; far smaller ones touch no token of a template."""
 
 
 @dataclass(kw_only=True)
@@ -76,8 +78,10 @@ class FirstView:
         height, width = self.image_HWC.shape[:2]
         reach = crop_params(self.box, area_factor, 1).inverse().apply((0.0, 0.0, 1.0, 1.0))
         left, top, right, bottom = rasterize(reach)
-        left, top = max(left - 2, 0), max(top - 2, 0)  # the crop's borders are widened to pixels
-        right, bottom = min(right + 2, width), min(bottom + 2, height)
+        # The crop's borders are widened to pixels.  One pixel stays of a frame out of its reach.
+        left, top = min(max(left - 2, 0), width - 1), min(max(top - 2, 0), height - 1)
+        right = max(min(right + 2, width), left + 1)
+        bottom = max(min(bottom + 2, height), top + 1)
         return dataclasses.replace(
             self,
             image_HWC=self.image_HWC[top:bottom, left:right].copy(),
@@ -331,7 +335,8 @@ def check_box(box: Sequence[float], frame_wh: tuple[int, int]) -> Box:
     """Return the box as floats.
 
     Raises:
-        UserError: if it is not xyxy with positive sides that shares area with the frame.
+        UserError: if it is not xyxy with sides of :data:`MIN_SIDE_PX` that shares area with the
+            frame.
     """
     values = [float(value) for value in box]
     if len(values) != 4 or not all(math.isfinite(value) for value in values):
@@ -339,6 +344,10 @@ def check_box(box: Sequence[float], frame_wh: tuple[int, int]) -> Box:
     x1, y1, x2, y2 = values
     if not (x1 < x2 and y1 < y2):
         raise UserError(f"The box {values} is empty; give x1 < x2 and y1 < y2, in pixels.")
+    if min(x2 - x1, y2 - y1) < MIN_SIDE_PX:
+        raise UserError(
+            f"The box {values} has a side of less than {MIN_SIDE_PX} pixels; give a larger one."
+        )
     width, height = frame_wh
     if not intersects((x1, y1, x2, y2), width, height):
         raise UserError(

@@ -333,9 +333,11 @@ def test_mlflows_start_writes_its_settings_and_passes_its_options_on(tmp_path: P
 def test_the_service_is_one_that_ray_serve_takes(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from ray._common.utils import import_attr
     from ray.serve.schema import ServeDeploySchema
 
     from lorat_platform.serving.application import TOKEN, build
+    from lorat_platform.serving.connections import BOUNDED, bound_connections
 
     (service,) = [part for part in overlays.build(whole) if part["kind"] == "RayService"]
     config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
@@ -348,3 +350,7 @@ def test_the_service_is_one_that_ray_serve_takes(
     assert needed <= float(group["resources"]["CPU"])
     for pod in (service["spec"]["rayClusterConfig"]["headGroupSpec"], group):
         assert pod["template"]["metadata"]["labels"] == {"lorat-part": "serve"}
+        (container,) = pod["template"]["spec"]["containers"]
+        assert {each["name"]: each["value"] for each in container["env"]} == BOUNDED
+    (path,) = BOUNDED.values()
+    assert import_attr(path) is bound_connections

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,9 @@ def run_job(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 def register(model: LoRAT, uri: str) -> str:
     with open_run("lorat", "training") as run:
-        return versions.register(model, run_id=run.wait_for_id(), reference_set=[uri])
+        return versions.register(
+            model, run_id=run.wait_for_id(), reference_set=[uri], scores={"eval/made-up/ao": 0.5}
+        )
 
 
 def test_evaluation_is_complete_in_mlflow(home: Path, uri: str, tmp_path: Path) -> None:
@@ -176,6 +179,8 @@ def test_better_candidate_is_promoted_and_worse_is_not(home: Path, uri: str) -> 
     run = client.get_run(version.tags["gate.run_id"])
     assert run.data.metrics["difference"] == pytest.approx(numbers["difference"])
     assert "comparison.png" in [a.path for a in client.list_artifacts(run.info.run_id)]
+    assert sum(json.loads(version.tags[versions.SCORE_HISTOGRAM])) > 0  # registration had none
+    assert [key for key in version.tags if key.startswith("score.")] == ["score.eval/made-up/ao"]
     folder = Path(version.source.removeprefix("file://"))
     assert (folder / "promotion" / "comparison.png").exists()
 
@@ -246,7 +251,15 @@ def test_checkpoint_folder_is_registered_and_promoted(
     with caplog.at_level("INFO"):
         assert run_in_process("promote", "--candidate", tmp_path / "bundle", "--data", uri) == 0
     assert "as version 1 of lorat" in caplog.text
-    assert champion.champion_of(connect()) == "1"
+    client = connect()
+    assert champion.champion_of(client) == "1"
+    # It says of its evaluation what a trained version does, though there was nothing to beat.
+    version = client.get_model_version("lorat", "1")
+    (key,) = (key for key in version.tags if key.endswith("/ao"))
+    assert re.match(r"AO 0\.\d{3}, .*T-112", version.description)
+    assert f"{float(version.tags[key]):.3f}" in version.description.splitlines()[0]
+    assert {f"{key}_low", f"{key}_high"} <= version.tags.keys()
+    assert sum(json.loads(version.tags[versions.SCORE_HISTOGRAM])) > 0
 
 
 @pytest.mark.exhaustive

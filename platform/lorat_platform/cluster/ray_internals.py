@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+KEPT = "lorat"
+"""Namespace of what we keep in Ray's head."""
 SLOW_START = "timed out during startup"
 """In the message of ``ray.init`` on a very busy machine."""
 
@@ -137,6 +140,65 @@ def keep_replica_to_loopback() -> None:
         return listen(server, address.replace("[::]", "127.0.0.1"))
 
     replica.add_port_to_grpc_server = listen_here
+
+
+def store(key: str, value: str, *, overwrite: bool = True) -> bool:
+    """Keep a text in Ray's head, where all of its processes find it; return whether it was new."""
+    from ray.experimental import internal_kv
+
+    return not internal_kv._internal_kv_put(key, value, overwrite, namespace=KEPT)
+
+
+def stored(key: str) -> str | None:
+    """Return a text that :func:`store` kept; none if there is none."""
+    from ray.experimental import internal_kv
+
+    value = internal_kv._internal_kv_get(key, namespace=KEPT)
+    return None if value is None else value.decode()
+
+
+def stored_keys(prefix: str) -> list[str]:
+    """Return the keys that begin so of what :func:`store` kept."""
+    from ray.experimental import internal_kv
+
+    return [key.decode() for key in internal_kv._internal_kv_list(prefix, namespace=KEPT)]
+
+
+def forget(key: str) -> None:
+    """Remove a text that :func:`store` kept."""
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_del(key, namespace=KEPT)
+
+
+def end_serve(seconds: float = 30.0) -> bool:
+    """End Ray Serve and wait for its end; return whether that came in time.
+
+    ``serve.shutdown`` waits in a task of the controller that only the controller's death ends, of
+    which Ray prints that the task failed and will be retried.  Here the controller is asked, and
+    its name is looked up until nobody has it.
+    """
+    import ray
+    from ray.serve import context
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    client: Any = context._get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return True
+    client.shutdown_cached_handles()
+    until = time.monotonic() + seconds
+    try:
+        ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=seconds)
+        while time.monotonic() < until:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            time.sleep(0.1)
+    except (ray.exceptions.RayActorError, ValueError):  # it has ended; nobody has its name
+        return True
+    except ray.exceptions.GetTimeoutError:
+        pass
+    finally:
+        context._disconnect()
+    return False
 
 
 def torch_backend() -> type:

@@ -18,8 +18,9 @@ from lorat.metrics import METRICS, plots
 from lorat.metrics.comparison import Comparison, GateConfig, compare
 from lorat_platform.data.sources import SYNTHETIC
 from lorat_platform.evaluation.report import markdown_table
-from lorat_platform.evaluation.sets import check_distinct, evaluate
+from lorat_platform.evaluation.sets import DatasetResult, check_distinct, evaluate
 from lorat_platform.evaluation.subject import load_subject
+from lorat_platform.evaluation.version_tags import headline_scores, score_histogram
 from lorat_platform.evaluation.workers import EvaluationConfig
 from lorat_platform.promotion import champion
 from lorat_platform.promotion.shadows import found_of
@@ -88,20 +89,38 @@ def made(uris: Sequence[str]) -> list[str]:
     return [synthetic.ensure(None, "val") if uri == SYNTHETIC else uri for uri in uris]
 
 
-def scores_on(
-    uri_of_model: str, data: Sequence[str], config: EvaluationConfig, metric: str
-) -> dict[str, float]:
-    """Evaluate a model and return a metric of every sequence, named with its data set."""
+def results_on(
+    uri_of_model: str, data: Sequence[str], config: EvaluationConfig
+) -> list[DatasetResult]:
+    """Evaluate a model on every data set."""
     data = made(data)
     check_distinct(data)
     subject = load_subject(uri_of_model)
-    scores: dict[str, float] = {}
+    results = []
     for uri in data:
-        result = evaluate(subject, uri, config)
-        if not result.evaluations:
+        results.append(evaluate(subject, uri, config))
+        if not results[-1].evaluations:
             raise UserError(f"{uri} has no annotation after the first frames; give another --data.")
-        scores |= {f"{result.name}/{name}": v for name, v in result.of_sequences(metric).items()}
-    return scores
+    return results
+
+
+def of_sequences(results: Sequence[DatasetResult], metric: str) -> dict[str, float]:
+    """Return a metric of every sequence, named with its data set."""
+    return {
+        f"{result.name}/{name}": value
+        for result in results
+        for name, value in result.of_sequences(metric).items()
+    }
+
+
+def evaluated(client: Any, candidate: Candidate, data: Sequence[str]) -> list[DatasetResult]:
+    """Evaluate the candidate; the version is given what that says, unless it says so already."""
+    name, version = candidate.name, candidate.version
+    results = results_on(f"models:/{name}/{version}", data, candidate.evaluation)
+    versions.add_evaluation(
+        client, name, version, headline_scores(results), score_histogram(results)
+    )
+    return results
 
 
 def compare_with(
@@ -110,13 +129,10 @@ def compare_with(
     """Compare with the present champion; none if there is none."""
     if present is None or present == candidate.version:
         return None
-    ours, theirs = (
-        scores_on(
-            f"models:/{candidate.name}/{version}", data, candidate.evaluation, candidate.gate.metric
-        )
-        for version in (candidate.version, present)
-    )
-    return compare(ours, theirs, candidate.gate)
+    ours = evaluated(connect(), candidate, data)
+    theirs = results_on(f"models:/{candidate.name}/{present}", data, candidate.evaluation)
+    metric = candidate.gate.metric
+    return compare(of_sequences(ours, metric), of_sequences(theirs, metric), candidate.gate)
 
 
 def promote(candidate: Candidate, run: Run) -> bool:
@@ -138,6 +154,8 @@ def promote(candidate: Candidate, run: Run) -> bool:
                 dataset_inputs((i, "evaluation", f"{i.name}-{i.split}") for i in indexes)
             )
             comparison = compare_with(candidate, present, data)
+            if present is None and not versions.has_scores(versions.tags_of(name, version)):
+                evaluated(client, candidate, data)  # else a server could not tell drift
         except UserError as error:
             if not candidate.force and present is not None:
                 raise

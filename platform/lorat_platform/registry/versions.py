@@ -127,6 +127,30 @@ def score_tags(scores: Mapping[str, float]) -> dict[str, str]:
     return {f"score.{key}": f"{value:.4f}" for key, value in scores.items()}
 
 
+def add_evaluation(
+    client: Any, name: str, version: str, scores: Mapping[str, float], tags: Mapping[str, str]
+) -> None:
+    """Give a version what its registration lacked: scores, their line, and more tags.
+
+    What it has already stays: scores of its training, or of another evaluation.
+    """
+    stored = client.get_model_version(name, version)
+    missing = {key: value for key, value in tags.items() if key not in stored.tags}
+    if not has_scores(stored.tags):
+        missing |= score_tags(scores)
+        whole = ". ".join(filter(None, (headline(scores), stored.description)))
+        client.update_model_version(name, version, whole[:MAX_DESCRIPTION])
+    for key, value in missing.items():
+        client.set_model_version_tag(name, version, key, value)
+    if missing and (model_id := stored.tags.get("model_id")):
+        client.set_logged_model_tags(model_id, missing)
+
+
+def has_scores(tags: Mapping[str, str]) -> bool:
+    """Tell whether a version with these tags was evaluated."""
+    return any(key.startswith("score.") for key in tags)
+
+
 def headline(scores: Mapping[str, float]) -> str:
     """Return the scores in a line, those of each data set together, such as ``AO 0.613 (val)``.
 

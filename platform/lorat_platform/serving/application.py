@@ -1,7 +1,9 @@
 """The application of Ray Serve: replicas that track, and the routes to them.
 
 ``serve run lorat_platform.serving.application:build model=models:/lorat@champion`` starts it on any
-cluster, as the manifest of a RayService does; ``jobs/serve.py`` starts it on this machine.
+cluster, as the manifest of a RayService does; ``jobs/serve.py`` starts it on this machine.  What it
+does not start by itself, Ray or ``serve run``, needs the variable of
+:mod:`lorat_platform.serving.connections` where it starts, or its proxies have no bounds.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from lorat_platform.serving.drift import Drift, stored_reference
 from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.following import Following
 from lorat_platform.serving.publishing import Publishing
+from lorat_platform.serving.score_board import SharedBoard
 from lorat_platform.serving.served_model import load_served
 from lorat_platform.serving.settings import ServingSettings
 from lorat_platform.serving.shadow import Shadow
@@ -102,14 +105,15 @@ class Replica:
             variant=self.settings.variant,
             max_latency_ms=self.settings.max_latency_ms,
         )
-        name = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        name = context.replica_id.unique_id
         self.engine = Engine(model, self.settings, name)
         self.following = (
             Following(self.settings, model, self.engine.use, self._refused)
             if self.settings.follows
             else None
         )
-        self.drift = Drift(_reference, self._drifted)
+        self.drift = Drift(_reference, self._drifted, SharedBoard(context.app_name, name))
         self.engine.observe(self.drift.observe)
         self.shadow = self._load_shadow()
         self.publishing = Publishing(self.engine, self.drift, self.shadow)
@@ -181,15 +185,15 @@ class Replica:
 
 
 def _reference(model: str) -> np.ndarray | None:
-    """Return the histogram of scores that a registered version was evaluated with."""
+    """Return the histogram of scores that a registered version was evaluated with.
+
+    Raises:
+        UserError: if MLflow cannot be reached.
+    """
     name, _, version = model.partition("/")
     if not version.isdigit():
         return None
-    try:
-        return stored_reference(versions.tags_of(name, version).get(versions.SCORE_HISTOGRAM))
-    except UserError as error:
-        log.warning("What the scores of %s were cannot be read: %s", model, error)
-        return None
+    return stored_reference(versions.tags_of(name, version).get(versions.SCORE_HISTOGRAM))
 
 
 def application(settings: ServingSettings, scale: Scale, token: str | None) -> serve.Application:

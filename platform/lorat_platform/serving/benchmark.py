@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -27,6 +28,8 @@ from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.image.codec import decode_rgb, encode_jpeg
 from lorat_platform.serving.client import Client
+from lorat_platform.serving.connections import BOUNDED, REQUEST_S
+from lorat_platform.serving.crowd import HALF_OPEN, HANDSHAKE, crowd
 from lorat_platform.serving.settings import ServingSettings
 
 log = logging.getLogger(__name__)
@@ -36,13 +39,19 @@ FRAME_S = 0.04
 WIDTH, HEIGHT = 640, 360
 BOX = (280.0, 150.0, 80.0, 60.0)
 VIDEO_FRAMES = 50
-Measure = Literal["all", "throughput", "swaps", "memory", "loss"]
+MEMORY_POINTS = 20
+SERVER_PROCESSES = {
+    "replica": "ServeReplica", "proxy": "ProxyActor", "controller": "ServeController",
+}  # fmt: skip
+"""Processes of a server, and what the titles have that Ray gives them."""
+Measure = Literal["all", "throughput", "swaps", "memory", "loss", "crowd"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeBenchmark:
     """Measure serving: targets/s beside a process for each target, the gap at a change of the
-    model, memory of a long session, and what a lost replica does to others."""
+    model, memory of a long session, and what a lost replica or a crowd of idle connections does to
+    others."""
 
     variant: str = "T-112"
     """Model, such as T-112 or S-224; its weights are random."""
@@ -58,6 +67,8 @@ class ServeBenchmark:
     """Frames of the long session, 100 to 100,000,000."""
     sessions: Annotated[int, Bounds(2, 10_000)] = 50
     """Sessions that come and go while a replica is lost, 2 to 10,000."""
+    connections: Annotated[int, Bounds(10, 50_000)] = 3000
+    """Connections that send half a request, and a third as many silent WebSockets, 10 to 50,000."""
 
     def __post_init__(self) -> None:
         check_bounds(self, flag)
@@ -74,6 +85,7 @@ def benchmark_serve(options: ServeBenchmark) -> dict[str, Any]:
         "swaps": _swaps,
         "memory": _memory,
         "loss": _loss,
+        "crowd": _crowd,
     }
     return {name: part(options) for name, part in parts.items() if options.measure in ("all", name)}
 
@@ -107,7 +119,7 @@ def _server(options: ServeBenchmark, versions: int = 1, **settings: Any) -> Iter
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             with (
-                connected("local"),
+                connected("local", env=BOUNDED),
                 serving(
                     ServingSettings(**settings), scale, host="127.0.0.1", port=port, token=None
                 ),
@@ -272,39 +284,111 @@ def _swaps(options: ServeBenchmark) -> dict[str, Any]:
 
 
 def _memory(options: ServeBenchmark) -> dict[str, Any]:
-    """Track very many frames in one session; compare the memory of all processes of the server."""
+    """Track very many frames in one session; note what each process of the server holds."""
     frame = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8).tobytes()
-    sizes: list[float] = []
+    numbers: list[int] = []
+    sizes: dict[str, list[float]] = {kind: [] for kind in SERVER_PROCESSES}
     with _server(options) as server, Client(server.track) as client:
         client.say({"raw": [128, 96]})
-        every = options.frames // 10
+        every = options.frames // MEMORY_POINTS
         frames = (frame for _ in range(options.frames))
         for number, _ in enumerate(client.track(frames, {"it": (40, 30, 30, 30)}), 1):
             if number % every == 0:
-                sizes.append(_resident_mb())
-                log.info("%d frames: %.0f MB", number, sizes[-1])
-    figures = {"mb": sizes, "growth_mb": sizes[-1] - sizes[1]}
-    log.info("Growth from a fifth of the frames to the end: %.1f MB", figures["growth_mb"])
-    return figures
+                numbers.append(number)
+                for kind, mb in _resident_mb().items():
+                    sizes[kind].append(mb)
+                now = ", ".join(f"{kind} {mb[-1]:.1f} MB" for kind, mb in sizes.items())
+                log.info("%d frames: %s", number, now)
+    # What is set up once, such as caches of allocators, is not growth.
+    settled = slice(MEMORY_POINTS // 5, None)
+    slopes = {
+        kind: 1e6 * float(np.polyfit(numbers[settled], mb[settled], 1)[0])
+        for kind, mb in sizes.items()
+    }
+    for kind, slope in slopes.items():
+        log.info("%s: %.1f bytes/frame after the first fifth", kind, slope)
+    return {"frames": numbers, "mb": sizes, "bytes_per_frame": slopes}
 
 
-def _resident_mb() -> float:
-    """Return the memory of the processes of Ray Serve."""
-    total = 0
-    for process in psutil.process_iter(["name", "cmdline"]):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if "ServeReplica" in " ".join(process.info["cmdline"] or []) or "ProxyActor" in (
-                " ".join(process.info["cmdline"] or [])
-            ):
-                total += process.memory_info().rss
-    return total / 1e6
+def _resident_mb() -> dict[str, float]:
+    """Return the memory of the processes of Ray Serve, by kind."""
+    return {
+        kind: sum(each.memory_info().rss for each in processes) / 1e6
+        for kind, processes in _server_processes().items()
+    }
+
+
+def _server_processes() -> dict[str, list[psutil.Process]]:
+    """Return the processes of Ray Serve that this process started, by kind."""
+    found: dict[str, list[psutil.Process]] = {kind: [] for kind in SERVER_PROCESSES}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = " ".join(process.cmdline())
+            for kind, title in SERVER_PROCESSES.items():
+                if title in command:
+                    found[kind].append(process)
+    return found
+
+
+def _crowd(options: ServeBenchmark) -> dict[str, Any]:
+    """Track a video of 25 frames per second beside a crowd of connections that want nothing."""
+    video = _video()
+    waits: dict[str, list[float]] = {"alone": [], "beside": []}
+    sizes = {}
+    stop, when = threading.Event(), "alone"
+    with _server(options, idle_s=REQUEST_S) as server:
+        client = Client(server.track)
+        client.add("it", BOX)
+
+        def follow() -> None:
+            with client:
+                for frame in itertools.cycle(video):
+                    if stop.is_set():
+                        return
+                    sent = time.monotonic()
+                    client.send(frame)
+                    client.receive()
+                    waits[when].append(time.monotonic() - sent)
+                    time.sleep(max(0.0, sent + FRAME_S - time.monotonic()))
+
+        following = threading.Thread(target=follow, daemon=True)
+        following.start()
+        time.sleep(options.seconds)
+        sizes["alone"] = _resident_mb()
+        host, _, port = server.place.partition(":")
+        with crowd(host, int(port)) as many:
+            when = "beside"
+            many.come(options.connections, *HALF_OPEN)
+            many.come(options.connections // 3, HANDSHAKE)
+            came = time.monotonic()
+            many.send_unread(8, bytes(96 * 128 * 3), options.seconds)
+            sizes["beside"] = _resident_mb()
+            while (left := many.still_open()) and time.monotonic() - came < 5 * REQUEST_S:
+                time.sleep(1)
+            gone = time.monotonic() - came
+        sizes["after"] = _resident_mb()
+        stop.set()
+        following.join(60)
+        with Client(server.track) as again:
+            found = len(list(again.track(video[:5], {"it": BOX})))
+    quantiles = {name: 1000 * np.quantile(each, (0.5, 0.99, 1)) for name, each in waits.items()}
+    for name, (median, high, longest) in quantiles.items():
+        log.info("%s: %d frames, waits %.0f ms (median), %.0f (p99), %.0f (longest)",
+                 name, len(waits[name]), median, high, longest)  # fmt: skip
+    for name, kinds in sizes.items():
+        log.info("%s: %s", name, ", ".join(f"{kind} {mb:.1f} MB" for kind, mb in kinds.items()))
+    log.info("%d of the crowd not ended after %.0f s; a new session: %d answers", left, gone, found)
+    return {
+        "waits_ms": {name: each.tolist() for name, each in quantiles.items()},
+        "mb": sizes, "left": left, "seconds": gone, "answers_after": found,
+    }  # fmt: skip
 
 
 def _loss(options: ServeBenchmark) -> dict[str, Any]:
     """Open and drop sessions at random while a replica is killed."""
     video = _video()
     with _server(options, replicas=2) as server:
-        counts = {"frames": 0, "told": 0, "resumed": 0, "wrong": 0}
+        counts = {"frames": 0, "told": 0, "resumed": 0, "elsewhere": 0, "wrong": 0, "refused": 0}
         lock = threading.Lock()
         stop = threading.Event()
 
@@ -312,27 +396,29 @@ def _loss(options: ServeBenchmark) -> dict[str, Any]:
             chance = random.Random(number)
             last: dict[str, Any] | None = None
             while not stop.is_set():
+                began = False
                 try:
                     with Client(server.track) as client:
+                        began = True
                         at = last["targets"]["it"]["box"] if last is not None else None
                         client.add("it", BOX, at=at)
-                        if last is not None:
-                            with lock:
-                                counts["resumed"] += 1
-                        last = None
                         for n in range(chance.randint(5, 60)):
                             client.send(video[n % VIDEO_FRAMES])
                             answer = client.receive()
                             with lock:
                                 counts["frames"] += 1
                                 counts["wrong"] += answer["frame"] != n
+                                if n == 0 and at is not None:
+                                    found = answer["targets"]["it"]["box"]
+                                    goes_on = np.allclose(found, at, atol=0.02)
+                                    counts["resumed" if goes_on else "elsewhere"] += 1
                             last = answer
                             if stop.is_set():
                                 return
                         last = None
                 except UserError:
                     with lock:
-                        counts["told"] += 1
+                        counts["told" if began else "refused"] += 1
                     time.sleep(0.1)
 
         clients = [
@@ -342,7 +428,7 @@ def _loss(options: ServeBenchmark) -> dict[str, Any]:
         for client in clients:
             client.start()
         time.sleep(options.seconds / 2)
-        victim = _replica_process()
+        victim = _server_processes()["replica"][0].pid
         os.kill(victim, signal.SIGKILL)
         time.sleep(options.seconds / 2)
         with lock:
@@ -351,21 +437,12 @@ def _loss(options: ServeBenchmark) -> dict[str, Any]:
         stop.set()
         for client in clients:
             client.join(60)
+        counts["hung"] = sum(client.is_alive() for client in clients)
         counts["frames_at_the_end"] = counts["frames"] - before
     log.info(
         "%d sessions at a time, a replica killed: %d frames, %d wrong answers, %d sessions told, "
-        "%d taken up again, %d frames after it",
+        "%d taken up again from their last box, %d elsewhere, %d refused at first, %d frames after",
         options.sessions, counts["frames"], counts["wrong"], counts["told"], counts["resumed"],
-        counts["frames_at_the_end"],
+        counts["elsewhere"], counts["refused"], counts["frames_at_the_end"],
     )  # fmt: skip
     return dict(counts)
-
-
-def _replica_process() -> int:
-    """Return the process of a replica of this Ray."""
-    own = psutil.Process().children(recursive=True)
-    for process in own:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "ServeReplica" in " ".join(process.cmdline()):
-                return process.pid
-    raise UserError("No replica runs on this machine.")

@@ -14,6 +14,8 @@ from lorat.errors import UserError
 from lorat.image.codec import encode_jpeg
 from lorat_platform.serving.messages import HEADER, Order
 
+TOO_LARGE = 1009
+"""Code with which a WebSocket is closed.  Source: RFC 6455, section 7.4."""
 AHEAD = 4
 """Frames that are on their way while an answer is waited for."""
 
@@ -54,10 +56,9 @@ class Client:
                 connect(url, additional_headers=headers, max_size=None, open_timeout=timeout_s)
             )
         except InvalidStatus as error:
-            raise UserError(
-                f"The server refuses the session (HTTP {error.response.status_code}); give its "
-                "token."
-            ) from error
+            code = error.response.status_code
+            remedy = "it is busy, try again later" if code >= 500 else "give its token"
+            raise UserError(f"The server refuses the session (HTTP {code}); {remedy}.") from error
         except (OSError, WebSocketException, TimeoutError) as error:
             where = url.partition("?")[0]
             raise UserError(
@@ -132,6 +133,10 @@ class Client:
                 f"No answer came for {self._timeout_s:g} s; look at the server's /status."
             ) from None
         except ConnectionClosed as error:
+            if error.rcvd is not None and error.rcvd.code == TOO_LARGE:
+                raise UserError(
+                    "The frame is larger than a message to the server may be; send a smaller one."
+                ) from error
             raise UserError(
                 f"The server is gone ({error}); begin again, with the targets at their last boxes."
             ) from error

@@ -195,10 +195,13 @@ class Engine:
             self._lock.notify_all()
 
     def end_idle(self) -> None:
-        """End the sessions that were silent for too long."""
+        """End the sessions that were silent for too long.
+
+        Frames that wait for a client to read its answers do not keep its session.
+        """
         limit = time.monotonic() - self.settings.idle_s
         with self._lock:
-            idle = [s for s in self._sessions.values() if s.last_message < limit and not s.waiting]
+            idle = [s for s in self._sessions.values() if s.last_message < limit and not s.has_work]
         for session in idle:
             why = f"No message came for {self.settings.idle_s:g} s; begin again."
             self.close(session, why, idle=True)
@@ -276,23 +279,19 @@ class Engine:
                 self._answer(job)
 
     def _decode(self, job: _Job) -> None:
-        try:
+        with _alone(job):
             job.image = messages.decode(job.frame.data, job.frame.raw)
-        except UserError as error:
-            job.failed = str(error)
 
     def _begin(self, job: _Job, model: ServedModel) -> None:
         """Move the session to the present model, and add and drop its targets."""
         session = job.session
         if job.image is None:
             return
-        try:
+        with _alone(job):
             if session.model is not model:
                 session.move(model)
                 self.statistics.count("moved")
             job.new = session.obey(job.image, job.frame.commands)
-        except UserError as error:
-            job.failed = str(error)
 
     def _track(self, jobs: list[_Job], model: ServedModel) -> None:
         """Step all targets together; if that fails, those of each session by themselves."""
@@ -304,9 +303,10 @@ class Engine:
             boxes, scores = model.tracker.step(
                 [each.target for _, each in rows], [_image(job) for job, _ in rows]
             )
-        except UserError as error:
+        except Exception:
             if len(jobs) == 1:
-                jobs[0].failed = str(error)
+                with _alone(jobs[0]):
+                    raise
             else:
                 for job in jobs:
                     self._track([job], model)
@@ -336,9 +336,24 @@ class Engine:
         self.statistics.count("frames")
         self.statistics.count("skipped", frame.skipped)
         for observer in self._observers:
-            observer(session, _image(job), answer)
+            try:
+                observer(session, _image(job), answer)
+            except Exception:  # what looks on must not end what it looks at
+                log.exception("What observes the answers failed; the session goes on.")
         with self._lock:
             self._note(session)
+
+
+@contextlib.contextmanager
+def _alone(job: _Job) -> Iterator[None]:
+    """Let what cannot be done with a frame end its own session, and no other of the tick."""
+    try:
+        yield
+    except UserError as error:
+        job.failed = str(error)
+    except Exception:  # of this code, on an input that nobody thought of
+        log.exception("A frame of the session %s could not be tracked.", job.session.id)
+        job.failed = "The server failed at this frame; begin again."
 
 
 def _image(job: _Job) -> np.ndarray:

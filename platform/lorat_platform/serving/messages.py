@@ -18,7 +18,8 @@ binary                                       8 bytes, two big-endian integers: t
 The answer is ``{"frame": 7, "targets": {"a": {"box": [l, t, w, h], "score": 0.9}}, "model":
 "lorat/3", "skipped": 0, "ms": 4.2}``: ``skipped`` counts the frames before it that gave way, ``ms``
 is the time since the frame came.  ``{"error": "..."}`` is the last message of a session, with
-``"idle": true`` beside it where the session only was quiet for too long.
+``"idle": true`` beside it where the session only was quiet for too long; a message of more than 16
+MiB ends it with the code 1009 instead.
 """
 
 from __future__ import annotations
@@ -40,9 +41,14 @@ HEADER = struct.Struct("!II")
 """Number of the frame, answers read."""
 MAX_TEXT = 4096
 """Longest command, in characters."""
+MAX_SCANS = 50
+"""Passes over the pixels of a progressive JPEG; encoders make some ten, each costs the time of all
+pixels and can be written in a few bytes."""
 MAX_NAME = 64
 """Longest name of a target."""
 FORMATS = ("JPEG", "PNG", "WEBP")
+JPEG_SCAN = b"\xff\xda"
+"""Begins a scan, and is nowhere else in code.  Source: ITU-T T.81, table B.1."""
 Order = Literal["strict", "newest"]
 
 
@@ -106,7 +112,8 @@ def command_of(given: Any) -> Add | Drop | SetOrder | SetRaw:
         return Add(
             _name(given["add"]),
             _box(given["box"], "box"),
-            None if at is None else _box(at, "at"),
+            # A target at the border of a frame may have been answered without width or height.
+            None if at is None else _box(at, "at", may_be_empty=True),
         )
     if keys == {"drop"}:
         return Drop(_name(given["drop"]))
@@ -130,14 +137,16 @@ def _name(given: Any) -> str:
     )
 
 
-def _box(given: Any, what: str) -> Box:
+def _box(given: Any, what: str, *, may_be_empty: bool = False) -> Box:
     numbers = given if isinstance(given, list) and len(given) == 4 else []
     if not all(type(n) in (int, float) and abs(n) < 1e9 and math.isfinite(n) for n in numbers):
         numbers = []
-    if not numbers or numbers[2] <= 0 or numbers[3] <= 0:
+    shortest = min(numbers[2:], default=-1)
+    if shortest < 0 or (shortest == 0 and not may_be_empty):
+        least = "0 or more" if may_be_empty else "more than 0"
         raise UserError(
             f"The {what} is {json.dumps(given)[:100]}; give [left, top, width, height] in pixels, "
-            "width and height more than 0."
+            f"width and height {least}."
         )
     left, top, width, height = map(float, numbers)
     return (left, top, left + width, top + height)
@@ -205,8 +214,14 @@ def decode(data: memoryview, raw: tuple[int, int] | None) -> np.ndarray:
         width, height = raw
         return np.frombuffer(data, np.uint8).reshape(height, width, 3)
     encoded = bytes(data)
-    if is_jpeg(encoded) and not ends_as_jpeg(encoded):  # OpenCV would paint the rest grey
-        raise UserError("The frame is a JPEG without its end; send whole images.")
+    if is_jpeg(encoded):
+        if not ends_as_jpeg(encoded):  # OpenCV would paint the rest grey
+            raise UserError("The frame is a JPEG without its end; send whole images.")
+        if (scans := encoded.count(JPEG_SCAN)) > MAX_SCANS:
+            raise UserError(
+                f"The frame is a JPEG of {scans} scans; give at most {MAX_SCANS}, or one that is "
+                "not progressive."
+            )
     try:
         return decode_rgb(encoded)
     except (DamagedImage, cv2.error) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from typing import Any
@@ -11,7 +12,11 @@ from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.shadow import Shadow
 from lorat_platform.serving.shadow_record import ShadowRecord
 
+log = logging.getLogger(__name__)
+
 PERIOD_S = 2.0
+COMPARE_S = 20.0
+"""Between two looks at the scores of all replicas."""
 RECORD_S = 30.0
 """Between two entries of a shadow's run in MLflow."""
 COUNTERS = (
@@ -60,8 +65,14 @@ class Publishing:
             self._record.close()
 
     def _run(self) -> None:
-        recorded = time.monotonic()
+        recorded = compared = time.monotonic()
         while not self._stopped.wait(PERIOD_S):
+            if time.monotonic() - compared > COMPARE_S:
+                compared = time.monotonic()
+                try:
+                    self._drift.compare()
+                except Exception:  # Ray's head may be away for a while, and the figures go on
+                    log.exception("The scores could not be compared; they are again in a while.")
             self.publish()
             if self._record is not None and time.monotonic() - recorded > RECORD_S:
                 recorded = time.monotonic()

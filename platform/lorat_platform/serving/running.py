@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 
 from lorat.errors import UserError
+from lorat_platform.cluster import ray_internals
 from lorat_platform.serving.application import Scale, application
 from lorat_platform.serving.settings import ServingSettings
 
@@ -49,7 +50,8 @@ def serving(
             raise UserError(f"No replica could start: {_cause()}") from error
         yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/"
     finally:
-        serve.shutdown()
+        if not ray_internals.end_serve():
+            log.warning("Ray Serve has not ended in time; what is left ends with its Ray.")
 
 
 def _check_port(host: str, port: int) -> None:

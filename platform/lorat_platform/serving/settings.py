@@ -40,8 +40,9 @@ class ServingSettings:
     """Sessions of a replica, 1 to 100,000."""
     max_targets: Few = 64
     """Targets of a session, 1 to 100,000."""
-    max_frame_bytes: Bytes = 32_000_000
-    """Size of a frame as it is sent, 1,000 to 1,000,000,000 bytes."""
+    max_frame_bytes: Bytes = 16_000_000
+    """Size of a frame as it is sent, 1,000 to 1,000,000,000 bytes.  More than 16,777,200 only over
+    plain HTTP: a message of a WebSocket is larger than Ray Serve takes then."""
     max_frame_pixels: Bytes = 16_777_216
     """Pixels of a frame, 1,000 to 1,000,000,000."""
     idle_s: Seconds = 60.0

@@ -35,6 +35,8 @@ SESSION_HEADER = "x-session-id"
 BAD_MESSAGE, TRY_LATER = 1008, 1013
 """Codes with which a WebSocket is closed.  Source: RFC 6455, section 7.4, and IANA's registry."""
 IDLE_CHECK_S = 1.0
+BODY_S = 30.0
+"""Longest time that the body of a request takes to come."""
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; media-src blob:; img-src 'self' data:; "
     "frame-ancestors 'none'",
@@ -114,6 +116,10 @@ class _Web:
                 return await handler(request)
             except UserError as error:
                 return _error(400, str(error))
+            except TimeoutError:
+                return _error(
+                    408, f"The request was not complete within {BODY_S:g} s; send it faster."
+                )
             except ClientDisconnect:
                 return Response(status_code=400)
 
@@ -208,7 +214,9 @@ class _Web:
         if isinstance(session, Response):
             return session
         self.engine.close(session)
-        self.answers.pop(session.id, None)
+        queue = self.answers.pop(session.id, None)
+        if queue is not None:  # a frame may be on its way still
+            queue.put_nowait({"error": "The session was ended while the frame was tracked."})
         return Response(status_code=204)
 
     async def command(self, request: Request) -> Response:
@@ -226,16 +234,21 @@ class _Web:
         if isinstance(session, Response):
             return session
         body = await _body(request, session.settings.max_frame_bytes)
+        queue = self.answers.get(session.id)
+        if queue is None:
+            raise UserError("The session was ended while the frame was sent.")
+        while not queue.empty():  # a client did not wait for them
+            queue.get_nowait()
+            session.read += 1
         if session.waiting or session.answered > session.read:
             return _error(409, "A frame of this session is being tracked; wait for its answer.")
         number = session.last_number + 1
         header = messages.HEADER.pack(number, session.answered)
-        queue = self.answers[session.id]
         self.engine.frame(session, header + body)
         answer = await queue.get()
         if "error" in answer:
             return _error(400, answer["error"])
-        session.read = session.answered
+        session.read += 1
         return JSONResponse(answer)
 
     def _session(self, request: Request) -> Session | Response:
@@ -254,13 +267,15 @@ async def _body(request: Request, limit: int) -> bytes:
 
     Raises:
         UserError: if it is longer.
+        TimeoutError: if it does not come in time.
     """
     parts, length = [], 0
-    async for part in request.stream():
-        length += len(part)
-        if length > limit:
-            raise UserError(f"The request has more than {limit:,} bytes; give less.")
-        parts.append(part)
+    async with asyncio.timeout(BODY_S):
+        async for part in request.stream():
+            length += len(part)
+            if length > limit:
+                raise UserError(f"The request has more than {limit:,} bytes; give less.")
+            parts.append(part)
     return b"".join(parts)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
-import json
 import logging
 import math
 import os
@@ -162,6 +161,7 @@ def _register(
     """
     from mlflow.exceptions import MlflowException
 
+    from lorat_platform.evaluation.version_tags import score_histogram
     from lorat_platform.registry.versions import register, registered_by
 
     try:
@@ -184,18 +184,6 @@ def _register(
             "give the same command again when MLflow answers."
         ) from error
     return run_id, version
-
-
-def score_histogram(results: list[DatasetResult]) -> dict[str, str]:
-    """Return the tag with the tracker's scores of all frames but the first ones, in bins.
-
-    A server compares the scores of its sessions with them.
-    """
-    from lorat.metrics.confidence import histogram
-    from lorat_platform.registry.versions import SCORE_HISTOGRAM
-
-    scores = [score for each in results for r in each.results.values() for score in r.scores[1:]]
-    return {SCORE_HISTOGRAM: json.dumps(histogram(scores).tolist())} if scores else {}
 
 
 def _is_of_baseline(metric: str) -> bool:
@@ -305,20 +293,12 @@ def _rows(results: dict[str, list[DatasetResult]]) -> list[list[Any]]:
 
 
 def _metrics(results: dict[str, list[DatasetResult]]) -> dict[str, float]:
-    """Return ``eval/DATASET/ao`` and so on of the model, ``eval/DATASET/static_ao``, ``mil_ao``.
+    """Return ``eval/DATASET/ao`` and so on of the model, ``eval/DATASET/static_ao``, ``mil_ao``."""
+    from lorat_platform.evaluation.version_tags import headline_scores
 
-    The ends of their 95 % intervals are ``eval/DATASET/ao_low`` and ``eval/DATASET/ao_high``.
-    """
     metrics = {}
     for tracker, datasets in results.items():
-        for dataset in datasets:
-            for name in HEADLINE:
-                score = SCORES[name]
-                key = f"eval/{dataset.name}/{'' if tracker == MODEL else tracker + '_'}{name}"
-                metrics[key] = float(dataset.scores.get(score, math.nan))
-                if score in dataset.intervals:
-                    low, high = dataset.intervals[score]
-                    metrics |= {f"{key}_low": low, f"{key}_high": high}
+        metrics |= headline_scores(datasets, "" if tracker == MODEL else tracker)
     return metrics
 
 

@@ -15,7 +15,11 @@ import pytest
 from lorat.errors import UserError
 from lorat_platform.promotion import champion as promotion
 from lorat_platform.recording.store import connect, ensure_experiment, tracking_uri
-from lorat_platform.registry.versions import add_to_description, ensure_registered_model
+from lorat_platform.registry.versions import (
+    add_evaluation,
+    add_to_description,
+    ensure_registered_model,
+)
 from tests.mlflow_home import make_home
 from tests.mlflow_server import running_server
 
@@ -193,6 +197,23 @@ def test_descriptions_stay_within_what_databases_take(sqlite: None) -> None:
     assert text.startswith("LoRAT N-112")
     assert "### day 29" in text
     assert "### day 3\n" not in text
+
+
+def test_an_evaluation_is_noted_where_the_registration_had_none(sqlite: None) -> None:
+    make_versions("lorat", 1)
+    client = connect()
+    client.update_model_version("lorat", "1", "T-112. LoRAT.\n\n### promoted")
+    scores = {"eval/val/ao": 0.5, "eval/val/ao_low": 0.4, "eval/val/ao_high": 0.61}
+    add_evaluation(client, "lorat", "1", scores, {"score_histogram": "[1]"})
+    add_evaluation(client, "lorat", "1", {"eval/other/ao": 0.9}, {"score_histogram": "[2]"})
+    version = client.get_model_version("lorat", "1")
+    assert version.description == "AO 0.500 (val). T-112. LoRAT.\n\n### promoted"
+    assert version.tags == {
+        "score.eval/val/ao": "0.5000",
+        "score.eval/val/ao_low": "0.4000",
+        "score.eval/val/ao_high": "0.6100",
+        "score_histogram": "[1]",
+    }
 
 
 def test_nothing_to_roll_back_is_one_sentence(sqlite: None) -> None:

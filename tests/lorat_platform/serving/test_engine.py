@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import queue
 import threading
 import time
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -15,10 +18,13 @@ from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.image.codec import encode_jpeg
 from lorat.model.network import build_model
+from lorat_platform.serving import messages, statistics
+from lorat_platform.serving.drift import Drift
 from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.messages import HEADER
 from lorat_platform.serving.session import Session
 from lorat_platform.serving.settings import ServingSettings
+from lorat_platform.serving.shadow import Shadow
 from tests.constant_trackers import random_tracker
 from tests.served_models import BOX, expected, frames, served
 from tests.waiting import wait_until
@@ -152,10 +158,12 @@ def test_bad_input_ends_only_its_own_session(engine: Engine) -> None:
         with pytest.raises(UserError):
             bad.send(video[0])
         assert engine.num_sessions == 1
-    for command, says in (
-        ('{"add": "far", "box": [500, 500, 10, 10]}', "outside of the 160x120 frame"),
+    for box, says in (
+        ([500, 500, 10, 10], "outside of the 160x120 frame"),
+        ([10, 10, 1e-9, 1e-9], "a side of less than 0.01 pixels"),
+        ([10, 10, 5e-324, 50], "is empty"),
     ):
-        bad = Talk(engine, command)
+        bad = Talk(engine, json.dumps({"add": "far", "box": box}))
         bad.send(video[0])
         assert says in bad.receive()["error"]
     damaged = Talk(engine, '{"raw": null}')
@@ -165,6 +173,68 @@ def test_bad_input_ends_only_its_own_session(engine: Engine) -> None:
     assert "without its end" in damaged.receive()["error"]
     good.send(video[1])
     assert [good.receive()["frame"] for _ in range(2)] == [0, 1]
+
+
+def test_strange_boxes_are_followed_also_by_another_model(engine: Engine) -> None:
+    """Far larger than the frame, hardly inside of it, looked for elsewhere."""
+    video = frames(6)
+    boxes = ([-4e8, -4e8, 9e8, 9e8], [0, 0, 9e8, 0.01], [159.99, 119.99, 1, 50], [5, 5, 0.02, 0.02])
+    places = ([9e8, 9e8, 5, 5], [-9e8, 0, 9e8, 9e8], [160, 120, 0, 0])
+    commands = [{"box": box} for box in boxes] + [{"box": BOX, "at": at} for at in places]
+    talks = [Talk(engine, json.dumps({"add": "it"} | each)) for each in commands]
+    for number, frame in enumerate(video):
+        if number == 3:
+            engine.use(served(2))
+        for talk in talks:
+            talk.send(frame)
+        for talk in talks:
+            answer = talk.receive()
+            assert answer["frame"] == number, answer
+            left, top, width, height = answer["targets"]["it"]["box"]
+            assert number == 0 or (left >= 0 and top >= 0 and width <= 160 and height <= 120)
+
+
+def test_what_nobody_thought_of_ends_only_its_own_session(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frame whose decoding, start or step fails in the code, beside one in the same tick."""
+    video = frames(3)
+    model = engine.model.tracker
+    start_from, step = model.start_from, model.step
+    decode = messages.decode
+
+    def fails_on(which: int, function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            if any(pixels.max() == which for pixels in pictures(args)):
+                raise ZeroDivisionError("of this code")
+            return function(*args)
+
+        return call
+
+    def pictures(args: Any) -> list[np.ndarray]:
+        first = args[-1]
+        return [getattr(each, "image_HWC", each) for each in first]
+
+    def decode_or_fail(data: memoryview, raw: Any) -> np.ndarray:
+        if bytes(data[:1]) == b"\1":
+            raise ZeroDivisionError("of this code")
+        return decode(data, raw)
+
+    monkeypatch.setattr(messages, "decode", decode_or_fail)
+    monkeypatch.setattr(model, "start_from", fails_on(2, start_from))
+    monkeypatch.setattr(model, "step", fails_on(3, step))
+    engine.observe(lambda session, image, answer: 1 / 0)
+    for value in (1, 2, 3):
+        good, bad = Talk(engine, ADD), Talk(engine, ADD)
+        if value == 3:
+            bad.send(video[0])
+            bad.receive()
+        with engine._lock:  # both in one tick
+            good.send(video[0])
+            bad.send(np.full_like(video[0], value))
+        assert "The server failed at this frame" in bad.receive()["error"]
+        good.send(video[1])
+        assert [good.receive()["frame"] for _ in range(2)] == [0, 1]
 
 
 def test_network_that_is_not_finite_ends_the_sessions_and_the_engine_goes_on() -> None:
@@ -241,12 +311,44 @@ def test_limits_of_a_server() -> None:
         engine.command(talks[0].session, '{"add": "b", "box": [10, 10, 20, 20]}')
         with pytest.raises(UserError, match="2 targets, the most"):
             engine.command(talks[0].session, '{"add": "c", "box": [10, 10, 20, 20]}')
+        unread = Talk(engine, ADD)
+        for frame in frames(34):  # two more than it may be answered without reading
+            unread.send(frame)
+            wait_until("answer", lambda: unread.session.answered >= min(unread.sent, 32))
         time.sleep(0.3)
         engine.end_idle()
         ended = talks[1].receive()
         assert "No message came for 0.2 s" in ended["error"] and ended["idle"]
+        assert unread.session.waiting == 0
         assert engine.num_sessions == 0
     finally:
+        engine.stop()
+
+
+def test_a_long_session_keeps_nothing_of_its_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "RECENT", 10)
+    engine = Engine(served(1), ServingSettings(batch_wait_ms=0))
+    try:
+        engine.observe(Drift(lambda model: None, print).observe)
+        engine.observe(Shadow(served(2), 1.0).observe)
+        talk = Talk(engine, ADD)
+        video = frames(10)
+
+        def held_after(count: int) -> int:
+            for number in range(count):
+                talk.send(video[number % 10])
+                talk.receive()
+            gc.collect()
+            own = tracemalloc.Filter(True, "*/lorat_platform/serving/*")  # not of other tests
+            kept = tracemalloc.take_snapshot().filter_traces([own])
+            return sum(trace.size for trace in kept.traces)
+
+        tracemalloc.start()
+        held_after(15)
+        before = held_after(15)
+        assert held_after(100) - before < 100 * 50  # bytes; an answer alone has 200
+    finally:
+        tracemalloc.stop()
         engine.stop()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from lorat.errors import UserError
 from lorat.image.codec import encode_jpeg
@@ -23,6 +25,10 @@ FRAME = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
         (
             '{"add": "ü", "box": [1, 2, 3, 4], "at": [5, 5.5, 1, 1]}',
             Add("ü", (1.0, 2.0, 4.0, 6.0), (5.0, 5.5, 6.0, 6.5)),
+        ),
+        (
+            '{"add": "a", "box": [1, 2, 3, 4], "at": [9, 9, 0, 0]}',
+            Add("a", (1.0, 2.0, 4.0, 6.0), (9.0, 9.0, 9.0, 9.0)),
         ),
         ('{"drop": "a"}', Drop("a")),
         ('{"order": "newest"}', SetOrder("newest")),
@@ -55,6 +61,12 @@ def test_commands(text: str, meaning: object) -> None:
         ('{"add": "a", "box": [true, 2, 3, 4]}', "The box is"),
         ('{"add": "a", "box": "1,2,3,4"}', "The box is"),
         ('{"add": "a", "box": [1, 2, 3, 4], "at": [1]}', "The at is"),
+        ('{"add": "a", "box": [1, 2, 3, 4], "at": [1, 2, -1, 4]}', "0 or more"),
+        ('{"add": "\\ud800", "box": [1, 2, 3, 4]}', "printable"),
+        ('{"add": {"a": 1}, "box": [1, 2, 3, 4]}', "name"),
+        ('{"add": "a", "box": [' + "9" * 4000 + ", 2, 3, 4]}", "The box is"),
+        ('{"raw": [' + "9" * 4000 + ", 5]}", "raw is"),
+        ('{"order": ["newest"]}', "give add"),
         ('{"drop": null}', "name"),
         ('{"order": "random"}', "give add"),
         ('{"raw": [0, 5]}', "raw is"),
@@ -115,6 +127,18 @@ def test_damaged_image_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=says):
             messages.decode(memoryview(data), None)
+
+
+def test_jpeg_of_many_passes_is_refused() -> None:
+    """A scan of a few bytes costs the time of all pixels."""
+    picture = io.BytesIO()
+    Image.fromarray(FRAME).save(picture, "JPEG", progressive=True)
+    jpeg = picture.getvalue()
+    assert messages.decode(memoryview(jpeg), None).shape == FRAME.shape
+    last = jpeg[jpeg.rfind(messages.JPEG_SCAN) : -2]
+    bomb = jpeg[:-2] + 100 * last + jpeg[-2:]
+    with pytest.raises(UserError, match="JPEG of 110 scans; give at most 50"):
+        messages.decode(memoryview(bomb), None)
 
 
 def test_answered_box_is_json() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import requests
 from websockets.exceptions import ConnectionClosed
@@ -16,6 +19,7 @@ from websockets.sync.client import connect
 
 from lorat.errors import UserError
 from lorat.image.codec import decode_rgb, encode_jpeg
+from lorat_platform.serving import connections
 from lorat_platform.serving.client import Client
 from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.messages import HEADER
@@ -72,6 +76,87 @@ def test_plain_http_gives_the_same(open_web: tuple[Engine, str]) -> None:
         assert too_long.status_code in (400, 410)
 
 
+def test_bad_requests_of_plain_http_end_only_their_session(open_web: tuple[Engine, str]) -> None:
+    engine, place = open_web
+    before = engine.num_sessions
+    root = f"http://{place}/sessions"
+    jpeg = encode_jpeg(frames(1)[0], 95)
+    with requests.Session() as http:
+        http.headers["Authorization"] = f"Bearer {TOKEN}"
+
+        def begin(*commands: str) -> str:
+            at = f"{root}/{http.post(root).json()['session']}"
+            for command in commands:
+                assert http.post(f"{at}/commands", data=command).status_code == 200
+            return at
+
+        def says(at: str, what: str, body: bytes) -> str:
+            answer = http.post(f"{at}/{what}", data=body, timeout=60)
+            assert answer.status_code == 400, answer.text
+            assert http.post(f"{at}/frames", data=jpeg).status_code == 410
+            return answer.json()["error"]
+
+        good = begin(f'{{"add": "it", "box": {list(BOX)}}}')
+        for command, what in (
+            (b"", "no JSON"),
+            (b"\xff\xfe", "no JSON"),
+            (b'{"add": "a", "box": [1, NaN, 3, 4]}', "The box is"),
+            (b'{"drop": "a"}', "no target"),
+            (HEADER.pack(0, 0) + jpeg[:90], "no JSON"),
+        ):
+            assert what in says(begin(), "commands", command)
+        bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\0\1\0\0" * 2
+        for data, what in (
+            (b"", "8 bytes"),
+            (b'{"add": "a"}', "no image"),
+            (jpeg[:-9], "without its end"),
+            (bomb, "65536x65536"),
+        ):
+            assert what in says(begin(), "frames", data)
+        assert "one byte per channel" in says(begin('{"raw": [9, 9]}'), "frames", bytes(242))
+        assert "outside" in says(begin('{"add": "a", "box": [900, 9, 9, 9]}'), "frames", jpeg)
+        assert "there already" in says(
+            begin('{"add": "a", "box": [1, 2, 3, 4]}'),
+            "commands",
+            b'{"add": "a", "box": [1, 2, 3, 4]}',
+        )
+        assert http.post(f"{good}/commands", data=b"x" * 5000).status_code == 400
+        assert http.get(f"{good}/frames").status_code == 405
+        assert http.post(f"{good}/frames", data=jpeg).json()["frame"] == 0
+        assert engine.num_sessions == before + 1
+        http.delete(good)
+
+
+def test_session_of_plain_http_ends_while_its_frame_is_tracked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with web(ServingSettings(), token=None) as (engine, place):
+        going_on = threading.Event()
+        step = engine.model.tracker.step
+
+        def slow_step(*given: Any) -> Any:
+            assert going_on.wait(60)
+            return step(*given)
+
+        monkeypatch.setattr(engine.model.tracker, "step", slow_step)
+        root = f"http://{place}/sessions"
+        jpeg = encode_jpeg(frames(1)[0], 95)
+        name = requests.post(root).json()["session"]
+        at = f"{root}/{name}"
+        requests.post(f"{at}/commands", json={"add": "it", "box": list(BOX)})
+        requests.post(f"{at}/frames", data=jpeg)
+        session = engine.find(name)
+        with ThreadPoolExecutor(1) as other:
+            tracked = other.submit(requests.post, f"{at}/frames", data=jpeg, timeout=60)
+            wait_until("frame", lambda: session.answered == 2)
+            assert requests.post(f"{at}/frames", data=jpeg).status_code == 409
+            assert requests.delete(at).status_code == 204
+            answer = tracked.result()
+        assert answer.status_code == 400
+        assert "was ended" in answer.json()["error"]
+        going_on.set()
+
+
 def test_who_has_no_token_gets_the_page_only(open_web: tuple[Engine, str]) -> None:
     engine, place = open_web
     sessions = engine.num_sessions
@@ -95,6 +180,9 @@ def test_bad_messages_close_their_socket_with_a_reason(open_web: tuple[Engine, s
         ("nonsense", "no JSON"),
         (b"short", "8 bytes"),
         (HEADER.pack(0, 0) + b"nonsense", "no image"),
+        (HEADER.pack(0, 7) + b"nonsense", "answers were read"),
+        ("", "no JSON"),
+        (HEADER.pack(0, 0), "8 bytes"),
         ('{"raw": [10, 10]}', "one byte per channel"),
     ):
         with connect(f"ws://{place}/track?token={TOKEN}") as bad:
@@ -137,6 +225,70 @@ def test_silent_sessions_end_and_half_open_connections_hold_nobody_up() -> None:
                 silent.receive()
             assert time.monotonic() - began < 30
         assert engine.num_sessions == 0
+
+
+def test_requests_that_do_not_end_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silent, slow, endless and unread connections, beside a session that goes on."""
+    monkeypatch.setattr(connections, "REQUEST_S", 1.0)
+    get = b"GET / HTTP/1.1\r\nHost: x\r\n"
+    post = b"POST /sessions/a/commands HTTP/1.1\r\nHost: x\r\n"
+    chunked = post + b"Transfer-Encoding: chunked\r\n\r\n"
+    with web(ServingSettings(), token=None) as (engine, place), contextlib.ExitStack() as stack:
+
+        def connected(first: bytes) -> socket.socket:
+            host, port = place.split(":")
+            each = stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            each.sendall(first)
+            return each
+
+        unread = connected(b"")
+        unread.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while unread.send((get + b"\r\n") * 1000):
+                pass
+        session = requests.post(f"http://{place}/sessions").json()["session"]
+        to_session = chunked.replace(b"/a/", f"/{session}/".encode())
+        late = [connected(first) for first in (b"", b"\r\n", get, to_session + b"1\r\n")]
+        trickling = connected(get + b"X: ")
+        with Client(f"ws://{place}/track") as client:
+            for _ in client.track(frames(13), {"it": BOX}):
+                with contextlib.suppress(OSError):
+                    trickling.send(b"x")
+                time.sleep(0.1)
+        for each in (*late, trickling):
+            assert b" 408 " in read_to_the_end(each)
+
+        def server_has(each: socket.socket) -> bool:
+            return any(c.raddr == each.getsockname() for c in psutil.Process().net_connections())
+
+        wait_until("end of what is not read", lambda: not server_has(unread), seconds=30)
+        for first, more in ((get, b"X: y\r\n"), (get + b"X: ", b"yyyy"), (chunked, b"1\r\nx\r\n")):
+            endless = connected(first + 30_000 * more)
+            assert b" 431 " in read_to_the_end(endless)
+        assert engine.num_sessions <= 1
+
+
+def read_to_the_end(connection: socket.socket) -> bytes:
+    """Return what comes until the other side closes, or resets what it has not read."""
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65_536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def test_more_connections_than_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "most_connections", lambda: 3)
+    with web(ServingSettings(), token=None) as (_, place):
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(Client(f"ws://{place}/track")) for _ in range(3)]
+            refused = requests.get(f"http://{place}/status")
+            assert refused.status_code == 503
+            assert "too many connections" in refused.json()["error"]
+            with pytest.raises(UserError, match="busy"):
+                Client(f"ws://{place}/track")
+            assert len(list(clients[0].track(frames(3), {"it": BOX}))) == 3
+        wait_until("place", lambda: requests.get(f"http://{place}/status").status_code == 200)
 
 
 def test_newest_order_answers_the_last_frame(open_web: tuple[Engine, str]) -> None:
