@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +22,7 @@ from lorat.errors import UserError
 from lorat.image.codec import decode_rgb, encode_jpeg
 from lorat_platform.serving import connections
 from lorat_platform.serving.client import Client
+from lorat_platform.serving.crowd import HANDSHAKE
 from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.messages import HEADER
 from lorat_platform.serving.settings import ServingSettings
@@ -195,6 +197,36 @@ def test_bad_messages_close_their_socket_with_a_reason(open_web: tuple[Engine, s
                 bad.recv()
             assert closed.value.rcvd is not None
             assert closed.value.rcvd.code == 1008
+
+
+def test_messages_that_are_too_large_or_none_end_their_socket(open_web: tuple[Engine, str]) -> None:
+    engine, place = open_web
+    host, port = place.split(":")
+    before = engine.num_sessions
+    packer = zlib.compressobj(wbits=-15)
+    bomb = (packer.compress(bytes(100_000_000)) + packer.flush(zlib.Z_SYNC_FLUSH))[:-4]
+    assert len(bomb) < 2**17
+    packed = b"Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n"
+    handshake = HANDSHAKE.replace(b"/track", f"/track?token={TOKEN}".encode())
+    huge, long = b"\xff" + (2**62).to_bytes(8, "big"), b"\xff" + len(bomb).to_bytes(8, "big")
+    for request, message, code in (
+        (handshake, b"\x82" + huge, 1009),
+        (handshake, b"\x82\x05hello", 1002),  # a client must mask
+        (handshake, b"\x80\x81" + bytes(5), 1002),  # goes on with nothing
+        (handshake, b"\x81\x81" + bytes(4) + b"\xff", 1007),
+        (handshake[:-2] + packed, b"\xc2" + long + bytes(4) + bomb, 1009),
+    ):
+        with socket.create_connection((host, int(port)), timeout=20) as bad:
+            bad.sendall(request)
+            bad.recv(65_536)
+            bad.sendall(message)
+            assert code.to_bytes(2, "big") in read_to_the_end(bad)
+    with (
+        Client(f"ws://{place}/track", token=TOKEN) as client,
+        pytest.raises(UserError, match="larger than a message"),
+    ):
+        list(client.track([bytes(17_000_000)], {}))
+    wait_until("end of the sessions", lambda: engine.num_sessions == before)
 
 
 def test_server_that_is_full_says_so() -> None:
