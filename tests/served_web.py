@@ -21,6 +21,23 @@ from tests.waiting import wait_until
 TOKEN = "a-token-that-nobody-guesses"
 
 
+def read_to_the_end(connection: socket.socket) -> bytes:
+    """Return what comes until the other side closes, or resets what it has not read."""
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65_536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def is_bounded(place: str) -> bool:
+    """Tell whether the server at host:port refuses headers that do not end."""
+    host, _, port = place.partition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as endless:
+        endless.sendall(b"GET / HTTP/1.1\r\n" + 11_000 * b"X: y\r\n")
+        return b" 431 " in read_to_the_end(endless)
+
+
 @contextlib.contextmanager
 def web(
     settings: ServingSettings, token: str | None = TOKEN, model: ServedModel | None = None

@@ -36,6 +36,9 @@ def decode_rgb(data: bytes) -> np.ndarray:
     """
     if not data:
         raise DamagedImage("the image is empty")
+    if data.startswith(_PNG_START):
+        for _ in _png_chunks(data):  # OpenCV takes as much memory as a chunk says that it has
+            pass
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), _READ_FLAGS)
     except cv2.error as error:
@@ -130,10 +133,21 @@ def _opened(data: bytes | memoryview, formats: tuple[str, ...] | None = None) ->
 def _check_png(data: bytes) -> None:
     """Check that all chunks of a PNG are there and whole; what they say does not matter.
 
+    Raises:
+        DamagedImage: if one is not.
+    """
+    for kind, start, end in _png_chunks(data):
+        if zlib.crc32(data[start:end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise DamagedImage(f"the image is damaged inside (checksum of its chunk {kind!r})")
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield kind, start and end, in bytes, of what each chunk's checksum is of.
+
     Source: PNG specification (third edition), section 5.3.
 
     Raises:
-        DamagedImage: if one is not.
+        DamagedImage: if one reaches beyond the end, or the last one is missing.
     """
     start, kind = len(_PNG_START), b""
     while kind != b"IEND":
@@ -141,8 +155,7 @@ def _check_png(data: bytes) -> None:
         kind, end = data[start + 4 : start + 8], start + 8 + length
         if len(data) < end + 4:
             raise DamagedImage("the image is incomplete (its last chunk is missing)")
-        if zlib.crc32(data[start + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            raise DamagedImage(f"the image is damaged inside (checksum of its chunk {kind!r})")
+        yield kind, start + 4, end
         start = end + 4
 
 

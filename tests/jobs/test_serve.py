@@ -23,6 +23,7 @@ from tests.constant_trackers import random_tracker
 from tests.jobs.in_process import run_in_process
 from tests.mlflow_home import make_home
 from tests.served_models import BOX, frames
+from tests.served_web import is_bounded
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.processes(minutes=1)
@@ -53,6 +54,7 @@ def test_a_checkpoint_is_served_until_the_job_is_interrupted(tmp_path: Path) -> 
         with Client(f"ws://127.0.0.1:{port}/track", token=found[2]) as client:
             assert client.hello["model"] == "tracker"
             assert len(list(client.track(frames(5), {"it": BOX}))) == 5
+        assert is_bounded(f"127.0.0.1:{port}")
         job.send_signal(signal.SIGINT)
         assert job.wait(timeout=120) == 130
         assert "Traceback" not in output.read_text()
@@ -107,8 +109,7 @@ def test_serve_run_serves_as_the_job_does(by: str, ray_address: str, tmp_path: P
         )
         with Client(f"ws://127.0.0.1:{port}/track", token=token) as client:
             assert len(list(client.track(frames(5), {"it": BOX}))) == 5
-        long = requests.get(f"http://127.0.0.1:{port}/", headers={"X": "y" * 100_000}, timeout=60)
-        assert long.status_code == 431
+        assert is_bounded(f"127.0.0.1:{port}")
         run.send_signal(signal.SIGINT)
         run.wait(timeout=120)
     finally:

@@ -94,10 +94,9 @@ def parse_command(text: str) -> Add | Drop | SetOrder | SetRaw:
     if len(text) > MAX_TEXT:
         raise UserError(f"The message has {len(text)} characters; give at most {MAX_TEXT}.")
     try:
-        given = json.loads(text)
+        return command_of(json.loads(text))
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"The message is no JSON ({error}); give an object.") from error
-    return command_of(given)
 
 
 def command_of(given: Any) -> Add | Drop | SetOrder | SetRaw:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 import zlib
 
 import cv2
@@ -72,6 +73,15 @@ def png(*, text: bytes = b"", size_wh: tuple[int, int] | None = None) -> bytes:
 def test_what_a_png_says_beside_its_picture_does_not_matter() -> None:
     data = png(text=bytes(100_000_000))  # more than PIL takes, 100 kB packed
     np.testing.assert_array_equal(decode_complete(data), picture(1)[..., ::-1])
+
+
+def test_a_png_gets_no_more_memory_than_it_has_bytes() -> None:
+    data = bytearray(png())
+    data[33] = 0xCD  # length of the second chunk: 3.4 GB
+    began = time.monotonic()
+    with pytest.raises(DamagedImage, match="incomplete"):
+        decode_rgb(bytes(data))
+    assert time.monotonic() - began < 1
 
 
 def test_a_damaged_png_is_found() -> None:

@@ -78,6 +78,13 @@ def test_what_is_no_command(text: str, says: str) -> None:
         messages.parse_command(text)
 
 
+def test_lists_in_lists_are_no_command_however_deep() -> None:
+    """Some can be read, but not be shown."""
+    for depth in range(1, 1100):
+        with pytest.raises(UserError, match=r"The message is"):
+            messages.parse_command(depth * "[" + depth * "]")
+
+
 def test_frame() -> None:
     number, read, image = messages.parse_frame(messages.HEADER.pack(7, 3) + b"abc")
     assert (number, read, bytes(image)) == (7, 3, b"abc")

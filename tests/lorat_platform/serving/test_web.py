@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,12 +22,13 @@ from lorat.errors import UserError
 from lorat.image.codec import decode_rgb, encode_jpeg
 from lorat_platform.serving import connections
 from lorat_platform.serving.client import Client
+from lorat_platform.serving.crowd import HANDSHAKE
 from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.messages import HEADER
 from lorat_platform.serving.settings import ServingSettings
 from lorat_platform.serving.web import SESSION_HEADER
 from tests.served_models import BOX, expected, frames, served
-from tests.served_web import TOKEN, web
+from tests.served_web import TOKEN, is_bounded, read_to_the_end, web
 from tests.waiting import wait_until
 
 
@@ -197,6 +199,36 @@ def test_bad_messages_close_their_socket_with_a_reason(open_web: tuple[Engine, s
             assert closed.value.rcvd.code == 1008
 
 
+def test_messages_that_are_too_large_or_none_end_their_socket(open_web: tuple[Engine, str]) -> None:
+    engine, place = open_web
+    host, port = place.split(":")
+    before = engine.num_sessions
+    packer = zlib.compressobj(wbits=-15)
+    bomb = (packer.compress(bytes(100_000_000)) + packer.flush(zlib.Z_SYNC_FLUSH))[:-4]
+    assert len(bomb) < 2**17
+    packed = b"Sec-WebSocket-Extensions: permessage-deflate\r\n\r\n"
+    handshake = HANDSHAKE.replace(b"/track", f"/track?token={TOKEN}".encode())
+    huge, long = b"\xff" + (2**62).to_bytes(8, "big"), b"\xff" + len(bomb).to_bytes(8, "big")
+    for request, message, code in (
+        (handshake, b"\x82" + huge, 1009),
+        (handshake, b"\x82\x05hello", 1002),  # a client must mask
+        (handshake, b"\x80\x81" + bytes(5), 1002),  # goes on with nothing
+        (handshake, b"\x81\x81" + bytes(4) + b"\xff", 1007),
+        (handshake[:-2] + packed, b"\xc2" + long + bytes(4) + bomb, 1009),
+    ):
+        with socket.create_connection((host, int(port)), timeout=20) as bad:
+            bad.sendall(request)
+            bad.recv(65_536)
+            bad.sendall(message)
+            assert code.to_bytes(2, "big") in read_to_the_end(bad)
+    with (
+        Client(f"ws://{place}/track", token=TOKEN) as client,
+        pytest.raises(UserError, match="larger than a message"),
+    ):
+        list(client.track([bytes(17_000_000)], {}))
+    wait_until("end of the sessions", lambda: engine.num_sessions == before)
+
+
 def test_server_that_is_full_says_so() -> None:
     with web(ServingSettings(max_sessions=1), token=None) as (engine, place):
         with Client(f"ws://{place}/track"):
@@ -262,19 +294,10 @@ def test_requests_that_do_not_end_are_ended(monkeypatch: pytest.MonkeyPatch) -> 
             return any(c.raddr == each.getsockname() for c in psutil.Process().net_connections())
 
         wait_until("end of what is not read", lambda: not server_has(unread), seconds=30)
-        for first, more in ((get, b"X: y\r\n"), (get + b"X: ", b"yyyy"), (chunked, b"1\r\nx\r\n")):
-            endless = connected(first + 30_000 * more)
-            assert b" 431 " in read_to_the_end(endless)
+        assert is_bounded(place)
+        for first, more in ((get + b"X: ", b"yyyy"), (chunked, b"1\r\nx\r\n")):
+            assert b" 431 " in read_to_the_end(connected(first + 16_500 * more))
         assert engine.num_sessions <= 1
-
-
-def read_to_the_end(connection: socket.socket) -> bytes:
-    """Return what comes until the other side closes, or resets what it has not read."""
-    parts = []
-    with contextlib.suppress(ConnectionResetError):
-        while part := connection.recv(65_536):
-            parts.append(part)
-    return b"".join(parts)
 
 
 def test_more_connections_than_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
