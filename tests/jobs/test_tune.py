@@ -277,6 +277,50 @@ def test_the_winner_is_trained_in_full_and_registered(
     assert capsys.readouterr().out.startswith(f"{summary(config)}\n")
 
 
+def test_a_race_that_is_killed_goes_on_and_its_winner_is_registered(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    race = ("--certify", "--certify-top", 1, "--certify-seeds", 2, "--certify-within", 0)
+    with Job(
+        home, *arguments, "--trials", 2, "--name", "raced", "--concurrent", 1, "--scheduler",
+        "none", "--rungs", 1, "--epochs", 1, "--space", "lr=choice(0.0005,0.002)", *race,
+    ) as job:  # fmt: skip
+        job.wait_for(r"(?s)race: seed 44 for .*trial 0: completed after \d+ steps")
+        job.process.kill()
+        job.end()
+    runs = home / "runs"
+    first = {path: path.stat().st_mtime_ns for path in (runs / "raced-race-1").rglob("*.*")}
+    with Job(home, "--resume", "raced") as job:
+        assert job.end() == 0, job.output
+    assert "race: seed 43 for" not in job.output
+    assert {path: path.stat().st_mtime_ns for path in first} == first, "a round was done twice"
+    client = connect(f"sqlite:///{home}/mlflow.db")
+    version = client.get_model_version_by_alias("lorat", "candidate")
+    tags = version.tags
+    experiment = client.get_experiment_by_name("lorat-search")
+    all_runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in all_runs if "mlflow.parentRunId" not in run.data.tags]
+    rounds = [run for run in all_runs if "-race-" in run.info.run_name]
+    assert {run.data.tags["mlflow.parentRunId"] for run in rounds} == {parent.info.run_id}
+    assert len(rounds) == 2
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["lorat.race.verdict"] == tags["race.verdict"]
+    assert parent.data.tags["lorat.race.version"] == version.version
+    assert int(parent.data.tags["lorat.race.steps"]) >= 4 * 16
+    assert "The race took" in parent.data.tags["mlflow.note.content"]
+    kept = {entry.path for entry in client.list_artifacts(parent.info.run_id, "race")}
+    assert kept == {"race/race.csv", "race/race.png"}
+    assert tags["search_run_id"] == parent.info.run_id
+    assert {"race.p_best", "race.interval", "race.regret", "score_histogram"} <= tags.keys()
+    assert f"seed {tags['race.seed']}, one of 2 that the race trained" in version.description
+    seeds = json.loads(tags["race.seeds"])
+    assert set(seeds) == {"43", "44"}
+    assert {load_merged(place).variant.name for place in seeds.values()} == {"N-112"}
+    config = json.loads((runs / "raced" / "results" / "certified_config.json").read_text())
+    assert from_dict(TrainConfig, config).seed == 42
+
+
 @pytest.mark.usefixtures("shared_ray")
 def test_a_search_without_a_finished_trial_is_no_success(
     tmp_path: Path,

@@ -19,22 +19,25 @@ from lorat_platform.search.plan import REQUEST_FILE, SearchPlan, make_plan
 from lorat_platform.search.race.contenders import Contender
 from lorat_platform.search.race.race import Race, Round
 from lorat_platform.search.results.board import Leaderboard, TrialRow
+from lorat_platform.search.space import SearchSpace, default_dimensions
 from lorat_platform.search.trial.progress import sequences_file, sequences_folder
 
 
-def plan_of_round(plan: SearchPlan, number: int, seed: int, num_contenders: int) -> SearchPlan:
+def plan_of_round(
+    plan: SearchPlan, number: int, seed: int, contenders: Sequence[Contender]
+) -> SearchPlan:
     """Return the search that trains contenders of a search with another seed.
 
     Args:
         plan: of the search.
         number: of the round, from 1.
         seed: of the round.
-        num_contenders: that are left.
+        contenders: that it trains.
     """
     options = dataclasses.replace(
         plan.options,
         name=f"{plan.name}-race-{number}",
-        trials=num_contenders,
+        trials=len(contenders),
         objective=plan.options.objectives[0],
         searcher="random",
         scheduler="none",
@@ -44,10 +47,16 @@ def plan_of_round(plan: SearchPlan, number: int, seed: int, num_contenders: int)
         space=(),
         space_file=None,
     )
-    # What contenders track with is theirs: nothing below ``tracking`` is searched.
-    trained = tuple(plan.space.trained.values())
     base = dataclasses.replace(plan.space.base, seed=seed)
-    return make_plan(base, options, from_file=trained or None)
+    # What a contender tracks with is its own: nothing below ``tracking`` is searched.
+    trained = plan.space.trained or {each.path: each for each in default_dimensions(base)}
+    own = SearchSpace(base=base, dimensions=trained).own_values()
+    values = [own, *(each.values for each in contenders)]
+    space = tuple(
+        dimension.holding([each[path] for each in values if path in each])
+        for path, dimension in trained.items()
+    )
+    return make_plan(base, options, from_file=space)
 
 
 def run_round(
@@ -74,7 +83,7 @@ def run_round(
     Raises:
         UserError: if a contender's surroundings failed in every try.
     """
-    of_seed = plan_of_round(plan, number, seed, len(contenders))
+    of_seed = plan_of_round(plan, number, seed, contenders)
     root = storage.locate(of_seed.storage)
     if has_begun(of_seed):
         outcome = resume_search(
@@ -89,7 +98,7 @@ def run_round(
             root.delete_folder(of_seed.name)
         outcome = run_search(
             of_seed,
-            points=[each.values for each in contenders],
+            points=[of_seed.space.own_values() | each.values for each in contenders],
             parent_run_id=parent_run_id,
             git_revision=git_revision,
         )

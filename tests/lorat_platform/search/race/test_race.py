@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lorat.config.fields import to_dict
 from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files import storage
@@ -19,6 +21,7 @@ from lorat_platform.search.race.race import Race, Round, read_race, run_race
 from lorat_platform.search.race.rounds import plan_of_round, prune, round_of
 from lorat_platform.search.race.winner import winner_of
 from lorat_platform.search.results.board import Leaderboard, TrialRow
+from lorat_platform.search.results.plots import write_plots
 
 SEQUENCES = 40
 
@@ -121,13 +124,13 @@ def test_who_fails_is_out_with_its_reason_and_the_others_go_on() -> None:
 
 
 def test_who_left_behind_those_that_fail_later_races_again_with_the_same_seeds() -> None:
-    quality = {DEFAULT: 0.0, "trial 1": 0.3, "trial 2": 0.3, "trial 3": 0.02}
+    quality = {DEFAULT: 0.0, "trial 1": 0.3, "trial 2": 0.3, "trial 3": 0.0}
     trainings = Trainings(quality, fails={"trial 1": 10, "trial 2": 10})
     race = raced(trainings, certify_within=0)
     assert trainings.trained[2] == (10, ("trial 1", "trial 2"))
     assert trainings.trained[3] == (10, (DEFAULT, "trial 3"))
     assert list(race.of_seeds(DEFAULT)) == list(race.of_seeds("trial 3"))
-    assert (race.chosen, race.said) == ("trial 3", "better than the default")
+    assert race.chosen == DEFAULT
 
 
 def test_a_default_that_fails_is_said_and_the_leader_is_chosen() -> None:
@@ -243,7 +246,7 @@ def test_a_round_trains_in_full_with_another_seed_and_each_ones_own_tracking() -
     default, own = contenders_of(searched.space, board(searched, best), 3)
     assert default.values["tracking.window_penalty"] == 0.45
     assert own.values == best.found
-    of_seed = plan_of_round(searched, 2, 9, 2)
+    of_seed = plan_of_round(searched, 2, 9, (default, own))
     assert (of_seed.name, of_seed.options.trials) == ("searched-race-2", 2)
     assert of_seed.rungs.steps == (searched.space.base.total_steps,)
     assert of_seed.options.val_sequences is None
@@ -251,16 +254,48 @@ def test_a_round_trains_in_full_with_another_seed_and_each_ones_own_tracking() -
     trained = of_seed.space.configure(own.values)
     assert (trained.seed, trained.tracking.window_penalty) == (9, 0.2)
     alone = plan(
-        "tracking.window_penalty=choice(0.1,0.2)", "lora.rank=8", "lr=1e-3", "head.depth=2",
+        "tracking.window_penalty=choice(0.1,0.2)", "lora.rank=5", "lr=1e-3", "head.depth=2",
         trials=1,
     )  # fmt: skip
-    assert plan_of_round(alone, 1, 8, 2).options.trials == 2
+    best = trial(0, 0.6, tracking__window_penalty=0.2)
+    both = contenders_of(alone.space, board(alone, best), 3)
+    of_seed = plan_of_round(alone, 1, 8, both)
+    assert of_seed.options.trials == 2
+    assert of_seed.space.own_values()["lora.rank"] == 5
+
+
+def test_a_round_holds_values_that_the_search_had_not(tmp_path: Path) -> None:
+    searched = plan(
+        "lora.rank=choice(4,8)", "lr=loguniform(0.01,0.02)", "weight_decay=loguniform(1e-4,1e-3)",
+        "batch_size=choice(8,32)", "clip_norm=uniform(1,2)",
+        lr_with_batch="sqrt",
+    )  # fmt: skip
+    base = dataclasses.replace(searched.space.base, weight_decay=0.0)
+    searched = dataclasses.replace(searched, space=dataclasses.replace(searched.space, base=base))
+    best = trial(
+        1, 0.6, 1, lora__rank=4, lr=0.015, head__depth=1, weight_decay=5e-4, batch_size=32,
+        clip_norm=1.5,
+    )  # fmt: skip
+    contenders = contenders_of(searched.space, board(searched, best), 3)
+    of_seed = plan_of_round(searched, 1, 8, contenders)
+    assert of_seed.space.base == dataclasses.replace(base, seed=8)
+    made = board(of_seed)
+    for number, each in enumerate(contenders):
+        assert to_dict(of_seed.space.configure(each.values)) == to_dict(
+            searched.space.configure(each.values)
+        ) | {"seed": 8}
+        row = made.add(f"t{number}", each.values)
+        row.report({"step": 1024, "ao": 0.5, "loss": 1.0, "parameters": 9.0})
+        row.status = "completed"
+    assert write_plots(made, of_seed.space, tmp_path)
+    only = plan_of_round(searched, 2, 9, contenders[1:])
+    assert only.space.configure(contenders[1].values).lr == pytest.approx(0.015 * 2**0.5)
 
 
 def test_a_round_is_what_its_trials_left_and_weights_go_that_nobody_needs(tmp_path: Path) -> None:
     searched = plan(storage=str(tmp_path))
-    of_seed = plan_of_round(searched, 1, 8, 3)
     contenders = tuple(Contender(name=n, values={}) for n in (DEFAULT, "trial 1", "trial 2"))
+    of_seed = plan_of_round(searched, 1, 8, contenders)
     rows = [trial(n, 0.5, 1) for n in range(3)]
     rows[2].status, rows[2].reason = "failed", "the loss is not finite"
     for row in rows[:2]:
