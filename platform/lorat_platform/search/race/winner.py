@@ -96,8 +96,8 @@ def register(
                 | {
                     "search_run_id": search_run_id,
                     "race.contender": winner.name,
-                    "race.seed": winner.seed,
-                    "race.seeds": json.dumps(
+                    versions.SEED_TAG: winner.seed,
+                    versions.SEEDS_TAG: json.dumps(
                         {str(s): each.checkpoints[winner.name] for s, each in of_seeds.items()}
                     ),
                 },
