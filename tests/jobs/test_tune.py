@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
+from lorat import checkpoint
 from lorat.checkpoint.folder import load_merged
 from lorat.config.fields import from_dict
 from lorat.config.summary import summary
@@ -286,14 +287,14 @@ def test_a_race_that_is_killed_goes_on_and_its_winner_is_registered(
         home, *arguments, "--trials", 2, "--name", "raced", "--concurrent", 1, "--scheduler",
         "none", "--rungs", 1, "--epochs", 1, "--space", "lr=choice(0.0005,0.002)", *race,
     ) as job:  # fmt: skip
-        job.wait_for(r"(?s)race: seed 44 for .*trial 0: completed after \d+ steps")
+        job.wait_for(r"(?s)with seed 44: .*trial 0: completed after \d+ steps")
         job.process.kill()
         job.end()
     runs = home / "runs"
     first = {path: path.stat().st_mtime_ns for path in (runs / "raced-race-1").rglob("*.*")}
     with Job(home, "--resume", "raced") as job:
         assert job.end() == 0, job.output
-    assert "race: seed 43 for" not in job.output
+    assert "with seed 43:" not in job.output
     assert {path: path.stat().st_mtime_ns for path in first} == first, "a round was done twice"
     client = connect(f"sqlite:///{home}/mlflow.db")
     version = client.get_model_version_by_alias("lorat", "candidate")
@@ -316,7 +317,7 @@ def test_a_race_that_is_killed_goes_on_and_its_winner_is_registered(
     assert f"seed {tags['race.seed']}, one of 2 that the race trained" in version.description
     seeds = json.loads(tags["race.seeds"])
     assert set(seeds) == {"43", "44"}
-    assert {load_merged(place).variant.name for place in seeds.values()} == {"N-112"}
+    assert {checkpoint.load(place).variant.name for place in seeds.values()} == {"N-112"}
     config = json.loads((runs / "raced" / "results" / "certified_config.json").read_text())
     assert from_dict(TrainConfig, config).seed == 42
 

@@ -16,9 +16,8 @@ from lorat_platform.recording.run import Run
 from lorat_platform.registry.versions import MODEL_NAME
 from lorat_platform.runs.claim import Lease
 from lorat_platform.search.driver import lease_of, open_search_run, writable_only_here
-from lorat_platform.search.plan import SearchPlan
 from lorat_platform.search.race import report
-from lorat_platform.search.race.contenders import DEFAULT, Contender, contenders_of
+from lorat_platform.search.race.contenders import Contender, contenders_of
 from lorat_platform.search.race.options import RACE_FILE
 from lorat_platform.search.race.race import Race, Round, read_race, run_race
 from lorat_platform.search.race.rounds import prune, run_round
@@ -68,11 +67,12 @@ def certify(
 
         def train(seed: int, contenders: tuple[Contender, ...]) -> Round | None:
             lease.check()
-            names = ", ".join(each.name for each in contenders)
-            log.info("race: seed %d for %s", seed, names)
+            number = len(race.rounds) + 1
+            names = (f"{each.name} as trial {n}" for n, each in enumerate(contenders))
+            log.info("race: round %d trains with seed %d: %s", number, seed, ", ".join(names))
             return run_round(
                 plan,
-                len(race.rounds) + 1,
+                number,
                 seed,
                 contenders,
                 parent_run_id=run.reference,
@@ -84,8 +84,6 @@ def certify(
             lease.check()
             race.save(location)
             log.info("%s", report.after_round(race))
-            _prune(race, plan, [DEFAULT, *(each.name for each in race.running)])
-            race.save(location)
 
         with run, written_to(run):
             try:
@@ -116,10 +114,6 @@ def _begun(outcome: SearchOutcome, location: storage.Location) -> Race:
     return race
 
 
-def _prune(race: Race, plan: SearchPlan, keep: list[str]) -> None:
-    prune(race, storage.locate(plan.storage), keep)
-
-
 def _conclude(
     outcome: SearchOutcome, race: Race, run: Run, lease: Lease, git_revision: str | None
 ) -> None:
@@ -137,6 +131,7 @@ def _conclude(
         told.append(f"[All trials with their values and scores]({outcome.table})")
     run.set_description("\n\n".join(told))
     if winner is None:
+        log.error("No contender was trained to the end, so nothing is registered.")
         return
     file = plan.folder / "results" / CERTIFIED_FILE
     file.write_text(json.dumps(to_dict(winner.config), indent=2) + "\n")
@@ -154,7 +149,8 @@ def _conclude(
             race, winner, plan, search_run_id=search_run_id, git_revision=git_revision
         )
         race.save(location)
-    _prune(race, plan, [winner.name, *(each.name for each in race.running)])
+    keep = [winner.name, *(each.name for each in race.running)]
+    prune(race, storage.locate(plan.storage), keep)
     race.save(location)
     told.insert(2, f"Version {race.version} of {MODEL_NAME} is {winner.said}.")
     run.set_description("\n\n".join(told))

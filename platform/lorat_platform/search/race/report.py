@@ -30,7 +30,7 @@ def interval_text(interval: Interval) -> str:
 def after_round(race: Race) -> str:
     """Say in a line how a race stands."""
     last, found, sign = race.rounds[-1], race.standings, METRICS[race.metric].sign
-    said = f"race: seed {last.seed}, the {len(race.seeds)}. of at most {race.rules.max_seeds}"
+    said = f"race: seed {last.seed} ({len(race.seeds)} of at most {race.rules.max_seeds})"
     for name, reason in last.failed.items():
         said += f"; {name} is out, its training failed: {reason}"
     if found is None:
