@@ -365,6 +365,9 @@ def _rows(home: Path) -> dict[str, dict[str, object]]:
         (["--space", "lora.dropout=uniform(0,2)"], "give 0 or more, below 1"),
         (["--trails", "3"], "did you mean --trials"),
         (["--resume", "nothing"], "no search nothing"),
+        (["--certify", "--final"], "a race trains in full, leave --final out"),
+        (["--certify-seeds", "2"], "give --certify as well"),
+        (["--certify", "--objective", "latency,ao"], "of which none has latency"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(

@@ -12,7 +12,7 @@ from lorat.files import storage
 from lorat.metrics.plots import png
 from lorat_platform.recording import pages
 from lorat_platform.recording.console_log import written_to
-from lorat_platform.recording.run import Run
+from lorat_platform.recording.run import Run, Status
 from lorat_platform.registry.versions import MODEL_NAME
 from lorat_platform.runs.claim import Lease
 from lorat_platform.search.driver import lease_of, open_search_run, writable_only_here
@@ -85,15 +85,18 @@ def certify(
             race.save(location)
             log.info("%s", report.after_round(race))
 
-        with run, written_to(run):
-            try:
+        status: Status = "FAILED"
+        try:
+            with written_to(run):
                 finished = run_race(race, train, after_round)
                 if finished:
                     _conclude(outcome, race, run, lease, git_revision)
-            except KeyboardInterrupt:
-                finished = False
-            if not finished:
-                run.close("KILLED")
+            status = "FINISHED" if finished else "KILLED"
+        except KeyboardInterrupt:
+            finished, status = False, "KILLED"
+        finally:
+            if not lease.is_lost_now():  # else the run is another driver's
+                run.close(status)
     if not finished:
         say_how_to_go_on(plan)
     return Certified(race=race, interrupted=not finished)
