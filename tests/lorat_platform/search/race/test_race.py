@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.files import storage
 from lorat_platform.search.plan import SearchOptions, SearchPlan, check_unchanged, make_plan
-from lorat_platform.search.race import report
+from lorat_platform.search.race import report, rounds
 from lorat_platform.search.race.contenders import DEFAULT, Contender, contenders_of
 from lorat_platform.search.race.options import RaceOptions
 from lorat_platform.search.race.race import Race, Round, read_race, run_race
@@ -321,6 +322,35 @@ def test_a_round_is_what_its_trials_left_and_weights_go_that_nobody_needs(tmp_pa
     assert kept.exists()
     assert set(found.checkpoints) == {"trial 1"}
     assert not (tmp_path / "searched-race-1" / "trial-t0" / "checkpoint_000000").exists()
+
+
+def test_a_round_begins_or_goes_on_or_begins_anew_where_it_was_killed_too_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched = plan(storage=str(tmp_path))
+    contenders = contenders_of(searched.space, board(searched, trial(0, 0.5)), 0)
+    called: list[tuple[str, str]] = []
+
+    def stopped(kind: str, name: str) -> SimpleNamespace:
+        called.append((kind, name))
+        return SimpleNamespace(endings=(), interrupted=True)
+
+    def begin(of_seed: SearchPlan, *, points: list[dict[str, object]], **_: object) -> object:
+        assert points == [contenders[0].values]
+        return stopped("run", of_seed.name)
+
+    monkeypatch.setattr(rounds, "run_search", begin)
+    monkeypatch.setattr(rounds, "resume_search", lambda name, *_, **__: stopped("resume", name))
+    assert rounds.run_round(searched, 1, 8, contenders) is None
+    folder = tmp_path / "searched-race-1"
+    folder.mkdir()
+    (folder / "search.json").write_text("{}")  # killed before there was a snapshot
+    assert rounds.run_round(searched, 1, 8, contenders) is None
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "experiment_state-2026.json").write_text("{}")
+    assert rounds.run_round(searched, 1, 8, contenders) is None
+    assert called == [(kind, folder.name) for kind in ("run", "run", "resume")]
 
 
 def test_a_race_is_added_on_a_resume_but_not_changed_once_begun(tmp_path: Path) -> None:
