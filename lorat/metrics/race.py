@@ -5,14 +5,14 @@ of two, of seed s and sequence q, is taken as ``d[s, q] = mean + seed[s] + seque
 q]``, where seeds and sequences both are samples of what could have been (a crossed layout of two
 random effects).
 
-**Interval of a mean difference.**  Its variance is the sum of a seed part, the variance of the
-seeds' means over their number, and a sequence part, likewise.  The rest is in both, so the sum is a
-little too large (Owen 2007, "The pigeonhole bootstrap").  Seeds are few, so the seed part is the
-larger one of the pair's own and of what all contenders have in common (the mean square of contender
-by seed), with the degrees of freedom of the latter: this assumes that no contender varies several
-times as much with its seed as the others do.  The width is that of Student's t with the degrees of
-freedom of Satterthwaite (1946).  It assumes that the parts are roughly normal, or the sequences
-many.
+**Interval of a mean difference.**  Its variance is that of two random effects: a seed part, the
+variance of the seeds' means over their number, and a sequence part, likewise, less that of the
+rest, which is in both (Owen 2007, "The pigeonhole bootstrap", without this correction).  Seeds are
+few, so the variance between them is the larger one of the pair's own and of what all contenders
+have in common (the mean square of contender by seed), each with its degrees of freedom.  The width
+is that of Student's t with the degrees of freedom of Satterthwaite (1946).  Assumed: the parts are
+roughly normal, or sequences many; and two contenders that agree by chance in their first seeds vary
+about as the others do.
 
 **Looking after every seed.**  The error is spent (Lan and DeMets 1983) over the looks, in
 proportion to the square of their share of the seeds (Kim and DeMets 1987), and by Bonferroni over
@@ -85,7 +85,7 @@ class Standings:
     """That all who race have."""
     leader: str
     standings: tuple[Standing, ...]
-    """The leader first, the others that race, best first, then those that left, last first."""
+    """The leader first, the others that race, best first, then those that left, likewise."""
     over: bool
     reason: str
     """Why it is over; empty while it is not."""
@@ -177,7 +177,7 @@ def standings(
                 p_best=p_best[name],
             )
         )
-    rows.sort(key=lambda row: (row.left_after is not None, -row.num_seeds, -row.difference))
+    rows.sort(key=lambda row: (row.left_after is not None, -row.difference))
     return Standings(
         num_seeds=look,
         leader=racing[0],
@@ -257,8 +257,8 @@ class _Seen:
         if look > 1:
             means = np.array([rows @ shares for rows in self._scores.values()])
             rest = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
-            self._seed_freedom = (len(means) - 1) * (look - 1)
-            self._seed_variance = 2 * float((rest**2).sum()) / self._seed_freedom
+            freedom = (len(means) - 1) * (look - 1)
+            self._common = 2 * float((rest**2).sum()) / freedom, freedom
 
     def difference(self, a: str, b: str) -> tuple[float, Interval]:
         """Return the mean difference of two contenders, and its interval."""
@@ -273,17 +273,22 @@ class _Seen:
         sequence_freedom = uneven.sum() ** 2 / (uneven**2).sum() - 1
         if self._look == 1 or sequence_freedom < 1:
             return mean, _UNKNOWN
-        by_seed_variance = max(self._seed_variance, float(by_seed.var(ddof=1)))
+        seed_variance, seed_freedom = max(
+            self._common, (float(by_seed.var(ddof=1)), self._look - 1)
+        )
         centred = differences.mean(0) - mean
         num = len(centred)
         parts = (
-            (by_seed_variance / self._look, self._seed_freedom),
+            (seed_variance / self._look, seed_freedom),
             (float(uneven @ centred**2) * num / (num - 1), sequence_freedom),
         )
-        variance = sum(part for part, _ in parts)
+        both = sum(part for part, _ in parts)
+        rest = differences - by_seed[:, None] - centred
+        rest_part = (rest**2).sum() / ((self._look - 1) * (num - 1)) * uneven.sum() / self._look
+        variance = max(both - rest_part, *(part for part, _ in parts))
         if variance == 0:
             return mean, Interval(mean, mean)
-        freedom = variance**2 / sum(part**2 / own for part, own in parts)
+        freedom = both**2 / sum(part**2 / own for part, own in parts)
         width = math.sqrt(variance) * student_quantile(self._tail, freedom)
         return mean, Interval(mean - width, mean + width)
 
@@ -308,7 +313,7 @@ def _prospects(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the probability of each to be best, and by how much the best is expected to be better.
 
-    Means are drawn with the spread that the intervals have, of seeds and of sequences, paired.
+    Means are drawn with the spread of their seeds, the same for all, and of sequences, paired.
     """
     names, look = list(scores), max(len(rows) for rows in scores.values())
     if len(names) == 1:

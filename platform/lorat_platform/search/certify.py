@@ -3,7 +3,7 @@
 Logged curves of configurations over seeds (:mod:`lorat_platform.search.curves`) stand for all that
 training could have given: the truth of a configuration is its mean over all seeds and sequences.
 A replayed search sees one seed, and as many sequences as there are, drawn with replacement; the
-race after it sees other seeds, drawn likewise.
+race after it sees the same sequences, and other seeds.
 """
 
 from __future__ import annotations
@@ -85,9 +85,10 @@ def benchmark_certify(benchmark: CertifyBenchmark) -> dict[str, Any]:
     """
     curves = read_curves(benchmark.curves)
     kinds, seeds, _, sequences = curves.scores.shape
-    if kinds < 2 or seeds < 2:
+    if kinds < 2 or seeds <= benchmark.rules.max_seeds:
         raise UserError(
-            f"There are curves of {kinds} configurations with {seeds} seeds; give two or more."
+            f"There are curves of {kinds} configurations with {seeds} seeds; give curves of two or "
+            f"more, with more seeds than the {benchmark.rules.max_seeds} of --max-seeds."
         )
     log.info(
         "%d searches of %d configurations, with %d seeds and %d sequences to draw from:",
@@ -142,7 +143,7 @@ def replay(
     curve = scores[:, seed][:, :, sequences].mean(2)
     ranking, spent = halving(curve, steps, order, KEPT[0])
     entrants = [kind for kind in ranking if kind != 0][: benchmark.contenders]
-    seeds = rng.choice(others, benchmark.rules.max_seeds)
+    seeds = others[: benchmark.rules.max_seeds]
     full = {str(c): scores[c, seeds, -1][:, sequences] for c in (0, *entrants)}
     end, trained, all_hold = race(full, benchmark.rules, truth)
     total = spent + trained * steps[-1]
@@ -170,7 +171,8 @@ def halving(
         curve: (configurations, steps) of the search's seed.
         steps: of the evaluations.
         order: of the trials.
-        kept: share of the trials before it that a trial must be among to go on from a rung.
+        kept: a trial goes on that is among the best of those that reached the rung so far, itself
+            included: this share of them.
 
     Returns:
         The configurations, best first, those that went on to the end before the others; and the
@@ -181,22 +183,14 @@ def halving(
     for trial in order:
         for rung in range(len(steps)):
             score, before = values[trial][rung], seen[rung]
-            goes_on = not before or score >= _quantile(before, 1 - kept)
+            place = len(before) - bisect.bisect_right(before, score) + 1
             bisect.insort(before, score)
-            if not goes_on:
+            if place > max(1, kept * len(before)):
                 break
         reached[int(trial)] = rung
         spent += steps[rung]
     best_first = sorted(reached, key=lambda c: (reached[c], curve[c, reached[c]]), reverse=True)
     return best_first, spent
-
-
-def _quantile(ascending: list[float], share: float) -> float:
-    """Return what NumPy's does, for short lists at a hundredth of the time."""
-    place = share * (len(ascending) - 1)
-    below = int(place)
-    above = min(below + 1, len(ascending) - 1)
-    return ascending[below] + (place - below) * (ascending[above] - ascending[below])
 
 
 def race(
