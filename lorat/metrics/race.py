@@ -15,7 +15,7 @@ roughly normal, or sequences many; and two contenders that agree by chance in th
 about as the others do.
 
 **Looking after every seed.**  The error is spent (Lan and DeMets 1983) over the looks, in
-proportion to the square of their share of the seeds (Kim and DeMets 1987), and by Bonferroni over
+proportion to the cube of their share of the seeds (Kim and DeMets 1987), and by Bonferroni over
 the pairs: all intervals of a race hold together with its confidence, whichever contender leads and
 whenever it ends.  One seed tells nothing of the spread between seeds: nothing is spent, nobody
 leaves.
@@ -252,7 +252,7 @@ class _Seen:
         """Take the contenders that have as many seeds as ``look``; ``pairs`` share the error."""
         self._scores = {name: rows[:look] for name, rows in scores.items() if len(rows) >= look}
         self._look, self._shares = look, shares
-        spent, before = (((k - 1) / (rules.max_seeds - 1)) ** 2 for k in (look, look - 1))
+        spent, before = (((k - 1) / (rules.max_seeds - 1)) ** 3 for k in (look, look - 1))
         self._tail = (1 - rules.confidence) * (spent - before) / pairs / 2 if look > 1 else 0.0
         if look > 1:
             means = np.array([rows @ shares for rows in self._scores.values()])

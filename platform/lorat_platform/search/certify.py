@@ -35,6 +35,14 @@ PLANTED = 0.02
 """By how much a planted configuration is better than all others, which are equal."""
 CASES = ("as logged", "all are equal", "the default is best", "another is best")
 
+WAYS = {
+    "searched": "the search",
+    "fuller": "a search with the race's steps",
+    "ahead": "the mean of the race",
+    "raced": "the race's verdict",
+}
+"""Who chooses the configuration, by its name in :class:`Replay`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CertifyBenchmark:
@@ -66,10 +74,12 @@ class Replay:
     """Configuration that the search alone would register."""
     fuller: int
     """The same, of a search that spends the steps of the race too."""
+    ahead: int
+    """What was best in the race, shown to be or not."""
     raced: int
     """What the race chose."""
-    steps: tuple[int, int, int]
-    """Of the three."""
+    steps: tuple[int, ...]
+    """Of the four."""
     verdict: str
     end_holds: bool
     """The interval of the winner less the default holds the truth."""
@@ -154,8 +164,9 @@ def replay(
     return Replay(
         searched=ranking[0],
         fuller=fuller[0][0],
+        ahead=int(end.winner) if end.minus_default > 0 else 0,
         raced=int(end.chosen),
-        steps=(spent, fuller[1], total),
+        steps=(spent, fuller[1], total, total),
         verdict=end.verdict,
         end_holds=low <= truth[int(end.winner)] - truth[0] <= high,
         all_hold=all_hold,
@@ -231,7 +242,7 @@ def figures(
             for text in sorted({each.verdict for each in replays})
         },
     }
-    for place, way in enumerate(("searched", "fuller", "raced")):
+    for place, way in enumerate(WAYS):
         chosen = [getattr(each, way) for each in replays]
         regret = np.array([t.max() - t[c] for t, c in zip(truths, chosen, strict=True)])
         worse = [t[c] < t[0] - 1e-9 for t, c in zip(truths, chosen, strict=True)]
@@ -249,13 +260,8 @@ def table(found: dict[str, dict[str, Any]], within: float) -> str:
     head = ("case", "chosen by", "full trainings", f"best or within {within:g}", "mean regret",
             "worse than the default")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    ways = {
-        "searched": "the search",
-        "fuller": "a fuller search",
-        "raced": "the race",
-    }
     for case, of in found.items():
-        for way, name in ways.items():
+        for way, name in WAYS.items():
             each = of[way]
             cells = (case, name, f"{each['full_trainings']:.1f}", f"{each['best_or_within']:.0%}",
                      f"{each['regret']:.4f}", f"{each['worse_than_default']:.0%}")  # fmt: skip

@@ -86,7 +86,7 @@ def test_a_clear_winner_is_chosen_for_few_trainings_and_a_clear_default_stays() 
         assert int(end.chosen) == truth.argmax()
         assert trained < 4 * 4
         one = replay(curves.scores, STEPS, CertifyBenchmark(), np.random.default_rng(1))
-        assert one.raced == one.fuller == truth.argmax() and one.end_holds
+        assert one.raced == one.ahead == one.fuller == truth.argmax() and one.end_holds
         assert one.steps[0] < one.steps[2]
 
 
@@ -113,6 +113,6 @@ def test_the_benchmark_says_what_races_find(
     assert found["as logged"]["raced"]["worse_than_default"] == 0
     assert found["all are equal"]["raced"]["regret"] == pytest.approx(0, abs=1e-9)
     assert found["all are equal"]["verdicts"]["not distinguishable from the default"] > 0.7
-    assert "| the default is best | the race |" in caplog.text
+    assert "| the default is best | the race's verdict |" in caplog.text
     with pytest.raises(UserError, match="more seeds than the 6 of --max-seeds"):
         benchmark_certify(CertifyBenchmark(curves=file, rules=RaceRules(max_seeds=6)))
