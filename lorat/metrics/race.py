@@ -23,6 +23,7 @@ leaves.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -38,6 +39,8 @@ STREAM = 97
 """Stream number of the draws of the contenders' means, beside the seed."""
 DRAWS = 4000
 _UNKNOWN = Interval(-math.inf, math.inf)
+_ANGLES = np.linspace(0, math.pi / 2, 2001)
+_COSINES = np.cos(_ANGLES)
 
 Outcome = Literal["better than the default", "not distinguishable from the default", "worse"]
 
@@ -301,10 +304,9 @@ def student_quantile(tail: float, freedom: float) -> float:
         freedom: degrees of freedom, 1 or more; they need not be whole.
     """
     # t = sqrt(freedom) tan(angle), whose density is that power of the cosine.
-    angles = np.linspace(0, math.pi / 2, 2001)
-    density = np.cos(angles) ** (freedom - 1)
+    density = _COSINES ** (freedom - 1)
     above = np.concatenate([np.cumsum((density[1:] + density[:-1])[::-1])[::-1], [0.0]])
-    angle = np.interp(-tail, -above / above[0] / 2, angles)
+    angle = np.interp(-tail, -above / above[0] / 2, _ANGLES)
     return math.sqrt(freedom) * math.tan(angle)
 
 
@@ -334,19 +336,24 @@ def _prospects(
     means = by_sequence @ shares
     num = len(shares)
     centred = (by_sequence - means[:, None]) * shares * math.sqrt(num / max(num - 1, 1))
-    rng = np.random.default_rng([SEED, STREAM])
     drawn = np.tile(means, (DRAWS, 1))
-    for part, own in ((by_contender, freedom), (centred, max(num - 1, 1))):
+    for number, (part, own) in enumerate(((by_contender, freedom), (centred, max(num - 1, 1)))):
         sizes, axes = np.linalg.eigh(part @ part.T)
-        root = (axes * np.sqrt(np.maximum(sizes, 0))) @ axes.T
-        normal = rng.standard_normal((DRAWS, len(names))) @ root
-        drawn += normal / np.sqrt(rng.chisquare(own, (DRAWS, 1)) / own)
+        drawn += _draws(number, len(names), own) @ (axes * np.sqrt(np.maximum(sizes, 0))) @ axes.T
     best = drawn.max(1)
     share = np.bincount(drawn.argmax(1), minlength=len(names)) / DRAWS
     return (
         {name: float(share[c]) for c, name in enumerate(names)},
         {name: float((best - drawn[:, c]).mean()) for c, name in enumerate(names)},
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _draws(number: int, num: int, freedom: int) -> np.ndarray:
+    """Return (draws, num) of Student's t, the same at every call."""
+    rng = np.random.default_rng([SEED, STREAM, number])
+    scale = np.sqrt(rng.chisquare(freedom, (DRAWS, 1)) / freedom)
+    return rng.standard_normal((DRAWS, num)) / scale
 
 
 def _shares(scores: Mapping[str, np.ndarray], weights: np.ndarray | None) -> np.ndarray:
