@@ -5,17 +5,17 @@ of two, of seed s and sequence q, is taken as ``d[s, q] = mean + seed[s] + seque
 q]``, where seeds and sequences both are samples of what could have been (a crossed layout of two
 random effects).
 
-**Interval of a mean difference.**  Its variance is the sum of a seed part, the variance of the
-seeds' means over their number, and a sequence part, likewise.  The rest is in both, so the sum is a
-little too large (Owen 2007, "The pigeonhole bootstrap").  Seeds are few, so the seed part is the
-larger one of the pair's own and of what all contenders have in common (the mean square of contender
-by seed), with the degrees of freedom of the latter: this assumes that no contender varies several
-times as much with its seed as the others do.  The width is that of Student's t with the degrees of
-freedom of Satterthwaite (1946).  It assumes that the parts are roughly normal, or the sequences
-many.
+**Interval of a mean difference.**  Its variance is that of two random effects: a seed part, the
+variance of the seeds' means over their number, and a sequence part, likewise, less that of the
+rest, which is in both (Owen 2007, "The pigeonhole bootstrap", without this correction).  Seeds are
+few, so the variance between them is the larger one of the pair's own and of what all contenders
+have in common (the mean square of contender by seed), each with its degrees of freedom.  The width
+is that of Student's t with the degrees of freedom of Satterthwaite (1946).  Assumed: the parts are
+roughly normal, or sequences many; and two contenders that agree by chance in their first seeds vary
+about as the others do.
 
 **Looking after every seed.**  The error is spent (Lan and DeMets 1983) over the looks, in
-proportion to the square of their share of the seeds (Kim and DeMets 1987), and by Bonferroni over
+proportion to the cube of their share of the seeds (Kim and DeMets 1987), and by Bonferroni over
 the pairs: all intervals of a race hold together with its confidence, whichever contender leads and
 whenever it ends.  One seed tells nothing of the spread between seeds: nothing is spent, nobody
 leaves.
@@ -23,6 +23,7 @@ leaves.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -38,6 +39,8 @@ STREAM = 97
 """Stream number of the draws of the contenders' means, beside the seed."""
 DRAWS = 4000
 _UNKNOWN = Interval(-math.inf, math.inf)
+_ANGLES = np.linspace(0, math.pi / 2, 2001)
+_COSINES = np.cos(_ANGLES)
 
 Outcome = Literal["better than the default", "not distinguishable from the default", "worse"]
 
@@ -85,7 +88,7 @@ class Standings:
     """That all who race have."""
     leader: str
     standings: tuple[Standing, ...]
-    """The leader first, the others that race, best first, then those that left, last first."""
+    """The leader first, the others that race, best first, then those that left, likewise."""
     over: bool
     reason: str
     """Why it is over; empty while it is not."""
@@ -177,7 +180,7 @@ def standings(
                 p_best=p_best[name],
             )
         )
-    rows.sort(key=lambda row: (row.left_after is not None, -row.num_seeds, -row.difference))
+    rows.sort(key=lambda row: (row.left_after is not None, -row.difference))
     return Standings(
         num_seeds=look,
         leader=racing[0],
@@ -252,13 +255,13 @@ class _Seen:
         """Take the contenders that have as many seeds as ``look``; ``pairs`` share the error."""
         self._scores = {name: rows[:look] for name, rows in scores.items() if len(rows) >= look}
         self._look, self._shares = look, shares
-        spent, before = (((k - 1) / (rules.max_seeds - 1)) ** 2 for k in (look, look - 1))
+        spent, before = (((k - 1) / (rules.max_seeds - 1)) ** 3 for k in (look, look - 1))
         self._tail = (1 - rules.confidence) * (spent - before) / pairs / 2 if look > 1 else 0.0
         if look > 1:
             means = np.array([rows @ shares for rows in self._scores.values()])
             rest = means - means.mean(0) - means.mean(1, keepdims=True) + means.mean()
-            self._seed_freedom = (len(means) - 1) * (look - 1)
-            self._seed_variance = 2 * float((rest**2).sum()) / self._seed_freedom
+            freedom = (len(means) - 1) * (look - 1)
+            self._common = 2 * float((rest**2).sum()) / freedom, freedom
 
     def difference(self, a: str, b: str) -> tuple[float, Interval]:
         """Return the mean difference of two contenders, and its interval."""
@@ -273,17 +276,22 @@ class _Seen:
         sequence_freedom = uneven.sum() ** 2 / (uneven**2).sum() - 1
         if self._look == 1 or sequence_freedom < 1:
             return mean, _UNKNOWN
-        by_seed_variance = max(self._seed_variance, float(by_seed.var(ddof=1)))
+        seed_variance, seed_freedom = max(
+            self._common, (float(by_seed.var(ddof=1)), self._look - 1)
+        )
         centred = differences.mean(0) - mean
         num = len(centred)
         parts = (
-            (by_seed_variance / self._look, self._seed_freedom),
+            (seed_variance / self._look, seed_freedom),
             (float(uneven @ centred**2) * num / (num - 1), sequence_freedom),
         )
-        variance = sum(part for part, _ in parts)
+        both = sum(part for part, _ in parts)
+        rest = differences - by_seed[:, None] - centred
+        rest_part = (rest**2).sum() / ((self._look - 1) * (num - 1)) * uneven.sum() / self._look
+        variance = max(both - rest_part, *(part for part, _ in parts))
         if variance == 0:
             return mean, Interval(mean, mean)
-        freedom = variance**2 / sum(part**2 / own for part, own in parts)
+        freedom = both**2 / sum(part**2 / own for part, own in parts)
         width = math.sqrt(variance) * student_quantile(self._tail, freedom)
         return mean, Interval(mean - width, mean + width)
 
@@ -296,10 +304,9 @@ def student_quantile(tail: float, freedom: float) -> float:
         freedom: degrees of freedom, 1 or more; they need not be whole.
     """
     # t = sqrt(freedom) tan(angle), whose density is that power of the cosine.
-    angles = np.linspace(0, math.pi / 2, 2001)
-    density = np.cos(angles) ** (freedom - 1)
+    density = _COSINES ** (freedom - 1)
     above = np.concatenate([np.cumsum((density[1:] + density[:-1])[::-1])[::-1], [0.0]])
-    angle = np.interp(-tail, -above / above[0] / 2, angles)
+    angle = np.interp(-tail, -above / above[0] / 2, _ANGLES)
     return math.sqrt(freedom) * math.tan(angle)
 
 
@@ -308,7 +315,7 @@ def _prospects(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the probability of each to be best, and by how much the best is expected to be better.
 
-    Means are drawn with the spread that the intervals have, of seeds and of sequences, paired.
+    Means are drawn with the spread of their seeds, the same for all, and of sequences, paired.
     """
     names, look = list(scores), max(len(rows) for rows in scores.values())
     if len(names) == 1:
@@ -329,19 +336,24 @@ def _prospects(
     means = by_sequence @ shares
     num = len(shares)
     centred = (by_sequence - means[:, None]) * shares * math.sqrt(num / max(num - 1, 1))
-    rng = np.random.default_rng([SEED, STREAM])
     drawn = np.tile(means, (DRAWS, 1))
-    for part, own in ((by_contender, freedom), (centred, max(num - 1, 1))):
+    for number, (part, own) in enumerate(((by_contender, freedom), (centred, max(num - 1, 1)))):
         sizes, axes = np.linalg.eigh(part @ part.T)
-        root = (axes * np.sqrt(np.maximum(sizes, 0))) @ axes.T
-        normal = rng.standard_normal((DRAWS, len(names))) @ root
-        drawn += normal / np.sqrt(rng.chisquare(own, (DRAWS, 1)) / own)
+        drawn += _draws(number, len(names), own) @ (axes * np.sqrt(np.maximum(sizes, 0))) @ axes.T
     best = drawn.max(1)
     share = np.bincount(drawn.argmax(1), minlength=len(names)) / DRAWS
     return (
         {name: float(share[c]) for c, name in enumerate(names)},
         {name: float((best - drawn[:, c]).mean()) for c, name in enumerate(names)},
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _draws(number: int, num: int, freedom: int) -> np.ndarray:
+    """Return (draws, num) of Student's t, the same at every call."""
+    rng = np.random.default_rng([SEED, STREAM, number])
+    scale = np.sqrt(rng.chisquare(freedom, (DRAWS, 1)) / freedom)
+    return rng.standard_normal((DRAWS, num)) / scale
 
 
 def _shares(scores: Mapping[str, np.ndarray], weights: np.ndarray | None) -> np.ndarray:

@@ -101,7 +101,7 @@ def test_a_planted_winner_is_found_and_the_others_leave() -> None:
 
 def test_the_default_stays_where_it_is_best_and_where_all_are_equal() -> None:
     rng = np.random.default_rng(3)
-    best = scores_of((0, -0.04, -0.05, -0.06), rng, spread=(0.002, 0.004, 0.01))
+    best = scores_of((0, -0.04, -0.06, -0.08), rng, spread=(0.002, 0.004, 0.01))
     end = verdict(best, RULES, default="default")
     assert (end.verdict, end.chosen, end.winner) == ("worse", "default", "a")
     assert end.interval.high < 0 and end.regret < 0.001 < 0.03 < end.regrets["a"]
@@ -113,7 +113,7 @@ def test_the_default_stays_where_it_is_best_and_where_all_are_equal() -> None:
 
 def test_a_race_ends_when_the_rest_are_within_what_does_not_matter() -> None:
     rng = np.random.default_rng(4)
-    scores = scores_of((0, 0.001, 0.0, -0.1), rng, spread=(0.0002, 0.0004, 0.001))
+    scores = scores_of((0, 0.0, 0.0, -0.1), rng, spread=(0.0001, 0.0003, 0.001))
     stand = standings(scores, RULES)
     assert stand.over and stand.reason == "the rest are within 0.005" and stand.num_seeds < 5
     assert set(stand.left) == {"default", "a", "b"}
