@@ -295,12 +295,13 @@ def test_a_race_that_is_killed_goes_on_and_its_winner_is_registered(
         job.process.kill()
         job.end()
     runs = home / "runs"
-    first = {path: path.stat().st_mtime_ns for path in (runs / "raced-race-1").rglob("*.*")}
+    first = {path: path.stat().st_mtime_ns for path in (runs / "raced-race-1").rglob("rung-*.json")}
     monkeypatch.setenv("LORAT_HOME", str(home))
     caplog.set_level("INFO")
     assert run_in_process("tune", "--resume", "raced") == 0
     assert "with seed 44:" in caplog.text
     assert "with seed 43:" not in caplog.text
+    assert len(first) == 2
     assert {path: path.stat().st_mtime_ns for path in first} == first, "a round was done twice"
     client = connect(f"sqlite:///{home}/mlflow.db")
     version = client.get_model_version_by_alias("lorat", "candidate")
