@@ -5,6 +5,7 @@ python jobs/benchmark.py train      the step loop beside bare PyTorch; memory of
 python jobs/benchmark.py track      frames per second, stage by stage, one video and many
 python jobs/benchmark.py search     early stopping beside full training of all trials
 python jobs/benchmark.py curves     trains configurations with several seeds, to replay searches
+python jobs/benchmark.py certify    replays searches: what a race of their best trials finds
 python jobs/benchmark.py serve      targets per second, changes of the model, a lost replica
 python jobs/benchmark.py scale      what breaks first on 8, 64 and 256 GPUs
 python jobs/benchmark.py --describe B-224     parameters and work of a model
@@ -44,6 +45,7 @@ BENCHMARKS = {
     "track": "evaluation.benchmark",
     "search": "search.benchmark",
     "curves": "search.curves",
+    "certify": "search.certify",
     "serve": "serving.benchmark",
     "scale": "scale.benchmark",
 }

@@ -1,6 +1,7 @@
 """Search over LoRA rank, learning rate, head depth and any other field of the configuration.
 
 python jobs/tune.py --trials 32
+python jobs/tune.py --trials 32 --certify
 python jobs/tune.py --variant B-224 --data lasot=URI,got10k=URI --val-data URI --address HOST:PORT
 python jobs/tune.py --resume NAME
 """
@@ -19,6 +20,7 @@ import flags
 import tyro
 
 from lorat.config.training import TrainConfig
+from lorat.errors import UserError
 from lorat_platform import cluster
 from lorat_platform.cluster.phases import Phases
 from lorat_platform.search.driver import resume_search, run_search
@@ -30,8 +32,10 @@ from lorat_platform.search.plan import (
     make_plan,
     read_plan,
 )
+from lorat_platform.search.race.certification import certify
+from lorat_platform.search.race.options import RaceOptions
 from lorat_platform.search.results.final import train_winner
-from lorat_platform.search.results.outcome import SearchOutcome, say_where_it_is, search_description
+from lorat_platform.search.results.outcome import say_how_it_ended
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +48,14 @@ class Options:
 
     config: Annotated[TrainConfig, FLAT] = field(default_factory=default_config)
     search: Annotated[SearchOptions, FLAT] = field(default_factory=SearchOptions)
+    race: Annotated[RaceOptions, FLAT] = field(default_factory=RaceOptions)
     resume: str | None = None
     """Go on with the search of this name, up to --trials, also with trials that failed through no
-    fault of theirs; --storage, --trust-search-folder, --final, --dry-run and --address count, too,
-    all else is as it was. It runs code that Ray Tune has put into the
-    search's folder: a local one must be yours alone to write, up to the storage; an object store
-    must be the one that LORAT_STORAGE names, or where you began the search from this machine."""
+    fault of theirs, and with its race, which --certify begins; --storage, --trust-search-folder,
+    --final, --dry-run and --address count, too, all else is as it was. It runs code that Ray Tune
+    has put into the search's folder: a local one must be yours alone to write, up to the storage;
+    an object store must be the one that LORAT_STORAGE names, or where you began the search from
+    this machine."""
     trust_search_folder: bool = False
     """Go on also where others may have written the folder, as with a --storage in an object store
     that somebody gave you with the name; whoever wrote it runs code with your rights."""
@@ -60,6 +66,12 @@ class Options:
     address: str | None = None
     """Ray cluster, host:port; none means RAY_ADDRESS, or an embedded Ray."""
 
+    def __post_init__(self) -> None:
+        if self.final and self.race.certify:
+            raise UserError(
+                "--final and --certify were both given; a race trains in full, leave --final out."
+            )
+
 
 def main() -> int:
     """Run the job."""
@@ -69,12 +81,12 @@ def main() -> int:
             options.resume, options.search.storage, trust_folder=options.trust_search_folder
         )
         # What is not given is as it was.
-        was = Options(config=plan.space.base, search=plan.options)
+        was = Options(config=plan.space.base, search=plan.options, race=plan.race)
         options = flags.parse(Options, default=was, description=__doc__)
-        check_unchanged(plan, options.config, options.search)
-        plan = dataclasses.replace(plan, options=options.search)
+        check_unchanged(plan, options.config, options.search, options.race)
+        plan = dataclasses.replace(plan, options=options.search, race=options.race)
     else:
-        plan = make_plan(options.config, options.search)
+        plan = make_plan(options.config, options.search, race=options.race)
     log.info("%s", plan.text())
     if options.dry_run:
         return 0
@@ -89,36 +101,24 @@ def main() -> int:
                 plan.name,
                 options.search.storage,
                 trials=options.search.trials,
+                race=plan.race,
                 trust_folder=options.trust_search_folder,
                 git_revision=revision,
             )
         else:
             outcome = run_search(plan, git_revision=revision)
-        code = _conclude(outcome)
-        if options.final and code == 0:
+        say_how_it_ended(outcome)
+        if outcome.interrupted or outcome.best is None:
+            return command.EXIT_INTERRUPTED if outcome.interrupted else command.EXIT_FAILURE
+        if options.final:
             train_winner(outcome, ray_cluster, git_revision=revision)
-    return code
-
-
-def _conclude(outcome: SearchOutcome) -> int:
-    log.info("\n%s\n", search_description(outcome.plan, outcome.board).replace("\n\n", "\n"))
-    log.info("table   %s", outcome.plan.folder / "results" / "trials.csv")
-    if outcome.best_config_file is not None:
-        log.info("best    python jobs/train.py --config %s", outcome.best_config_file)
-    say_where_it_is(outcome)
-    if outcome.interrupted:
-        storage = outcome.plan.options.storage
-        where = f" --storage {storage}" if storage else ""
-        log.info("go on   python jobs/tune.py --resume %s%s", outcome.plan.name, where)
+        if not plan.race.certify:
+            return 0
+        trust = options.trust_search_folder
+        certified = certify(outcome, trust_folder=trust, git_revision=revision)
+    if certified.interrupted:
         return command.EXIT_INTERRUPTED
-    if outcome.best is None:
-        reasons = [row.reason for row in outcome.board.rows.values() if row.reason]
-        log.error(
-            "No trial finished, so there is no best configuration; the first one failed with: %s",
-            reasons[0] if reasons else "unknown",
-        )
-        return command.EXIT_FAILURE
-    return 0
+    return 0 if certified.race.version else command.EXIT_FAILURE
 
 
 if __name__ == "__main__":

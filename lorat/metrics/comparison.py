@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from typing_extensions import Doc
 from lorat.config.bounds import Bounds, Count, Seed, Share, check_bounds
 from lorat.errors import UserError
 from lorat.metrics.catalogue import MAIN, METRICS, SCORES, criterion, listed
+from lorat.metrics.race import student_quantile
 
 BOOTSTRAP_STREAM = 71
 """Stream number of the resampling, beside the seed."""
@@ -50,11 +52,12 @@ class Comparison:
     """What was compared, a name of :data:`lorat.metrics.METRICS`."""
     names: list[str]
     differences: np.ndarray
-    """By how much the candidate is better than the champion, per sequence."""
+    """By how much the candidate is better than the champion, per sequence; means over seeds."""
     resampled_means: np.ndarray
     interval: tuple[float, float]
-    candidate_mean: float
-    champion_mean: float
+    candidate_seeds: dict[str, float]
+    """Mean score of each of the candidate's trainings, by seed."""
+    champion_seeds: dict[str, float]
     passed: bool
     reason: str
 
@@ -66,38 +69,60 @@ class Comparison:
     def numbers(self) -> dict[str, Any]:
         """Return what is recorded with the decision."""
         return {
-            f"candidate_{self.metric}": round(self.candidate_mean, 4),
-            f"champion_{self.metric}": round(self.champion_mean, 4),
+            f"candidate_{self.metric}": round(_mean(self.candidate_seeds), 4),
+            f"champion_{self.metric}": round(_mean(self.champion_seeds), 4),
             "difference": round(self.mean_difference, 4),
             "interval_low": round(self.interval[0], 4),
             "interval_high": round(self.interval[1], 4),
             "sequences": len(self.names),
+            "candidate_seeds": len(self.candidate_seeds),
+            "champion_seeds": len(self.champion_seeds),
             "better": int((self.differences > 0).sum()),
             "worse": int((self.differences < 0).sum()),
         }
 
 
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
 def compare(
     candidate: Mapping[str, float], champion: Mapping[str, float], config: GateConfig
 ) -> Comparison:
-    """Compare the scores of the sequences by a paired bootstrap over the sequences.
+    """Compare the scores of the sequences of two trainings, as :func:`compare_seeds` does."""
+    return compare_seeds({"": candidate}, {"": champion}, config)
 
-    The interval is that of the percentiles (Efron and Tibshirani 1993, section 13.3).
+
+def compare_seeds(
+    candidate: Mapping[str, Mapping[str, float]],
+    champion: Mapping[str, Mapping[str, float]],
+    config: GateConfig,
+) -> Comparison:
+    """Compare the scores of the sequences, of one or several trainings of each.
+
+    With one training of each, the interval is that of the percentiles of a paired bootstrap over
+    the sequences (Efron and Tibshirani 1993, section 13.3).  It speaks of these two trainings.
+    With several, which differ in their seeds, it speaks of the configurations: the variance of the
+    mean over sequences and those of the means over seeds add up, with the width of Student's t by
+    Satterthwaite (1946), as in :mod:`lorat.metrics.race`; the seeds of the two are not paired.
 
     Args:
-        candidate: the score of ``config.metric`` per sequence.
+        candidate: the score of ``config.metric`` per sequence, by seed.
         champion: that of the same sequences.
         config: when the candidate passes.
 
     Raises:
         UserError: if the sequences differ.
     """
-    if set(candidate) != set(champion) or not candidate:
+    names = sorted(next(iter(candidate.values())))
+    every = [*candidate.values(), *champion.values()]
+    if not names or any(each.keys() != set(names) for each in every):
         raise UserError("Candidate and champion were evaluated on different sequences; do it anew.")
-    names = sorted(candidate)
-    ours = np.array([candidate[name] for name in names])
-    theirs = np.array([champion[name] for name in names])
-    differences = METRICS[config.metric].sign * (ours - theirs)
+    ours, theirs = (
+        np.array([[scores[name] for name in names] for scores in each.values()])
+        for each in (candidate, champion)
+    )
+    differences = METRICS[config.metric].sign * (ours.mean(0) - theirs.mean(0))
     rng = np.random.default_rng([config.seed, BOOTSTRAP_STREAM])
     means = np.empty(config.resamples)
     for start in range(0, config.resamples, 1000):  # bounded memory for long benchmarks
@@ -106,6 +131,16 @@ def compare(
         means[start : start + count] = differences[rows].mean(axis=1)
     tail = (1 - config.confidence) / 2
     low, high = (float(value) for value in np.quantile(means, [tail, 1 - tail]))
+    by_seed = [each.mean(1) for each in (ours, theirs) if len(each) > 1]
+    if by_seed and len(names) > 1:
+        parts = [(len(each) - 1, float(each.var(ddof=1)) / len(each)) for each in by_seed]
+        parts.append((len(names) - 1, float(differences.var(ddof=1)) / len(names)))
+        width = _width(parts, tail)
+        low, high = float(differences.mean()) - width, float(differences.mean()) + width
+        for each in by_seed:  # drawn from n, a mean varies by (n - 1) / n of what it should
+            drawn = rng.integers(0, len(each), (config.resamples, len(each)))
+            spread = math.sqrt(len(each) / (len(each) - 1))
+            means += (each[drawn].mean(1) - each.mean()) * spread
     passed, reason = _decide(len(names), low, high, config)
     return Comparison(
         metric=config.metric,
@@ -113,11 +148,25 @@ def compare(
         differences=differences,
         resampled_means=means,
         interval=(low, high),
-        candidate_mean=float(ours.mean()),
-        champion_mean=float(theirs.mean()),
+        candidate_seeds=dict(zip(candidate, ours.mean(1).tolist(), strict=True)),
+        champion_seeds=dict(zip(champion, theirs.mean(1).tolist(), strict=True)),
         passed=passed,
         reason=reason,
     )
+
+
+def _width(parts: list[tuple[int, float]], tail: float) -> float:
+    """Return half the width of an interval, from the parts of a variance.
+
+    Args:
+        parts: degrees of freedom and variance of each.
+        tail: beyond either end.
+    """
+    variance = sum(part for _, part in parts)
+    if variance == 0:
+        return 0.0
+    freedom = variance**2 / sum(part**2 / own for own, part in parts)
+    return math.sqrt(variance) * student_quantile(tail, freedom)
 
 
 def _decide(num: int, low: float, high: float, config: GateConfig) -> tuple[bool, str]:

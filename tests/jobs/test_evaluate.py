@@ -62,10 +62,14 @@ def run_job(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def register(model: LoRAT, uri: str) -> str:
+def register(model: LoRAT, uri: str, tags: dict[str, str] | None = None) -> str:
     with open_run("lorat", "training") as run:
         return versions.register(
-            model, run_id=run.wait_for_id(), reference_set=[uri], scores={"eval/made-up/ao": 0.5}
+            model,
+            run_id=run.wait_for_id(),
+            reference_set=[uri],
+            scores={"eval/made-up/ao": 0.5},
+            tags=tags,
         )
 
 
@@ -161,13 +165,18 @@ def promote(version: str, **options: Any) -> bool:
 
 
 @pytest.mark.usefixtures("shared_ray")
-def test_better_candidate_is_promoted_and_worse_is_not(home: Path, uri: str) -> None:
+def test_better_candidate_is_promoted_and_worse_is_not(
+    home: Path, uri: str, tmp_path: Path
+) -> None:
     worse = register(shrinking_tracker(), uri)
     client = connect()
     assert promote(worse)
     assert "no champion" in client.get_model_version("lorat", worse).tags["gate.reason"]
 
-    better = register(staying_tracker(), uri)
+    save_merged(staying_tracker(), tmp_path / "8")  # of the race that it has won
+    seeds = {seed: str(tmp_path / seed) for seed in ("7", "8", "9")}
+    raced = {"race.seed": "7", "race.seeds": json.dumps(seeds)}
+    better = register(staying_tracker(), uri, raced)
     assert promote(better)
     assert champion.champion_of(client) == better
     version = client.get_model_version("lorat", better)
@@ -176,6 +185,9 @@ def test_better_candidate_is_promoted_and_worse_is_not(home: Path, uri: str) -> 
     assert numbers["interval_low"] > 0
     assert numbers["sequences"] == 8
     assert "better: the 95% interval" in version.description
+    assert numbers["candidate_seeds"] == 2
+    seen = f"2 seeds of version {better} were seen (7, 8); its race's weights of 9 are gone; one "
+    assert f"{seen}seed of version {worse} was seen" in version.description
     run = client.get_run(version.tags["gate.run_id"])
     assert run.data.metrics["difference"] == pytest.approx(numbers["difference"])
     assert "comparison.png" in [a.path for a in client.list_artifacts(run.info.run_id)]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 
+from lorat import checkpoint
 from lorat.checkpoint.folder import load_merged
 from lorat.config.fields import from_dict
 from lorat.config.summary import summary
@@ -278,6 +279,57 @@ def test_the_winner_is_trained_in_full_and_registered(
 
 
 @pytest.mark.usefixtures("shared_ray")
+def test_a_race_that_is_killed_goes_on_and_its_winner_is_registered(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    home = tmp_path / "home"
+    race = ("--certify", "--certify-top", 1, "--certify-seeds", 2, "--certify-within", 0)
+    with Job(
+        home, *arguments, "--trials", 2, "--name", "raced", "--concurrent", 1, "--scheduler",
+        "none", "--rungs", 1, "--epochs", 1, "--space", "lr=choice(0.0005,0.002)", *race,
+    ) as job:  # fmt: skip
+        job.wait_for(r"(?s)with seed 44: .*trial 0: completed after \d+ steps")
+        job.process.kill()
+        job.end()
+    runs = home / "runs"
+    first = {path: path.stat().st_mtime_ns for path in (runs / "raced-race-1").rglob("rung-*.json")}
+    monkeypatch.setenv("LORAT_HOME", str(home))
+    caplog.set_level("INFO")
+    assert run_in_process("tune", "--resume", "raced") == 0
+    assert "with seed 44:" in caplog.text
+    assert "with seed 43:" not in caplog.text
+    assert len(first) == 2
+    assert {path: path.stat().st_mtime_ns for path in first} == first, "a round was done twice"
+    client = connect(f"sqlite:///{home}/mlflow.db")
+    version = client.get_model_version_by_alias("lorat", "candidate")
+    tags = version.tags
+    experiment = client.get_experiment_by_name("lorat-search")
+    all_runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in all_runs if "mlflow.parentRunId" not in run.data.tags]
+    rounds = [run for run in all_runs if "-race-" in run.info.run_name]
+    assert {run.data.tags["mlflow.parentRunId"] for run in rounds} == {parent.info.run_id}
+    assert len(rounds) == 2
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["lorat.race.verdict"] == tags["race.verdict"]
+    assert parent.data.tags["lorat.race.version"] == version.version
+    assert int(parent.data.tags["lorat.race.steps"]) >= 4 * 16
+    assert "The race took" in parent.data.tags["mlflow.note.content"]
+    kept = {entry.path for entry in client.list_artifacts(parent.info.run_id, "race")}
+    assert kept == {"race/race.csv", "race/race.png"}
+    assert tags["search_run_id"] == parent.info.run_id
+    assert {"race.p_best", "race.interval", "race.regret", "score_histogram"} <= tags.keys()
+    assert f"seed {tags['race.seed']}, one of 2 that the race trained" in version.description
+    seeds = json.loads(tags["race.seeds"])
+    assert set(seeds) == {"43", "44"}
+    assert {checkpoint.load(place).variant.name for place in seeds.values()} == {"N-112"}
+    config = json.loads((runs / "raced" / "results" / "certified_config.json").read_text())
+    assert from_dict(TrainConfig, config).seed == 42
+
+
+@pytest.mark.usefixtures("shared_ray")
 def test_a_search_without_a_finished_trial_is_no_success(
     tmp_path: Path,
     arguments: list[str],
@@ -320,6 +372,9 @@ def _rows(home: Path) -> dict[str, dict[str, object]]:
         (["--space", "lora.dropout=uniform(0,2)"], "give 0 or more, below 1"),
         (["--trails", "3"], "did you mean --trials"),
         (["--resume", "nothing"], "no search nothing"),
+        (["--certify", "--final"], "a race trains in full, leave --final out"),
+        (["--certify-seeds", "2"], "give --certify as well"),
+        (["--certify", "--objective", "latency,ao"], "of which none has latency"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(

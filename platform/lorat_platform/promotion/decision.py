@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+
 from lorat.config.json_files import parse_json
 from lorat.data.shards.frame_index import FrameIndex
 from lorat.errors import UserError
 from lorat.files.scratch import temporary_folder
 from lorat.files.storage import locate
 from lorat.metrics import METRICS, plots
-from lorat.metrics.comparison import Comparison, GateConfig, compare
+from lorat.metrics.comparison import Comparison, GateConfig, compare_seeds
 from lorat_platform.data.sources import SYNTHETIC
 from lorat_platform.evaluation.report import markdown_table
 from lorat_platform.evaluation.sets import DatasetResult, check_distinct, evaluate
@@ -29,6 +31,7 @@ from lorat_platform.recording.inputs import dataset_inputs
 from lorat_platform.recording.run import Run, user_name
 from lorat_platform.recording.store import connect
 from lorat_platform.registry import versions
+from lorat_platform.registry.versions import SEED_TAG, SEEDS_TAG
 
 log = logging.getLogger(__name__)
 
@@ -123,16 +126,80 @@ def evaluated(client: Any, candidate: Candidate, data: Sequence[str]) -> list[Da
     return results
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trainings:
+    """What there is of a version: its own weights, and those of the other seeds of its race."""
+
+    version: str
+    models: dict[str, str]
+    """Addresses by seed; of a version that did not race, its own alone, whose seed is empty."""
+    gone: tuple[str, ...]
+    """Seeds whose weights cannot be had any more."""
+
+    @property
+    def said(self) -> str:
+        """How many seeds are seen."""
+        if len(self.models) == 1:
+            seen = f"one seed of version {self.version} was seen"
+        else:
+            seeds = ", ".join(self.models)
+            seen = f"{len(self.models)} seeds of version {self.version} were seen ({seeds})"
+        if self.gone:
+            seen += f"; its race's weights of {', '.join(self.gone)} are gone"
+        return seen
+
+
+def trainings_of(client: Any, name: str, version: str) -> Trainings:
+    """Return a version's own weights and what its race has left of other seeds."""
+    tags = client.get_model_version(name, version).tags
+    own = tags.get(SEED_TAG, "")
+    others = parse_json(
+        tags.get(SEEDS_TAG, "{}"),
+        f"The tag {SEEDS_TAG} of {name} version {version}",
+        "correct or delete it in MLflow",
+        shape=dict[str, str],
+    )
+    models, gone = {own: f"models:/{name}/{version}"}, []
+    for seed, address in others.items():
+        if seed == own:
+            continue
+        if _is_there(address):
+            models[seed] = address
+        else:
+            gone.append(seed)
+    return Trainings(version=version, models=models, gone=tuple(gone))
+
+
+def _is_there(checkpoint: str) -> bool:
+    try:
+        return locate(checkpoint).exists(versions.CONFIG_FILE)
+    except (OSError, pa.ArrowException):
+        return False
+
+
 def compare_with(
-    candidate: Candidate, present: str | None, data: Sequence[str]
-) -> Comparison | None:
-    """Compare with the present champion; none if there is none."""
-    if present is None or present == candidate.version:
-        return None
-    ours = evaluated(connect(), candidate, data)
-    theirs = results_on(f"models:/{candidate.name}/{present}", data, candidate.evaluation)
-    metric = candidate.gate.metric
-    return compare(of_sequences(ours, metric), of_sequences(theirs, metric), candidate.gate)
+    candidate: Candidate, trainings: Sequence[Trainings], data: Sequence[str]
+) -> Comparison:
+    """Compare all trainings of a candidate with all of the champion.
+
+    Args:
+        candidate: what is asked.
+        trainings: of the candidate, and of the champion.
+        data: the reference set.
+    """
+    own = f"models:/{candidate.name}/{candidate.version}"
+
+    def scores_of(address: str) -> dict[str, float]:
+        if address == own:
+            results = evaluated(connect(), candidate, data)
+        else:
+            results = results_on(address, data, candidate.evaluation)
+        return of_sequences(results, candidate.gate.metric)
+
+    ours, theirs = (
+        {seed: scores_of(address) for seed, address in each.models.items()} for each in trainings
+    )
+    return compare_seeds(ours, theirs, candidate.gate)
 
 
 def promote(candidate: Candidate, run: Run) -> bool:
@@ -147,14 +214,16 @@ def promote(candidate: Candidate, run: Run) -> bool:
             log.info("Version %s of %s is champion already.", version, name)
             return True
         comparison, data, note = None, [], ""
+        trainings = [trainings_of(client, name, each) for each in (version, present) if each]
         try:
             data = reference_set(client, candidate, [present, version] if present else [version])
             indexes = [FrameIndex.open(uri) for uri in made(data)]
             run.log_inputs(
                 dataset_inputs((i, "evaluation", f"{i.name}-{i.split}") for i in indexes)
             )
-            comparison = compare_with(candidate, present, data)
-            if present is None and not versions.has_scores(versions.tags_of(name, version)):
+            if present is not None:
+                comparison = compare_with(candidate, trainings, data)
+            elif not versions.has_scores(versions.tags_of(name, version)):
                 evaluated(client, candidate, data)  # else a server could not tell drift
         except UserError as error:
             if not candidate.force and present is not None:
@@ -189,7 +258,7 @@ def promote(candidate: Candidate, run: Run) -> bool:
                 by="force" if decision == "forced" else "gate",
             )
         if done:
-            write_down(client, run, candidate, present, record, comparison)
+            write_down(client, run, candidate, present, record, comparison, trainings)
             return decision != "refused"
         log.info("The champion changed meanwhile; comparing with the new one.")
     raise UserError(f"The champion of {name} changed {MAX_ROUNDS} times meanwhile; try again.")
@@ -197,7 +266,7 @@ def promote(candidate: Candidate, run: Run) -> bool:
 
 def write_down(
     client: Any, run: Run, candidate: Candidate, present: str | None,
-    record: dict[str, str], comparison: Comparison | None,
+    record: dict[str, str], comparison: Comparison | None, trainings: Sequence[Trainings],
 ) -> None:  # fmt: skip
     """Record a decision in the run, in the version's description and among its files."""
     name, version = candidate.name, candidate.version
@@ -211,6 +280,9 @@ def write_down(
     )
     for found in found_of(client, f"{name}/{version}"):
         text += f"It was seen {found}.\n\n"
+    if comparison is not None:
+        seen = "; ".join(each.said for each in trainings)
+        text += f"{seen[0].upper()}{seen[1:]}.\n\n{_seeds_table(comparison)}"
     if numbers:
         text += markdown_table(list(numbers), [list(numbers.values())]) + "\n\n"
     run.log_metrics(numbers, step=0)
@@ -236,6 +308,19 @@ def write_down(
     log.info("\n%s", text)
     log.info("open it     %s", pages.how_to_open(page))
     log.info("model page  %s", pages.address(pages.version_page(name, version)))
+
+
+def _seeds_table(comparison: Comparison) -> str:
+    """Return the score of each training where there are several."""
+    ours, theirs = comparison.candidate_seeds, comparison.champion_seeds
+    if len(ours) == len(theirs) == 1:
+        return ""
+    label = METRICS[comparison.metric].label
+    rows = [
+        [seed or "its own", *(f"{of[seed]:.4f}" if seed in of else "" for of in (ours, theirs))]
+        for seed in sorted({*ours, *theirs}, key=lambda seed: (not seed, seed))
+    ]
+    return markdown_table(["seed", f"{label}, candidate", f"{label}, champion"], rows) + "\n\n"
 
 
 def roll_back(name: str, reason: str) -> None:

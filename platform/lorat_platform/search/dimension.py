@@ -91,6 +91,21 @@ class Dimension:
         numbers = [v for v in self.values if isinstance(v, int | float)]
         return min(numbers, key=lambda v: abs(v - value)) if numbers else self.values[0]
 
+    def holding(self, values: Sequence[Scalar]) -> Dimension:
+        """Return one in which these values are allowed as well, or alone where no range holds them.
+
+        Args:
+            values: of the field.
+        """
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if self.kind != "choice" and len(numbers) == len(values):
+            low, high = min([*numbers, self.bounds[0]]), max([*numbers, self.bounds[1]])
+            if low > 0 or not self.log:
+                return dataclasses.replace(self, values=(low, high))
+        held = self.values if self.kind == "choice" else ()
+        distinct = tuple(dict.fromkeys((*held, *values)))
+        return dataclasses.replace(self, kind="choice", values=distinct)
+
     def at(self, position: float) -> Scalar:
         """Return the value at a place of the range or of the choices, from 0 to below 1."""
         if self.kind == "choice":

@@ -29,7 +29,7 @@ from lorat_platform.cluster.interrupts import kept_handlers
 from lorat_platform.data.sources import inputs_of, resolve_sources
 from lorat_platform.recording.console_log import written_to
 from lorat_platform.recording.pages import table_view
-from lorat_platform.recording.run import open_run
+from lorat_platform.recording.run import Run, open_run
 from lorat_platform.recording.system_metrics import interval_s
 from lorat_platform.recording.trouble import say_what_is_left
 from lorat_platform.runs.checkpoints import BETWEEN_RUNGS
@@ -43,6 +43,7 @@ from lorat_platform.search.plan import (
     check_data,
     read_plan,
 )
+from lorat_platform.search.race.options import RaceOptions
 from lorat_platform.search.results.board import Leaderboard
 from lorat_platform.search.results.outcome import SearchOutcome, write_outcome
 from lorat_platform.search.session import AboutTrial, SearchCallback, SearchSession, metric_name
@@ -72,7 +73,7 @@ TUNE_ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def _writable_only_here() -> Iterator[None]:
+def writable_only_here() -> Iterator[None]:
     """Let nobody else write to new files: a search is not gone on with where others can."""
     before = os.umask(0o077)
     os.umask(before | 0o022)
@@ -82,11 +83,12 @@ def _writable_only_here() -> Iterator[None]:
         os.umask(before)
 
 
-@_writable_only_here()
+@writable_only_here()
 def run_search(
     plan: SearchPlan,
     *,
     points: Sequence[Mapping[str, Any]] | None = None,
+    parent_run_id: str | None = None,
     git_revision: str | None = None,
 ) -> SearchOutcome:
     """Run a search on the connected cluster.
@@ -98,7 +100,9 @@ def run_search(
 
     Args:
         plan: the checked request.
-        points: configurations to try, instead of the searcher's proposals.
+        points: configurations to try, instead of the searcher's proposals: values by path, also
+            of fields that the space does not have.
+        parent_run_id: of the MLflow run that the search belongs to, if any.
         git_revision: of the code.
 
     Raises:
@@ -106,7 +110,7 @@ def run_search(
     """
     location = storage.locate(plan.storage).child(plan.name)
     if location.exists(REQUEST_FILE):
-        with _lease(plan.name, location).claim():  # or it is said who drives it
+        with lease_of(plan.name, location).claim():  # or it is said who drives it
             raise _begun(plan)
     check_data(plan)
     slots = count_slots(plan.options)
@@ -116,19 +120,20 @@ def run_search(
     limit = 0 if plan.options.scheduler == "hyperband" else slots
     SLOTS[plan.identity] = limit
     searcher, scheduler = algorithms(plan, max_concurrent=limit)
-    by_itself = isinstance(searcher, RandomSearch) or points is not None
+    param_space = plan.space.to_tune() if isinstance(searcher, RandomSearch) else {}
     if points is not None:
+        param_space = _choices(points)
         searcher = RandomSearch(
             points_to_evaluate=[dict(point) for point in points], max_concurrent=limit
         )
-    elif not by_itself and limit:
+    elif not isinstance(searcher, RandomSearch) and limit:
         searcher = SlotLimiter(searcher, max_concurrent=limit)
     searcher.search = plan.identity
 
     def make_tuner() -> tune.Tuner:
         return tune.Tuner(
             _trainable(plan),
-            param_space=plan.space.to_tune() if by_itself else {},
+            param_space=param_space,
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=scheduler,
@@ -148,21 +153,30 @@ def run_search(
             ),
         )
 
-    with _lease(plan.name, location).claim() as lease:
+    with lease_of(plan.name, location).claim() as lease:
         if location.exists(REQUEST_FILE):
             raise _begun(plan)
         note_origin(plan.name, location)
         _write_request(plan)
-        return _drive(plan, make_tuner, lease, git_revision=git_revision)
+        return _drive(
+            plan, make_tuner, lease, parent_run_id=parent_run_id, git_revision=git_revision
+        )
 
 
-@_writable_only_here()
+def _choices(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what points may be in Ray Tune's terms: it takes nothing else."""
+    return {path: tune.choice([point[path] for point in points]) for path in points[0]}
+
+
+@writable_only_here()
 def resume_search(
     name: str,
     storage_path: str | None = None,
     *,
     trials: int | None = None,
+    race: RaceOptions | None = None,
     trust_folder: bool = False,
+    parent_run_id: str | None = None,
     git_revision: str | None = None,
 ) -> SearchOutcome:
     """Go on with a search whose driver or machine died, on the connected cluster.
@@ -175,7 +189,9 @@ def resume_search(
         name: of the search.
         storage_path: where it is; none as in :class:`SearchOptions`.
         trials: configurations to try in all, with those that were; none means as many as before.
+        race: what follows them; none means as it was.
         trust_folder: believe its folder whoever may have written it.
+        parent_run_id: as of :func:`run_search`.
         git_revision: of the code.
 
     Raises:
@@ -185,8 +201,9 @@ def resume_search(
     plan = read_plan(name, storage_path, trust_folder=trust_folder)
     if trials is not None:
         plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, trials=trials))
+    plan = dataclasses.replace(plan, race=race or plan.race)
     location = storage.locate(plan.storage).child(name)
-    with _lease(name, location).claim() as lease:
+    with lease_of(name, location).claim() as lease:
         slots = count_slots(plan.options)
         check_reach(location, plan.options)
         SLOTS[plan.identity] = 0 if plan.options.scheduler == "hyperband" else slots
@@ -203,7 +220,20 @@ def resume_search(
                 storage_filesystem=_filesystem(plan),
             )
 
-        return _drive(plan, make_tuner, lease, git_revision=git_revision, resumes=True)
+        return _drive(
+            plan,
+            make_tuner,
+            lease,
+            parent_run_id=parent_run_id,
+            git_revision=git_revision,
+            resumes=True,
+        )
+
+
+def has_begun(plan: SearchPlan) -> bool:
+    """Tell whether there is a snapshot of a search, so that it can be gone on with."""
+    location = storage.locate(plan.storage).child(plan.name)
+    return any(name.startswith("experiment_state-") for name in location.names())
 
 
 def _write_request(plan: SearchPlan) -> None:
@@ -211,7 +241,8 @@ def _write_request(plan: SearchPlan) -> None:
     location.write_bytes(REQUEST_FILE, json.dumps(plan.request(), indent=2).encode())
 
 
-def _lease(name: str, location: storage.Location) -> Lease:
+def lease_of(name: str, location: storage.Location) -> Lease:
+    """Return the right to drive a search, to be claimed."""
     return Lease(location, f"The search {name}", "give another --name")
 
 
@@ -263,6 +294,7 @@ def _drive(
     make_tuner: Callable[[], tune.Tuner],
     lease: Lease,
     *,
+    parent_run_id: str | None,
     git_revision: str | None,
     resumes: bool = False,
 ) -> SearchOutcome:
@@ -271,18 +303,7 @@ def _drive(
     board = Leaderboard(objectives=plan.options.objectives, rungs=plan.rungs)
     plan.folder.mkdir(parents=True, exist_ok=True)
     location = storage.locate(plan.storage).child(plan.name)
-    known = location.read_bytes(PARENT_FILE).decode() if location.exists(PARENT_FILE) else None
-    parent = open_run(
-        plan.options.experiment,
-        plan.name,
-        folder=plan.folder / "mlflow-parent",
-        run_id=known,
-        tags={
-            "lorat.search": plan.name,
-            "lorat.kind": "search",
-            "git_revision": git_revision or "unknown",
-        },
-    )
+    parent = open_search_run(plan, parent_run_id=parent_run_id, git_revision=git_revision)
     parent.log_params(
         {f"search.{k}": v for k, v in dataclasses.asdict(plan.options).items() if v is not None}
         | {"search.space": plan.space.to_lines(), "search.rung_steps": list(plan.rungs.steps)}
@@ -335,6 +356,32 @@ def _drive(
             location.delete_folder(BETWEEN_RUNGS)
         _sweep_trials(location, results)
     return write_outcome(plan, board, parent, endings, interrupted=interrupted)
+
+
+def open_search_run(
+    plan: SearchPlan, *, parent_run_id: str | None = None, git_revision: str | None = None
+) -> Run:
+    """Open the MLflow run of a search, or go on with it.
+
+    Args:
+        plan: of the search.
+        parent_run_id: of the run that it belongs to, if any.
+        git_revision: of the code.
+    """
+    location = storage.locate(plan.storage).child(plan.name)
+    known = location.read_bytes(PARENT_FILE).decode() if location.exists(PARENT_FILE) else None
+    return open_run(
+        plan.options.experiment,
+        plan.name,
+        folder=plan.folder / "mlflow-parent",
+        run_id=known,
+        parent_run_id=parent_run_id,
+        tags={
+            "lorat.search": plan.name,
+            "lorat.kind": "search",
+            "git_revision": git_revision or "unknown",
+        },
+    )
 
 
 def _about_trials(plan: SearchPlan) -> AboutTrial:

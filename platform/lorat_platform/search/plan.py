@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,7 @@ from lorat_platform.search.algorithms import (
     build_searcher,
 )
 from lorat_platform.search.dimension import Dimension
+from lorat_platform.search.race.options import RACE_FILE, RaceOptions
 from lorat_platform.search.rungs import Rungs
 from lorat_platform.search.settings import judge, settings_of
 from lorat_platform.search.space import Coupling, SearchSpace, build_space
@@ -36,8 +37,11 @@ from lorat_platform.search.trust import check_trusted
 
 REQUEST_FILE = "search.json"
 """Where a search's folder keeps the request."""
-RESUMED_WITH = ("trials", "storage")
-"""Options that may differ when a search is gone on with."""
+RACE = tuple(each.name for each in dataclasses.fields(RaceOptions))
+"""Options of the race at a search's end."""
+RESUMED_WITH = ("trials", "storage", *RACE)
+"""Options that may differ when a search is gone on with; of a race that has begun, none may but
+whether it goes on."""
 SMALL_SCHEDULE = {"epochs": 32, "pairs_per_epoch": 512, "batch_size": 16}
 """Full schedule of a trial of a small variant where none is given: 1024 steps, 16 of warm-up.
 
@@ -145,6 +149,15 @@ class SearchPlan:
     rungs: Rungs
     from_file: tuple[Dimension, ...] | None = None
     """What the file held that the space was read from, if any; going on needs no file."""
+    race: RaceOptions = field(default_factory=RaceOptions)
+    """What follows the trials."""
+
+    def __post_init__(self) -> None:
+        if self.race.certify and self.options.objectives[0] not in SCORES:
+            raise UserError(
+                f"--certify compares sequences, of which none has {self.options.objectives[0]}; "
+                f"leave it out, or give one of {', '.join(SCORES)} as the first --objective."
+            )
 
     @property
     def folder(self) -> Path:
@@ -161,6 +174,7 @@ class SearchPlan:
         return {
             "identity": self.identity,
             "options": dataclasses.asdict(self.options),
+            "race": dataclasses.asdict(self.race),
             "config": to_dict(self.space.base),
             "space": None
             if self.from_file is None
@@ -191,6 +205,11 @@ class SearchPlan:
                 f"  each trial's weights track with {len(self.settings())} settings of "
                 f"{', '.join(self.space.tracking)} at every rung"
             )
+        if self.race.certify:
+            notes.append(
+                f"  the best {self.race.certify_top} and the default then race, each trained for "
+                f"{base.total_steps} steps with up to {self.race.certify_seeds} new seeds"
+            )
         return "\n".join(
             [
                 f"Search {self.name}: {options.trials} trials of {base.variant} on {base.data} for "
@@ -213,6 +232,7 @@ def make_plan(
     options: SearchOptions,
     *,
     from_file: tuple[Dimension, ...] | None = None,
+    race: RaceOptions | None = None,
 ) -> SearchPlan:
     """Check a request and fill in what it leaves open.
 
@@ -221,6 +241,7 @@ def make_plan(
         options: of the search.
         from_file: what its file held when the search began; none means that it is read now, if
             the options name one.
+        race: what follows the trials; none means no race.
 
     Raises:
         UserError: if anything in it cannot be.
@@ -251,6 +272,7 @@ def make_plan(
         space=space,
         rungs=rungs,
         from_file=from_file,
+        race=race or RaceOptions(),
     )
     _check_trials(plan)
     algorithms(plan, max_concurrent=1)
@@ -340,7 +362,13 @@ def read_plan(
         location,
         REQUEST_FILE,
         "begin the search anew under another --name",
-        shape={"identity": str, "options": dict, "config": dict, "space": list | None},
+        shape={
+            "identity": str,
+            "options": dict,
+            "race": dict,
+            "config": dict,
+            "space": list | None,
+        },
     )
     if not re.fullmatch("[0-9a-f]{16}", request["identity"]):
         raise UserError(
@@ -351,31 +379,46 @@ def read_plan(
     options = from_dict(SearchOptions, request["options"] | known)
     held = request["space"]
     from_file = None if held is None else tuple(from_dict(Dimension, each) for each in held)
-    plan = make_plan(from_dict(TrainConfig, request["config"]), options, from_file=from_file)
+    plan = make_plan(
+        from_dict(TrainConfig, request["config"]),
+        options,
+        from_file=from_file,
+        race=from_dict(RaceOptions, request["race"]),
+    )
     return dataclasses.replace(plan, identity=request["identity"])
 
 
 def check_unchanged(
-    plan: SearchPlan, config: TrainConfig, options: SearchOptions, *, also: tuple[str, ...] = ()
+    plan: SearchPlan,
+    config: TrainConfig,
+    options: SearchOptions,
+    race: RaceOptions | None = None,
+    *,
+    also: tuple[str, ...] = (),
 ) -> None:
-    """Refuse what cannot be changed when a search is gone on with: everything but ``--trials``.
+    """Refuse what cannot be changed when a search is gone on with: all but :data:`RESUMED_WITH`.
 
     Args:
         plan: of the search.
         config: of its trials, as asked for now.
         options: of the search, as asked for now.
+        race: at its end, as asked for now; none means as it was.
         also: of :data:`RESUMED_WITH`, what may not differ either.
 
     Raises:
         UserError: with every option that differs, and what the search has.
     """
-    had = _flat({"": to_dict(plan.space.base) | dataclasses.asdict(plan.options)})
-    asked = _flat({"": to_dict(with_whole_paths(config)) | dataclasses.asdict(options)})
+    base, options_were = to_dict(plan.space.base), dataclasses.asdict(plan.options)
+    had = _flat({"": base | options_were | dataclasses.asdict(plan.race)})
+    now = to_dict(with_whole_paths(config)) | dataclasses.asdict(options)
+    asked = _flat({"": now | dataclasses.asdict(race or plan.race)})
     asked["name"] = asked["name"] or plan.name
     had["space_file"], file = "as it was", asked.pop("space_file")
     if file is None or read_space_file(Path(file), plan.space.base) == plan.from_file:
         asked["space_file"] = had["space_file"]
     free = set(RESUMED_WITH) - set(also)
+    if storage.locate(plan.storage).child(plan.name).exists(RACE_FILE):
+        free -= {"trials", *RACE[1:]}
     changed = [name for name in had if asked.get(name) != had[name] and name not in free]
     if changed:
         what = ", ".join(f"{flag(name)} {had[name]}" for name in changed)

@@ -80,6 +80,11 @@ class SearchSpace:
         return self._nearest(self.tracking)
 
     def _nearest(self, dimensions: Mapping[str, Dimension]) -> dict[str, Scalar]:
+        own = self.own_values()
+        return {path: dimension.nearest(own[path]) for path, dimension in dimensions.items()}
+
+    def own_values(self) -> dict[str, Any]:
+        """Return the base configuration's values of the searched fields, allowed there or not."""
         base = self.base
         if base.tracking.search_area_factor is None:
             factor = base.model_variant.search_area_factor
@@ -88,9 +93,8 @@ class SearchSpace:
             base = replace_path(base, "lora.alpha", base.lora.resolved_alpha)
         if base.micro_batch is None and self.dimensions.get("micro_batch"):
             base = replace_path(base, "micro_batch", base.batch_size)
-        return {
-            path: dimension.nearest(get_path(base, path)) for path, dimension in dimensions.items()
-        }
+        values = {path: get_path(base, path) for path in self.dimensions}
+        return {p: "+".join(v) if isinstance(v, tuple) else v for p, v in values.items()}
 
     def to_tune(self) -> dict[str, Any]:
         """Return what a trial is made of in Ray Tune's terms."""

@@ -101,7 +101,7 @@ def finish(
     if evaluated:
         assert model is not None
         results = evaluate_beside_baselines(model, datasets.val, options, phases)
-        scores, own = _metrics(results), results[MODEL]
+        scores, own = metrics_of(results), results[MODEL]
         phases.begin("reporting plots, tables, clips and result files")
         # One number each is no curve: as metrics they would be the page's first charts.
         run.set_tags(score_tags(scores))
@@ -292,7 +292,7 @@ def _rows(results: dict[str, list[DatasetResult]]) -> list[list[Any]]:
     ]
 
 
-def _metrics(results: dict[str, list[DatasetResult]]) -> dict[str, float]:
+def metrics_of(results: dict[str, list[DatasetResult]]) -> dict[str, float]:
     """Return ``eval/DATASET/ao`` and so on of the model, ``eval/DATASET/static_ao``, ``mil_ao``."""
     from lorat_platform.evaluation.version_tags import headline_scores
 

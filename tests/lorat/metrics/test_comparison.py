@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lorat.errors import UserError
-from lorat.metrics.comparison import GateConfig, compare
+from lorat.metrics.comparison import GateConfig, compare, compare_seeds
 
 
 def scores(values: np.ndarray) -> dict[str, float]:
@@ -69,3 +69,36 @@ def test_too_few_or_different_sequences_are_refused() -> None:
     assert "too few" in compare(few, {"a": 0.1, "b": 0.1}, GateConfig()).reason
     with pytest.raises(UserError, match="different sequences"):
         compare(few, {"a": 0.1}, GateConfig())
+
+
+def test_several_seeds_speak_of_configurations_and_one_of_its_training(
+    champion: np.ndarray,
+) -> None:
+    rng = np.random.default_rng(3)
+
+    def trainings(number: int, better: float) -> dict[str, dict[str, float]]:
+        shifts = better + rng.normal(0, 0.02, number)
+        noise = rng.normal(0, 0.02, (number, 100))
+        return {str(s): scores(champion + shifts[s] + noise[s]) for s in range(number)}
+
+    passed = {1: 0, 5: 0}
+    for _ in range(60):
+        for number in passed:
+            ours, theirs = trainings(number, 0.0), trainings(number, 0.0)
+            passed[number] += compare_seeds(ours, theirs, GateConfig(resamples=400)).passed
+    assert passed[1] > 15, "equal configurations, but one training is luckier"
+    assert passed[5] <= 5
+    result = compare_seeds(trainings(5, 0.06), trainings(1, 0.0), GateConfig(resamples=4000))
+    assert result.passed
+    assert (len(result.candidate_seeds), len(result.champion_seeds)) == (5, 1)
+    assert result.numbers()["candidate_seeds"] == 5
+    assert result.resampled_means.std() == pytest.approx(0.02 / 5**0.5, rel=0.6)
+    spread = np.quantile(result.resampled_means, [0.025, 0.975])
+    assert result.interval[0] < spread[0] + 0.003
+    assert result.interval[1] > spread[1] - 0.003
+
+
+def test_seeds_of_other_sequences_are_refused(champion: np.ndarray) -> None:
+    ours = {"1": scores(champion), "2": scores(champion[:-1])}
+    with pytest.raises(UserError, match="different sequences"):
+        compare_seeds(ours, {"": scores(champion)}, GateConfig())

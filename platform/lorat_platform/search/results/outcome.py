@@ -103,6 +103,29 @@ def write_outcome(
     )
 
 
+def say_how_it_ended(outcome: SearchOutcome) -> None:
+    """Say what a search has found, where that is, and how to go on with one that was stopped."""
+    log.info("\n%s\n", search_description(outcome.plan, outcome.board).replace("\n\n", "\n"))
+    log.info("table   %s", outcome.plan.folder / "results" / "trials.csv")
+    if outcome.best_config_file is not None:
+        log.info("best    python jobs/train.py --config %s", outcome.best_config_file)
+    say_where_it_is(outcome)
+    if outcome.interrupted:
+        say_how_to_go_on(outcome.plan)
+    elif outcome.best is None:
+        reasons = [row.reason for row in outcome.board.rows.values() if row.reason]
+        log.error(
+            "No trial finished, so there is no best configuration; the first one failed with: %s",
+            reasons[0] if reasons else "unknown",
+        )
+
+
+def say_how_to_go_on(plan: SearchPlan) -> None:
+    """Say which command goes on with a search, or its race, that was stopped."""
+    where = f" --storage {plan.options.storage}" if plan.options.storage else ""
+    log.info("go on   python jobs/tune.py --resume %s%s", plan.name, where)
+
+
 def say_where_it_is(outcome: SearchOutcome) -> None:
     """Say where MLflow has the search, and what of it waits for MLflow."""
     if outcome.run_id is not None:  # else all of it waits
