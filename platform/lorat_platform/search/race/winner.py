@@ -10,6 +10,7 @@ from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat_platform.cluster.phases import Phases
 from lorat_platform.data.sources import open_datasets
+from lorat_platform.evaluation.version_tags import score_histogram
 from lorat_platform.recording.store import connect
 from lorat_platform.registry import versions
 from lorat_platform.search.plan import SearchPlan
@@ -20,7 +21,6 @@ from lorat_platform.training.finish import (
     evaluate_beside_baselines,
     metrics_of,
     reference_set,
-    score_histogram,
 )
 from lorat_platform.training.options import RunOptions
 
