@@ -30,6 +30,8 @@ from lorat_platform.serving.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
+MAX_WAITING_BYTES = 1_000_000_000
+"""Of the frames of all sessions that wait; the only one of a session is taken nevertheless."""
 BUSY_S = 0.5
 """A session that had a frame this recently is waited for."""
 _SMOOTHING = 0.1
@@ -177,7 +179,24 @@ class Engine:
             number, read, image = messages.parse_frame(data)
             with self._lock:
                 session.frame(number, read, image)
+                self._check_waiting(session)
                 self._note(session)
+
+    def _check_waiting(self, session: Session) -> None:
+        """Refuse what a session keeps waiting where all of them keep too much, under the lock.
+
+        Raises:
+            UserError: if they do.
+        """
+        if session.waiting < 2:
+            return
+        waiting = sum(each.waiting_bytes for each in self._sessions.values())
+        if waiting > MAX_WAITING_BYTES:
+            raise UserError(
+                f"Frames of {waiting:,} bytes wait in this server, and more than "
+                f"{MAX_WAITING_BYTES:,} may not: send no faster than the answers come, or choose "
+                "the order newest."
+            )
 
     @contextlib.contextmanager
     def _ending(self, session: Session) -> Iterator[None]:

@@ -77,6 +77,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self._frames: deque[WaitingFrame] = deque()
+        self._waiting_bytes = 0
         self._commands: list[Add | Drop] = []
         self._raw: tuple[int, int] | None = None
         self._names: set[str] = set()
@@ -85,6 +86,11 @@ class Session:
     def waiting(self) -> int:
         """Frames that wait."""
         return len(self._frames)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Their size."""
+        return self._waiting_bytes
 
     @property
     def has_work(self) -> bool:
@@ -152,8 +158,10 @@ class Session:
         skipped = 0
         if self.order == "newest":
             while self._frames and not self._frames[-1].commands:
-                skipped += 1 + self._frames.pop().skipped
-        waiting = sum(len(frame.data) for frame in self._frames)
+                dropped = self._frames.pop()
+                self._waiting_bytes -= len(dropped.data)
+                skipped += 1 + dropped.skipped
+        waiting = self._waiting_bytes
         if (self._frames and waiting + len(data) > MAX_WAITING_BYTES) or (
             len(self._frames) >= settings.window
         ):
@@ -165,18 +173,22 @@ class Session:
         self._frames.append(
             WaitingFrame(number, data, self._raw, tuple(self._commands), skipped, self.last_message)
         )
+        self._waiting_bytes += len(data)
         self._commands.clear()
 
     def take(self) -> WaitingFrame:
         """Return the frame to track now, which waits no longer."""
         self.answered += 1
-        return self._frames.popleft()
+        taken = self._frames.popleft()
+        self._waiting_bytes -= len(taken.data)
+        return taken
 
     def end(self, why: str = "") -> None:
         """End the session; nothing more is tracked."""
         if self.ended is None:
             self.ended = why
         self._frames.clear()
+        self._waiting_bytes = 0
 
     def obey(self, image: np.ndarray, commands: Iterable[Add | Drop]) -> list[str]:
         """Add and drop targets; for the thread that tracks.

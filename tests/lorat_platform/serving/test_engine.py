@@ -18,6 +18,7 @@ from lorat.config.training import TrainConfig
 from lorat.errors import UserError
 from lorat.image.codec import encode_jpeg
 from lorat.model.network import build_model
+from lorat_platform.serving import engine as engine_module
 from lorat_platform.serving import messages, statistics
 from lorat_platform.serving.drift import Drift
 from lorat_platform.serving.engine import Engine
@@ -298,6 +299,30 @@ def test_client_that_does_not_read_is_not_answered_on() -> None:
         newest.send(video[0])
         wait_until("another answer", lambda: newest.session.answered == 5)
         assert newest.receive()["frame"] == 0
+    finally:
+        engine.stop()
+
+
+def test_frames_of_all_sessions_that_wait_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who keeps one waiting is not refused; who keeps more is, and its place is free again."""
+    video = frames(4)
+    monkeypatch.setattr(engine_module, "MAX_WAITING_BYTES", 7 * video[0].nbytes)
+    engine = Engine(served(1), ServingSettings(batch_wait_ms=0))
+    try:
+        talks = [Talk(engine, ADD) for _ in range(6)]
+        newest = Talk(engine, '{"order": "newest"}', ADD)
+        with engine._lock:  # the engine is busy elsewhere
+            for talk in talks[:5]:
+                talk.send(video[0])
+            for frame in video:
+                newest.send(frame)
+            talks[5].send(video[0])
+            with pytest.raises(UserError, match="wait in this server"):
+                talks[0].send(video[1])
+            assert [talk.session.waiting for talk in talks] == [0, 1, 1, 1, 1, 1]
+        for talk in (*talks[1:], newest):
+            assert "targets" in talk.receive()
+        assert all(talk.session.waiting_bytes == 0 for talk in (*talks, newest))
     finally:
         engine.stop()
 
