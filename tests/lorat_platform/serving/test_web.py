@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from lorat.errors import UserError
@@ -41,6 +41,58 @@ def test_client_tracks_as_the_library_does(open_web: tuple[Engine, str]) -> None
     boxes = [answer["targets"]["it"]["box"] for answer in answers]
     video = [decode_rgb(jpeg) for jpeg in jpegs]
     np.testing.assert_allclose(boxes, expected(served(1), video), atol=0.02)
+
+
+def test_client_goes_on_at_the_replica_itself() -> None:
+    jpegs = [encode_jpeg(frame, 95) for frame in frames(12)]
+    with web(ServingSettings(), direct=True) as (engine, place):
+        with Client(f"ws://{place}/track", token=TOKEN) as client:
+            direct = client.hello["direct"]
+            assert client._socket.remote_address[1] == direct["port"] != int(place.split(":")[1])
+            answers = list(client.track(jpegs, {"it": BOX}))
+            there = f"ws://127.0.0.1:{direct['port']}/direct"
+            for shown in (direct["ticket"], TOKEN, ""):  # a ticket is for one connection
+                headers = {"Authorization": f"Bearer {shown}"}
+                with pytest.raises(InvalidStatus), connect(there, additional_headers=headers):
+                    pass
+            assert requests.get(f"http://127.0.0.1:{direct['port']}/status").status_code == 404
+        boxes = [answer["targets"]["it"]["box"] for answer in answers]
+        video = [decode_rgb(jpeg) for jpeg in jpegs]
+        np.testing.assert_allclose(boxes, expected(served(1), video), atol=0.02)
+        wait_until("end of the session", lambda: engine.num_sessions == 0)
+        assert engine.statistics.counts().get("refused") is None
+
+        # Each end of the session ends the other: what holds it open may be lost, too.
+        with connect(f"ws://{place}/track?token={TOKEN}") as began:
+            hello = json.loads(began.recv())
+            headers = {"Authorization": f"Bearer {hello['direct']['ticket']}"}
+            with connect(there, additional_headers=headers) as socket:
+                assert json.loads(socket.recv()) == {"session": hello["session"]}
+                began.close()
+                assert "began is over" in json.loads(socket.recv(timeout=30))["error"]
+        with connect(f"ws://{place}/track?token={TOKEN}") as began:
+            headers = {"Authorization": f"Bearer {json.loads(began.recv())['direct']['ticket']}"}
+            with connect(there, additional_headers=headers) as socket:
+                socket.recv()
+            with pytest.raises(ConnectionClosed):
+                began.recv(timeout=30)
+        assert engine.num_sessions == 0
+
+
+def test_client_stays_where_the_replica_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a tunnel, this machine's port of that number is another's, or nobody listens."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setattr(
+            "lorat_platform.serving.web.listening",
+            lambda app: contextlib.nullcontext(silent.getsockname()[1]),
+        )
+        with (
+            web(ServingSettings(), direct=True) as (_, place),
+            Client(f"ws://{place}/track", token=TOKEN) as client,
+        ):
+            assert client._socket.remote_address[1] == int(place.split(":")[1])
+            assert len(list(client.track(frames(3), {"it": BOX}))) == 3
 
 
 def test_plain_http_gives_the_same(open_web: tuple[Engine, str]) -> None:
