@@ -51,7 +51,8 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-"""Of the page: it loads nothing from elsewhere, and no other page may show it."""
+"""Of the page: it loads nothing from elsewhere, and no other page may show it.  So it talks to the
+address that it came from, and does not go on at the replica itself."""
 
 
 def make_app(
