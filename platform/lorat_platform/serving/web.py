@@ -134,6 +134,7 @@ class _Web:
             yield
             task.cancel()
             await asyncio.to_thread(self.engine.stop)
+            await asyncio.to_thread(stack.close)
 
     async def _end_idle(self) -> None:
         while True:

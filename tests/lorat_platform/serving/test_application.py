@@ -77,6 +77,7 @@ def test_champion_changes_in_mid_stream_and_no_frame_is_lost(place: str) -> None
     video = frames(40)
     models, boxes = [], []
     with Client(f"ws://{place}/track", token=TOKEN) as client:
+        assert client._socket.remote_address[1] == client.hello["direct"]["port"]
         client.add("it", BOX)
         sent = 0
 
@@ -144,7 +145,9 @@ def test_sessions_of_a_killed_replica_are_told_and_begin_again(place: str) -> No
         victim = owners[clients[0]]
         actors = ray.util.list_named_actors(all_namespaces=True)
         (found,) = (each for each in actors if each["name"].endswith(victim))
-        os.kill(pid_of(found), signal.SIGKILL)
+        pid = pid_of(found)
+        assert b"OMP_WAIT_POLICY=PASSIVE" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        os.kill(pid, signal.SIGKILL)
         for client in clients:
             if owners[client] == victim:
                 with pytest.raises(UserError, match="begin again"):
