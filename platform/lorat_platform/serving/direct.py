@@ -8,17 +8,44 @@ the replica itself.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HOST = "127.0.0.1"
 """Only this machine comes in here, whatever address the proxy has."""
+HANDSHAKE_S = 20.0
+"""A connection that is no WebSocket after this time is closed; half-open ones would add up."""
 STOP_S = 2
+
+
+class _Handshake(H11Protocol):
+    """The first request of a connection, for which there is not all the time of the world."""
+
+    _limit: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._limit = self.loop.call_later(HANDSHAKE_S, transport.abort)
+
+    def handle_websocket_upgrade(self, event: Any) -> None:
+        self._end_limit()
+        super().handle_websocket_upgrade(event)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_limit()
+        super().connection_lost(exc)
+
+    def _end_limit(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
 
 
 @contextlib.contextmanager
@@ -33,6 +60,7 @@ def listening(app: Starlette) -> Iterator[int]:
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                http=_Handshake,
                 ws="websockets-sansio",
                 ws_per_message_deflate=False,
                 timeout_graceful_shutdown=STOP_S,

@@ -79,6 +79,27 @@ def test_client_goes_on_at_the_replica_itself() -> None:
         assert engine.num_sessions == 0
 
 
+def test_connection_to_a_replica_that_says_nothing_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lorat_platform.serving.direct.HANDSHAKE_S", 1.5)
+    with (
+        web(ServingSettings(), direct=True) as (_, place),
+        Client(f"ws://{place}/track", token=TOKEN) as client,
+        contextlib.ExitStack() as stack,
+    ):
+        half_open = []
+        for said in (b"", b"GET /direct HTTP/1.1\r\nHost: x\r\nUpgrade: webso") * 50:
+            each = socket.create_connection(("127.0.0.1", client.hello["direct"]["port"]))
+            half_open.append(stack.enter_context(each))
+            each.sendall(said)
+        for each in half_open:
+            each.settimeout(30)
+            with contextlib.suppress(ConnectionResetError):
+                assert each.recv(100) == b""
+        assert len(list(client.track(frames(3), {"it": BOX}))) == 3  # a WebSocket is not
+
+
 def test_client_stays_where_the_replica_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a tunnel, this machine's port of that number is another's, or nobody listens."""
     with socket.socket() as silent:
