@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lorat_platform.cluster.connection import connected
 from lorat_platform.recording.run import open_run
 from lorat_platform.recording.store import connect
 from lorat_platform.registry import versions
-from lorat_platform.serving.application import Scale, build
+from lorat_platform.serving.application import SWITCH_S, Scale, build
 from lorat_platform.serving.client import Client
 from lorat_platform.serving.running import serving
 from lorat_platform.serving.settings import ServingSettings
@@ -145,7 +146,8 @@ def test_sessions_of_a_killed_replica_are_told_and_begin_again(place: str) -> No
         victim = owners[clients[0]]
         actors = ray.util.list_named_actors(all_namespaces=True)
         (found,) = (each for each in actors if each["name"].endswith(victim))
-        pid = pid_of(found)
+        pid, switch_s = process_of(found)
+        assert switch_s == pytest.approx(SWITCH_S)
         assert b"OMP_WAIT_POLICY=PASSIVE" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         os.kill(pid, signal.SIGKILL)
         for client in clients:
@@ -171,11 +173,12 @@ def go_on(client: Client, video: list[Any]) -> None:
         client.receive()
 
 
-def pid_of(actor: dict[str, str]) -> int:
+def process_of(actor: dict[str, str]) -> tuple[int, float]:
+    """Return the process of an actor, and for how long its threads keep each other waiting."""
     import ray
 
     handle = ray.get_actor(actor["name"], namespace=actor["namespace"])
-    return ray.get(handle.__ray_call__.remote(lambda self: os.getpid()))
+    return ray.get(handle.__ray_call__.remote(lambda self: (os.getpid(), sys.getswitchinterval())))
 
 
 def test_settings_of_a_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
