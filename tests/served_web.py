@@ -40,12 +40,15 @@ def is_bounded(place: str) -> bool:
 
 @contextlib.contextmanager
 def web(
-    settings: ServingSettings, token: str | None = TOKEN, model: ServedModel | None = None
+    settings: ServingSettings,
+    token: str | None = TOKEN,
+    model: ServedModel | None = None,
+    direct: bool = False,
 ) -> Iterator[tuple[Engine, str]]:
     """Run it for the length of a ``with`` block; yield the engine and host:port."""
     engine = Engine(model or served(1), settings)
     hashed = hashlib.sha256(token.encode()).hexdigest() if token else None
-    app = make_app(engine, hashed, lambda: {"model": engine.model.name})
+    app = make_app(engine, hashed, lambda: {"model": engine.model.name}, direct=direct)
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_level="error", ws="websockets-sansio", http=BoundedProtocol)

@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import re
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -46,6 +47,17 @@ TOKEN = "LORAT_SERVE_TOKEN"
 MIN_TOKEN = 16
 OTHER_REQUESTS = 64
 """Requests besides the sessions that a replica works on at the same time."""
+
+
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Environment of replicas: the threads of a product sleep until they are needed.  By default they
+spin, and where others want the same cores, such as the proxy and a model that is loaded, a pass of
+the network then takes many times as long."""
+
+SWITCH_S = 0.0002
+"""Longest time for which a thread of Python keeps others waiting.  A pass of the network asks for
+its turn at every product, and loading a model is work in Python: with Python's own 5 ms, frames
+waited for a tenth of a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +107,11 @@ class Replica:
     """A process that tracks for many sessions."""
 
     def __init__(self, settings: dict[str, Any], token_sha256: str | None) -> None:
-        if ray.util.get_node_ip_address() == LOOPBACK:
+        self.is_local = ray.util.get_node_ip_address() == LOOPBACK
+        """Whether this is a Ray of one machine, for it alone."""
+        if self.is_local:
             ray_internals.keep_replica_to_loopback()
+        sys.setswitchinterval(SWITCH_S)
         self.token_sha256 = token_sha256
         self.settings = ServingSettings(**settings)
         uri = self.settings.present()
@@ -120,7 +135,8 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the web side; Ray Serve calls it in the event loop of the replica."""
-        return make_app(self.engine, self.token_sha256, self.status)
+        # A replica elsewhere than the proxy would send clients to a port of another machine.
+        return make_app(self.engine, self.token_sha256, self.status, direct=self.is_local)
 
     def _load_shadow(self) -> Shadow | None:
         settings = self.settings
@@ -220,7 +236,11 @@ def application(settings: ServingSettings, scale: Scale, token: str | None) -> s
         }
     deployment = serve.deployment(
         name="tracking",
-        ray_actor_options={"num_cpus": scale.cpus, "num_gpus": gpus},
+        ray_actor_options={
+            "num_cpus": scale.cpus,
+            "num_gpus": gpus,
+            "runtime_env": {"env_vars": PATIENT},
+        },
         max_ongoing_requests=settings.max_sessions + OTHER_REQUESTS,
         max_queued_requests=OTHER_REQUESTS,
         request_router_config=RequestRouterConfig(

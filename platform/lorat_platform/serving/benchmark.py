@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -44,6 +44,8 @@ SERVER_PROCESSES = {
     "replica": "ServeReplica", "proxy": "ProxyActor", "controller": "ServeController",
 }  # fmt: skip
 """Processes of a server, and what the titles have that Ray gives them."""
+QUIET_FRAMES = 100
+"""Before the first change of the model, to tell what waits come from it and which from others."""
 Measure = Literal["all", "throughput", "swaps", "memory", "loss", "crowd"]
 
 
@@ -124,12 +126,7 @@ def _server(options: ServeBenchmark, versions: int = 1, **settings: Any) -> Iter
                     ServingSettings(**settings), scale, host="127.0.0.1", port=port, token=None
                 ),
             ):
-                yield _Server(
-                    f"127.0.0.1:{port}",
-                    lambda version: store.set_registered_model_alias(
-                        "lorat", "champion", str(version)
-                    ),
-                )
+                yield _Server(f"127.0.0.1:{port}")
         finally:
             for name, value in before.items():
                 os.environ.pop(name, None)
@@ -140,7 +137,6 @@ def _server(options: ServeBenchmark, versions: int = 1, **settings: Any) -> Iter
 @dataclass(frozen=True)
 class _Server:
     place: str
-    promote: Callable[[int], None]
 
     @property
     def track(self) -> str:
@@ -233,54 +229,69 @@ def _track_there(
 def _swaps(options: ServeBenchmark) -> dict[str, Any]:
     """Change the model under a video of 25 frames per second; measure the longest waits."""
     video = _video()
+    context = multiprocessing.get_context("spawn")
     with _server(options, versions=2, poll_s=0.05) as server, Client(server.track) as client:
-        stop = threading.Event()
-        made = 0
-
-        def change() -> None:
-            nonlocal made
-            while made < options.swaps:
-                version = 2 - made % 2
-                server.promote(version)
-                while server.status()["model"] != f"lorat/{version}" and not stop.is_set():
-                    time.sleep(0.02)
-                made += 1
-            stop.set()
-
-        changing = threading.Thread(target=change, daemon=True)
+        # In a process of its own, so that it does not hold this one up, which measures.
+        ready, begin, made = context.Event(), context.Event(), context.Value("i", 0)
+        changing = context.Process(
+            target=_change, args=(server, options.swaps, ready, begin, made), daemon=True
+        )
+        changing.start()
+        ready.wait(300)
         client.add("it", BOX)
         client.send(video[0])
         client.receive()
-        changing.start()
         waits: list[float] = []
         models: list[str] = []
         began = time.monotonic()
-        while not stop.is_set():
+        while changing.is_alive():
             number = len(waits) + 1
+            if number == QUIET_FRAMES:
+                begin.set()
             time.sleep(max(0.0, began + number * FRAME_S - time.monotonic()))
             sent = time.monotonic()
             client.send(video[number % VIDEO_FRAMES])
             answer = client.receive()
             waits.append(time.monotonic() - sent)
             models.append(answer["model"])
-        changing.join(60)
     moves = [n for n in range(1, len(models)) if models[n] != models[n - 1]]
-    at_moves = [max(waits[max(0, n - 2) : n + 3]) for n in moves] or [0.0]
     figures = {
-        "swaps": made,
+        "swaps": made.value,
         "moves": len(moves),
         "unanswered": client.sent - 1 - len(waits),
         "wait_p50_ms": 1000 * float(np.quantile(waits, 0.5)),
         "wait_p99_ms": 1000 * float(np.quantile(waits, 0.99)),
-        "gap_p99_frame_times": float(np.quantile(at_moves, 0.99)) / FRAME_S,
+        "gap_p99_frame_times": _gap(waits, moves),
+        "gap_without_change": _gap(waits, range(2, QUIET_FRAMES - 3)),
     }
     log.info(
         "%d changes, %d seen by the session; %d of %d frames unanswered; waits %.1f ms (median), "
-        "%.1f ms (p99); at a change p99 %.2f frame times",
-        made, len(moves), figures["unanswered"], len(waits), figures["wait_p50_ms"],
-        figures["wait_p99_ms"], figures["gap_p99_frame_times"],
+        "%.1f ms (p99); at a change p99 %.2f frame times, without one %.2f",
+        made.value, len(moves), figures["unanswered"], len(waits), figures["wait_p50_ms"],
+        figures["wait_p99_ms"], figures["gap_p99_frame_times"], figures["gap_without_change"],
     )  # fmt: skip
     return figures
+
+
+def _change(server: _Server, swaps: int, ready: Any, begin: Any, made: Any) -> None:
+    """Let the champion be the other version each time when the last one serves."""
+    from lorat_platform.recording.store import connect
+
+    store = connect()
+    ready.set()
+    begin.wait(300)
+    while made.value < swaps:
+        version = 2 - made.value % 2
+        store.set_registered_model_alias("lorat", "champion", str(version))
+        while server.status()["model"] != f"lorat/{version}":
+            time.sleep(FRAME_S)
+        made.value += 1
+
+
+def _gap(waits: Sequence[float], places: Iterable[int]) -> float:
+    """Return the p99 of the longest waits around places in a video, in frame times."""
+    longest = [max(waits[max(0, n - 2) : n + 3]) for n in places]
+    return float(np.quantile(longest or [0.0], 0.99)) / FRAME_S
 
 
 def _memory(options: ServeBenchmark) -> dict[str, Any]:

@@ -4,7 +4,7 @@ uvicorn, which is the HTTP side of Ray Serve's proxies, waits for ever for the r
 keeps all of its headers, waits for ever for a client that does not read, and accepts connections
 until the process has no file descriptor left.  :func:`bound_connections` is called in each proxy
 where ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`` names it, as ``jobs/serve.py`` and the
-RayService do.
+RayService do; a replica's own port has the same bounds.
 """
 
 from __future__ import annotations

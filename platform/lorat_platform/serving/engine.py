@@ -85,7 +85,11 @@ class Engine:
         return self._model
 
     def use(self, model: ServedModel) -> None:
-        """Go over to another model."""
+        """Go over to another model; the templates for it are made here, beside the tracking."""
+        with self._lock:
+            sessions = list(self._sessions.values())
+        for session in sessions:
+            session.prepare(model)
         with self._lock:
             self._model = model
         self.statistics.count("swaps")
@@ -287,7 +291,7 @@ class Engine:
     def _tick(self, jobs: list[_Job], model: ServedModel) -> None:
         watch = self.statistics.watch
         with watch("decode"):
-            list(self._decoders.map(self._decode, jobs))
+            self._decode_all(jobs)
         with watch("begin"):
             for job in jobs:
                 self._begin(job, model)
@@ -296,6 +300,12 @@ class Engine:
         with watch("answer"):
             for job in jobs:
                 self._answer(job)
+
+    def _decode_all(self, jobs: list[_Job]) -> None:
+        if len(jobs) == 1:  # a switch to another thread and back would cost more
+            self._decode(jobs[0])
+        else:
+            list(self._decoders.map(self._decode, jobs))
 
     def _decode(self, job: _Job) -> None:
         with _alone(job):
@@ -319,7 +329,7 @@ class Engine:
             return
         self.statistics.observe("batch", len(rows))
         try:
-            boxes, scores = model.tracker.step(
+            boxes, scores = model.step(
                 [each.target for _, each in rows], [_image(job) for job, _ in rows]
             )
         except Exception:

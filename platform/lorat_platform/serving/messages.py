@@ -15,6 +15,11 @@ binary                                       8 bytes, two big-endian integers: t
                                              PNG, WebP or RGB bytes
 ===========================================  ====================================================
 
+The server begins with ``{"session": ID, "model": "lorat/3", "window": 32}``, where a Ray is of one
+machine also ``"direct": {"port": 45678, "ticket": "..."}``: a client on it may go on at
+``ws://127.0.0.1:45678/direct`` with the ticket as bearer token, where the server begins with
+``{"session": ID}``; the first connection stays open and is not used until the session ends.
+
 The answer is ``{"frame": 7, "targets": {"a": {"box": [l, t, w, h], "score": 0.9}}, "model":
 "lorat/3", "skipped": 0, "ms": 4.2}``: ``skipped`` counts the frames before it that gave way, ``ms``
 is the time since the frame came.  ``{"error": "..."}`` is the last message of a session, with

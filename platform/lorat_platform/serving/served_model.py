@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from lorat.config.variants import VARIANTS
 from lorat.errors import UserError
-from lorat.tracking.tracker import FirstView, Tracker
+from lorat.tracking.tracker import FirstView, Target, Tracker
 from lorat_platform.evaluation.subject import load_subject
 
 KEPT_AREA_FACTOR = max(variant.template_area_factor for variant in VARIANTS.values())
 WARM_UP_SIZES = (1, 4)
 """Targets of the passes with which a model is tried."""
 WARM_UP_PASSES = 5
+THREADS = torch.get_num_threads()
+"""That a product may use."""
+SHORT_MS = 20.0
+"""A batch that one thread can do in this time is left to one.  The threads of a product wait for
+each other, and where others want the same cores, that takes longer than the work does."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,10 +42,23 @@ class ServedModel:
         match = re.fullmatch(r"models:/(.+)", self.uri)
         return match[1] if match else self.uri.rstrip("/").rpartition("/")[2]
 
+    def step(
+        self, targets: Sequence[Target], images: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Advance targets as :meth:`Tracker.step` does, with as many threads as can pay off."""
+        use_threads(1 if len(targets) * self.latency_ms < SHORT_MS else THREADS)
+        return self.tracker.step(targets, images)
+
     @property
     def kept_area_factor(self) -> float:
         """Area factor of the part of a first frame that any model can begin with."""
         return max(KEPT_AREA_FACTOR, self.tracker.variant.template_area_factor)
+
+
+def use_threads(number: int) -> None:
+    """Let products that this thread starts use so many threads from now on."""
+    if torch.get_num_threads() != number:
+        torch.set_num_threads(number)
 
 
 def load_served(
@@ -74,6 +94,7 @@ def warm_up(tracker: Tracker) -> float:
     Raises:
         UserError: if the outputs are not finite.
     """
+    use_threads(THREADS)
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (WARM_UP_PASSES, 360, 480, 3), np.uint8)
     view = FirstView.of(frames[0], (200.0, 150.0, 260.0, 200.0))

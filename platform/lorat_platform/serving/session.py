@@ -6,6 +6,7 @@ thread that tracks, which are marked.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -53,6 +54,8 @@ class Followed:
     box: Box
     """Where it is, xyxy pixels."""
     score: float
+    prepared: tuple[ServedModel, Target] | None = None
+    """The target for a model that is to come."""
 
 
 @dataclass(eq=False)
@@ -215,6 +218,13 @@ class Session:
             new.append(command.name)
         return [name for name in new if name in self.followed]
 
+    def prepare(self, model: ServedModel) -> None:
+        """Make the targets for a model to which the session is to move; in any thread."""
+        for each in list(self.followed.values()):
+            with contextlib.suppress(UserError):  # which the move will meet, too
+                (target,) = model.tracker.start_from([each.view])
+                each.prepared = model, target
+
     def move(self, model: ServedModel) -> None:
         """Go on with another model, from the same first views and boxes; in the thread that tracks.
 
@@ -222,8 +232,12 @@ class Session:
             UserError: if the other cannot begin with them; then nothing has changed.
         """
         old = list(self.followed.values())
-        targets = model.tracker.start_from([each.view for each in old])
+        prepared = [each.prepared for each in old]  # once, as another thread may replace them
+        targets = [
+            known[1] if known and known[0] is model else model.tracker.start_from([each.view])[0]
+            for each, known in zip(old, prepared, strict=True)
+        ]
         for each, target in zip(old, targets, strict=True):
             target.box = each.target.box
-            each.target = target
+            each.target, each.prepared = target, None
         self.model = model

@@ -122,7 +122,7 @@ class Shadow:
             del seen[name]
         if not old:
             return {}
-        boxes, scores = self.model.tracker.step(list(old.values()), [image] * len(old))
+        boxes, scores = self.model.step(list(old.values()), [image] * len(old))
         return {
             name: (box, score)
             for name, box, score in zip(old, boxes.tolist(), scores.tolist(), strict=True)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
 import json
 import logging
+import secrets
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +27,13 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from lorat.errors import UserError
 from lorat_platform.serving import messages
+from lorat_platform.serving.direct import listening
 from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.session import Session
 
 log = logging.getLogger(__name__)
+
+_Answers = asyncio.Queue[dict[str, Any]]
 
 PAGE = Path(__file__).with_name("page")
 SESSION_HEADER = "x-session-id"
@@ -37,17 +43,26 @@ BAD_MESSAGE, TRY_LATER = 1008, 1013
 IDLE_CHECK_S = 1.0
 BODY_S = 30.0
 """Longest time that the body of a request takes to come."""
+BEGINNING_IS_OVER = (
+    "The connection with which this session began is over; begin again, with the targets at their "
+    "last boxes."
+)
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; media-src blob:; img-src 'self' data:; "
     "frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-"""Of the page: it loads nothing from elsewhere, and no other page may show it."""
+"""Of the page: it loads nothing from elsewhere, and no other page may show it.  So it talks to the
+address that it came from, and does not go on at the replica itself."""
 
 
 def make_app(
-    engine: Engine, token_sha256: str | None, status: Callable[[], dict[str, Any]]
+    engine: Engine,
+    token_sha256: str | None,
+    status: Callable[[], dict[str, Any]],
+    *,
+    direct: bool = False,
 ) -> Starlette:
     """Make the application.
 
@@ -57,8 +72,9 @@ def make_app(
             must give, as ``Authorization: Bearer`` or as ``?token=``; none means that everybody
             is served.
         status: returns what ``/status`` shows.
+        direct: whether sessions may go on at a port of this application's own.
     """
-    web = _Web(engine, token_sha256, status)
+    web = _Web(engine, token_sha256, status, direct)
     routes = [
         Route("/", lambda request: FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)),
         Route("/status", web.guarded(web.status)),
@@ -72,20 +88,55 @@ def make_app(
     return Starlette(routes=routes, lifespan=web.lifespan)
 
 
+class _Outbox:
+    """Brings answers from other threads into an event loop, which wakes up once for many."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: deque[tuple[_Answers, dict[str, Any]]] = deque()
+
+    def put(self, queue: _Answers, message: dict[str, Any]) -> None:
+        self._waiting.append((queue, message))
+        if len(self._waiting) == 1:  # else the loop was woken for the first, and has not come yet
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and its clients are gone
+                self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        while self._waiting:
+            queue, message = self._waiting.popleft()
+            queue.put_nowait(message)
+
+
 class _Web:
     def __init__(
-        self, engine: Engine, token_sha256: str | None, show: Callable[[], dict[str, Any]]
+        self,
+        engine: Engine,
+        token_sha256: str | None,
+        show: Callable[[], dict[str, Any]],
+        direct: bool,
     ) -> None:
         self.engine, self.token_sha256, self.show = engine, token_sha256, show
-        self.answers: dict[str, asyncio.Queue[dict[str, Any]]] = {}
+        self.direct = direct
+        self.port: int | None = None
+        """For the direct way."""
+        self.tickets: dict[str, Session] = {}
+        """Sessions that may take the direct way, by what they show there."""
+        self.outboxes: dict[asyncio.AbstractEventLoop, _Outbox] = {}
+        self.answers: dict[str, _Answers] = {}
         """Of the sessions over plain HTTP, by id."""
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """End idle sessions as long as the application runs."""
+        """End idle sessions as long as the application runs, and the others with it."""
         task = asyncio.create_task(self._end_idle())
-        yield
-        task.cancel()
+        with contextlib.ExitStack() as stack:
+            if self.direct:
+                routes = [WebSocketRoute("/direct", self.go_on)]
+                self.port = stack.enter_context(listening(Starlette(routes=routes)))
+            yield
+            task.cancel()
+            await asyncio.to_thread(self.engine.stop)
+            await asyncio.to_thread(stack.close)
 
     async def _end_idle(self) -> None:
         while True:
@@ -101,9 +152,7 @@ class _Web:
         """Tell whether a request has the token."""
         if self.token_sha256 is None:
             return True
-        scheme, _, given = connection.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            given = connection.query_params.get("token", "")
+        given = _bearer(connection) or connection.query_params.get("token", "")
         return hmac.compare_digest(hashlib.sha256(given.encode()).hexdigest(), self.token_sha256)
 
     def guarded(self, handler: Callable[[Request], Any]) -> Callable[[Request], Any]:
@@ -129,15 +178,14 @@ class _Web:
         """Say which model serves, whom, and how fast."""
         return JSONResponse(self.show())
 
-    def open(self, queue: asyncio.Queue[dict[str, Any]]) -> Session:
+    def open(self, queue: _Answers) -> Session:
         """Begin a session whose answers go into a queue of this event loop."""
+        return self.engine.open(self._into(queue))
+
+    def _into(self, queue: _Answers) -> Callable[[dict[str, Any]], None]:
+        """Return what puts answers into a queue of this event loop, from any thread."""
         loop = asyncio.get_running_loop()
-
-        def answer(message: dict[str, Any]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and its clients are gone
-                loop.call_soon_threadsafe(queue.put_nowait, message)
-
-        return self.engine.open(answer)
+        return functools.partial(self.outboxes.setdefault(loop, _Outbox(loop)).put, queue)
 
     async def track(self, socket: WebSocket) -> None:
         """Serve a session over a WebSocket."""
@@ -145,7 +193,7 @@ class _Web:
             await socket.close(BAD_MESSAGE)
             return
         await socket.accept()
-        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        queue: _Answers = asyncio.Queue()
         try:
             session = self.open(queue)
         except UserError as error:
@@ -153,50 +201,79 @@ class _Web:
             await socket.close(TRY_LATER)
             return
         hello = {"session": session.id, "model": self.engine.model.name}
-        await socket.send_text(json.dumps(hello | {"window": session.settings.window}))
-        sender = asyncio.create_task(self._send(socket, queue))
+        hello["window"] = session.settings.window
+        ticket = secrets.token_urlsafe(24)
+        if self.port is not None:
+            self.tickets[ticket] = session
+            hello["direct"] = {"port": self.port, "ticket": ticket}
         try:
-            await self._receive(socket, session, sender)
+            await socket.send_text(json.dumps(hello))
+            await self._converse(socket, session, queue)
+        finally:
+            went_on = self.port is not None and self.tickets.pop(ticket, None) is None
+            self.engine.close(session, BEGINNING_IS_OVER if went_on else "")
+
+    async def go_on(self, socket: WebSocket) -> None:
+        """Go on with a session that began elsewhere; there it is only held open from now on."""
+        session = self.tickets.pop(_bearer(socket), None)
+        if session is None:
+            await socket.close(BAD_MESSAGE)
+            return
+        await socket.accept()
+        queue: _Answers = asyncio.Queue()
+        end_there, session.answer = session.answer, self._into(queue)
+        try:
+            await socket.send_text(json.dumps({"session": session.id}))
+            await self._converse(socket, session, queue)
         finally:
             self.engine.close(session)
+            end_there({})
+
+    async def _converse(self, socket: WebSocket, session: Session, queue: _Answers) -> None:
+        """Take messages and send answers until the session is over."""
+        sender = asyncio.create_task(self._send(socket, queue))
+        receiver = asyncio.create_task(self._receive(socket, session, queue))
+        try:
+            await asyncio.wait({receiver, sender}, return_when=asyncio.FIRST_COMPLETED)
+            if receiver.done() and receiver.result():
+                await asyncio.wait({sender}, timeout=10)
+        finally:
+            receiver.cancel()
             sender.cancel()
 
-    async def _send(self, socket: WebSocket, queue: asyncio.Queue[dict[str, Any]]) -> None:
-        """Send answers until one says that the session is over."""
+    async def _send(self, socket: WebSocket, queue: _Answers) -> None:
+        """Send answers until one says that the session is over; an empty one ends silently."""
         while True:
             message = await queue.get()
+            if not message:
+                await socket.close()
+                return
             await socket.send_text(json.dumps(message))
             if "error" in message:
                 await socket.close(BAD_MESSAGE)
                 return
 
-    async def _receive(
-        self, socket: WebSocket, session: Session, sender: asyncio.Task[None]
-    ) -> None:
+    async def _receive(self, socket: WebSocket, session: Session, queue: _Answers) -> bool:
+        """Take messages; return whether it was a bad one that ended the session."""
         while True:
-            receiving = asyncio.create_task(socket.receive())
-            await asyncio.wait({receiving, sender}, return_when=asyncio.FIRST_COMPLETED)
-            if not receiving.done():  # the session is over
-                receiving.cancel()
-                return
             try:
-                message = receiving.result()
+                message = await socket.receive()
             except (WebSocketDisconnect, RuntimeError):
-                return
+                return False
             if message["type"] == "websocket.disconnect":
-                return
+                return False
             try:
                 if message.get("bytes") is not None:
                     self.engine.frame(session, message["bytes"])
                 else:
                     self.engine.command(session, message.get("text") or "")
-            except UserError:  # which the session has answered
-                await asyncio.wait({sender}, timeout=10)
-                return
+            except UserError as error:
+                queue.put_nowait({"error": str(error)})  # again where the session has said it
+                return True
 
     async def begin(self, request: Request) -> Response:
         """Begin a session over plain HTTP."""
-        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        queue: _Answers = asyncio.Queue()
         try:
             session = self.open(queue)
         except UserError as error:
@@ -260,6 +337,12 @@ class _Web:
         if name not in self.answers:
             return _error(409, "This session goes over a WebSocket.")
         return session
+
+
+def _bearer(connection: HTTPConnection) -> str:
+    """Return what a request shows to be let in, empty if it shows nothing."""
+    scheme, _, given = connection.headers.get("authorization", "").partition(" ")
+    return given if scheme.lower() == "bearer" else ""
 
 
 async def _body(request: Request, limit: int) -> bytes:

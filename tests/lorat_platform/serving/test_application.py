@@ -27,7 +27,7 @@ from lorat_platform.cluster.connection import connected
 from lorat_platform.recording.run import open_run
 from lorat_platform.recording.store import connect, tracking_uri
 from lorat_platform.registry import versions
-from lorat_platform.serving.application import Scale, build
+from lorat_platform.serving.application import SWITCH_S, Scale, build
 from lorat_platform.serving.client import Client
 from lorat_platform.serving.connections import BOUNDED
 from lorat_platform.serving.crowd import HALF_OPEN, HANDSHAKE, crowd
@@ -90,6 +90,7 @@ def test_champion_changes_in_mid_stream_and_no_frame_is_lost(place: str) -> None
     video = frames(40)
     models, boxes = [], []
     with Client(f"ws://{place}/track", token=TOKEN) as client:
+        assert client._socket.remote_address[1] == client.hello["direct"]["port"]
         client.add("it", BOX)
         sent = 0
 
@@ -181,7 +182,10 @@ def test_sessions_of_a_killed_replica_are_told_and_begin_again(place: str) -> No
         victim = owners[clients[0]]
         actors = ray.util.list_named_actors(all_namespaces=True)
         (found,) = (each for each in actors if each["name"].endswith(victim))
-        os.kill(pid_of(found), signal.SIGKILL)
+        pid, switch_s = process_of(found)
+        assert switch_s == pytest.approx(SWITCH_S)
+        assert b"OMP_WAIT_POLICY=PASSIVE" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        os.kill(pid, signal.SIGKILL)
         for client in clients:
             if owners[client] == victim:
                 with pytest.raises(UserError, match="begin again"):
@@ -205,11 +209,12 @@ def go_on(client: Client, video: list[Any]) -> None:
         client.receive()
 
 
-def pid_of(actor: dict[str, str]) -> int:
+def process_of(actor: dict[str, str]) -> tuple[int, float]:
+    """Return the process of an actor, and for how long its threads keep each other waiting."""
     import ray
 
     handle = ray.get_actor(actor["name"], namespace=actor["namespace"])
-    return ray.get(handle.__ray_call__.remote(lambda self: os.getpid()))
+    return ray.get(handle.__ray_call__.remote(lambda self: (os.getpid(), sys.getswitchinterval())))
 
 
 FROM_OUTSIDE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import queue
@@ -23,6 +24,7 @@ from lorat_platform.serving import messages, statistics
 from lorat_platform.serving.drift import Drift
 from lorat_platform.serving.engine import Engine
 from lorat_platform.serving.messages import HEADER
+from lorat_platform.serving.served_model import SHORT_MS, THREADS
 from lorat_platform.serving.session import Session
 from lorat_platform.serving.settings import ServingSettings
 from lorat_platform.serving.shadow import Shadow
@@ -136,6 +138,47 @@ def test_another_model_goes_on_from_the_first_view_and_the_last_box(engine: Engi
         box = second.tracker.step([target], [video[number]])[0][0]
         wanted = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
         np.testing.assert_allclose(boxes[number], wanted, atol=0.02)
+
+
+def test_templates_for_another_model_are_made_beside_the_tracking(engine: Engine) -> None:
+    talk = Talk(engine, ADD, '{"add": "other", "box": [20, 20, 30, 30]}')
+    talk.send(frames(1)[0])
+    talk.receive()
+    other = served(2)
+    makers: list[str] = []
+    make = other.tracker.start_from
+
+    def noting(views: Any) -> Any:
+        makers.extend(threading.current_thread().name for _ in views)
+        return make(views)
+
+    other.tracker.start_from = noting  # type: ignore[method-assign]
+    engine.use(other)
+    talk.send(frames(2)[1])
+    assert talk.receive()["model"] == "lorat/2"
+    assert makers == [threading.current_thread().name] * 2
+
+
+def test_batch_that_is_short_takes_one_thread() -> None:
+    used: list[int] = []
+
+    def step(latency_ms: float, count: int) -> None:
+        model = dataclasses.replace(served(1), latency_ms=latency_ms)
+        targets = model.tracker.start([frames(1)[0]] * count, [(60, 50, 100, 80)] * count)
+        model.step(targets, [frames(1)[0]] * count)
+        used.append(torch.get_num_threads())
+
+    def steps() -> None:
+        step(SHORT_MS / 3, 2)
+        step(SHORT_MS / 3, 4)
+        step(SHORT_MS / 3, 1)
+
+    thread = threading.Thread(target=steps)  # the threads of others stay as they are
+    before = torch.get_num_threads()
+    thread.start()
+    thread.join()
+    assert used == [1, THREADS, 1]
+    assert torch.get_num_threads() == before
 
 
 def test_bad_input_ends_only_its_own_session(engine: Engine) -> None:
