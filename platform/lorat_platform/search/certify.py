@@ -83,6 +83,8 @@ class Replay:
     verdict: str
     end_holds: bool
     """The interval of the winner less the default holds the truth."""
+    half_width: float
+    """Of this interval."""
     all_hold: bool
     """So do all intervals that were looked at on the way."""
 
@@ -169,6 +171,7 @@ def replay(
         steps=(spent, fuller[1], total, total),
         verdict=end.verdict,
         end_holds=low <= truth[int(end.winner)] - truth[0] <= high,
+        half_width=(high - low) / 2,
         all_hold=all_hold,
     )
 
@@ -233,9 +236,13 @@ def race(
 def figures(
     replays: Sequence[Replay], truths: Sequence[np.ndarray], within: float, full: int
 ) -> dict[str, Any]:
-    """Return shares of the searches, mean regrets and mean steps, these in full trainings."""
+    """Return shares of the searches, mean regrets and mean steps, these in full trainings.
+
+    The half width is the median.
+    """
     found: dict[str, Any] = {
         "end_holds": float(np.mean([each.end_holds for each in replays])),
+        "half_width": float(np.median([each.half_width for each in replays])),
         "all_hold": float(np.mean([each.all_hold for each in replays])),
         "verdicts": {
             text: float(np.mean([each.verdict == text for each in replays]))
@@ -269,7 +276,8 @@ def table(found: dict[str, dict[str, Any]], within: float) -> str:
     for case, of in found.items():
         verdicts = ", ".join(f"{share:.0%} {text}" for text, share in of["verdicts"].items())
         lines.append(
-            f"{case}: the interval of winner less default holds in {of['end_holds']:.1%}, all that "
-            f"were looked at in {of['all_hold']:.1%} of the races; {verdicts}"
+            f"{case}: the interval of winner less default, ±{of['half_width']:.3f}, holds in "
+            f"{of['end_holds']:.1%}, all that were looked at in {of['all_hold']:.1%} of the races; "
+            f"{verdicts}"
         )
     return "\n".join(lines)
