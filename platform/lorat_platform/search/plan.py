@@ -418,7 +418,7 @@ def check_unchanged(
         asked["space_file"] = had["space_file"]
     free = set(RESUMED_WITH) - set(also)
     if storage.locate(plan.storage).child(plan.name).exists(RACE_FILE):
-        free -= {"trials", *RACE[1:]}
+        free -= {"trials", *RACE} - {"certify"}
     changed = [name for name in had if asked.get(name) != had[name] and name not in free]
     if changed:
         what = ", ".join(f"{flag(name)} {had[name]}" for name in changed)
