@@ -151,7 +151,7 @@ def replay(
     truth = scores[:, :, -1].mean((1, 2))
     sequences = rng.integers(num, size=num)
     seed, *others = rng.permutation(num_seeds)
-    order = rng.permutation(kinds)
+    order = rng.permutation(kinds).tolist()
     curve = scores[:, seed][:, :, sequences].mean(2)
     ranking, spent = halving(curve, steps, order, KEPT[0])
     entrants = [kind for kind in ranking if kind != 0][: benchmark.contenders]
@@ -201,7 +201,7 @@ def halving(
             bisect.insort(before, score)
             if place > max(1, kept * len(before)):
                 break
-        reached[int(trial)] = rung
+        reached[trial] = rung
         spent += steps[rung]
     best_first = sorted(reached, key=lambda c: (reached[c], curve[c, reached[c]]), reverse=True)
     return best_first, spent

@@ -17,7 +17,7 @@ from lorat_platform.search.certify import (
     race,
     replay,
 )
-from lorat_platform.search.curves import Curves
+from lorat_platform.search.curves import Curves, read_curves
 
 STEPS = (4, 8, 16)
 
@@ -116,3 +116,10 @@ def test_the_benchmark_says_what_races_find(
     assert "| the default is best | the race's verdict |" in caplog.text
     with pytest.raises(UserError, match="more seeds than the 6 of --max-seeds"):
         benchmark_certify(CertifyBenchmark(curves=file, rules=RaceRules(max_seeds=6)))
+
+
+def test_the_shipped_curves_are_enough_and_can_be_replayed() -> None:
+    kinds, seeds, *_ = read_curves().scores.shape
+    assert kinds >= 24 and seeds >= 8
+    found = benchmark_certify(CertifyBenchmark(searches=2))
+    assert found["the default is best"]["raced"]["worse_than_default"] == 0
