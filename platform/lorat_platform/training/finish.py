@@ -296,7 +296,7 @@ def _metrics(results: dict[str, list[DatasetResult]]) -> dict[str, float]:
     """Return ``eval/DATASET/ao`` and so on of the model, ``eval/DATASET/static_ao``, ``mil_ao``."""
     from lorat_platform.evaluation.version_tags import headline_scores
 
-    metrics = {}
+    metrics: dict[str, float] = {}
     for tracker, datasets in results.items():
         metrics |= headline_scores(datasets, "" if tracker == MODEL else tracker)
     return metrics
