@@ -268,7 +268,7 @@ def test_checkpoint_folder_is_registered_and_promoted(
     # It says of its evaluation what a trained version does, though there was nothing to beat.
     version = client.get_model_version("lorat", "1")
     (key,) = (key for key in version.tags if key.endswith("/ao"))
-    assert re.match(r"AO 0\.\d{3}, .*T-112", version.description)
+    assert re.match(r"AO 0\.\d{3}, .*N-112", version.description)
     assert f"{float(version.tags[key]):.3f}" in version.description.splitlines()[0]
     assert {f"{key}_low", f"{key}_high"} <= version.tags.keys()
     assert sum(json.loads(version.tags[versions.SCORE_HISTOGRAM])) > 0

@@ -399,7 +399,9 @@ def _loss(options: ServeBenchmark) -> dict[str, Any]:
     """Open and drop sessions at random while a replica is killed."""
     video = _video()
     with _server(options, replicas=2) as server:
-        counts = {"frames": 0, "told": 0, "resumed": 0, "elsewhere": 0, "wrong": 0, "refused": 0}
+        counts = dict.fromkeys(
+            ("frames", "told", "new", "resumed", "elsewhere", "wrong", "refused"), 0
+        )
         lock = threading.Lock()
         stop = threading.Event()
 
@@ -430,6 +432,7 @@ def _loss(options: ServeBenchmark) -> dict[str, Any]:
                 except UserError:
                     with lock:
                         counts["told" if began else "refused"] += 1
+                        counts["new"] += began and last is None
                     time.sleep(0.1)
 
         clients = [
@@ -451,9 +454,10 @@ def _loss(options: ServeBenchmark) -> dict[str, Any]:
         counts["hung"] = sum(client.is_alive() for client in clients)
         counts["frames_at_the_end"] = counts["frames"] - before
     log.info(
-        "%d sessions at a time, a replica killed: %d frames, %d wrong answers, %d sessions told, "
-        "%d taken up again from their last box, %d elsewhere, %d refused at first, %d frames after",
-        options.sessions, counts["frames"], counts["wrong"], counts["told"], counts["resumed"],
-        counts["elsewhere"], counts["refused"], counts["frames_at_the_end"],
+        "%d sessions at a time, a replica killed: %d frames, %d wrong answers, %d sessions told "
+        "(%d before their first answer), %d taken up again from their last box, %d elsewhere, "
+        "%d refused at first, %d frames after it",
+        options.sessions, counts["frames"], counts["wrong"], counts["told"], counts["new"],
+        counts["resumed"], counts["elsewhere"], counts["refused"], counts["frames_at_the_end"],
     )  # fmt: skip
     return dict(counts)

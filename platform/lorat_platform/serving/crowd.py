@@ -72,13 +72,13 @@ class Crowd:
                 each.setblocking(False)
                 selector.register(each, selectors.EVENT_READ)
             for key, _ in selector.select(0):
-                each = key.fileobj
-                assert isinstance(each, socket.socket)
+                readable = key.fileobj
+                assert isinstance(readable, socket.socket)
                 with contextlib.suppress(BlockingIOError):
-                    while _received(each):
+                    while _received(readable):
                         pass
-                    self.open.remove(each)
-                    each.close()
+                    self.open.remove(readable)
+                    readable.close()
         return len(self.open)
 
     def go(self) -> None:
