@@ -13,7 +13,7 @@ have in common (the mean square of contender by seed), each with its degrees of 
 is that of Student's t with the degrees of freedom of Satterthwaite (1946).  Assumed: the parts are
 roughly normal, or sequences many; and where a pair seems to vary less with its seeds than all do,
 it does so by chance.  In simulations of equal contenders whose spread between seeds differs up to
-fourfold, 95 to 99 of 100 races hold in all their intervals.
+fourfold, 94 to 99 of 100 races hold in all their intervals.
 
 **Looking after every seed.**  The error is spent (Lan and DeMets 1983) over the looks, in
 proportion to the cube of their share of the seeds (Kim and DeMets 1987), and by Bonferroni over
