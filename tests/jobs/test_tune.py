@@ -314,7 +314,7 @@ def test_a_race_that_is_killed_goes_on_and_its_winner_is_registered(
     assert len(rounds) == 2
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["lorat.race.verdict"] == tags["race.verdict"]
-    assert parent.data.tags["lorat.race.version"] == version.version
+    assert parent.data.tags["lorat.race.version"] == str(version.version)
     assert int(parent.data.tags["lorat.race.steps"]) >= 4 * 16
     assert "The race took" in parent.data.tags["mlflow.note.content"]
     kept = {entry.path for entry in client.list_artifacts(parent.info.run_id, "race")}
