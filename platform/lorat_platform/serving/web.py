@@ -200,8 +200,11 @@ class _Web:
             await socket.send_text(json.dumps({"error": str(error)}))
             await socket.close(TRY_LATER)
             return
-        hello: dict[str, Any] = {"session": session.id, "model": self.engine.model.name}
-        hello["window"] = session.settings.window
+        hello: dict[str, Any] = {
+            "session": session.id,
+            "model": self.engine.model.name,
+            "window": session.settings.window,
+        }
         ticket = secrets.token_urlsafe(24)
         if self.port is not None:
             self.tickets[ticket] = session

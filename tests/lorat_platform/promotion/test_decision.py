@@ -46,14 +46,21 @@ def test_of_a_version_that_did_not_race_one_seed_is_seen() -> None:
 
 
 def test_all_trainings_are_compared_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    asked, told = [], []
 
-    def scores_on(address: str, *_: object) -> dict[str, float]:
+    def results_on(address: str, *_: object) -> list[SimpleNamespace]:
         asked.append(address)
         better = {"models:/lorat/4": 0.1, "/eight": 0.12}.get(address, 0.0)
-        return {f"s{q}": float(0.4 + better + 0.01 * q) for q in range(20)}
+        scores = {f"s{q}": float(0.4 + better + 0.01 * q) for q in range(20)}
+        found = {"scores": {"AO": 0.5 + better}, "intervals": {}, "results": {}}
+        return [SimpleNamespace(name="set", of_sequences=lambda metric: scores, **found)]
 
-    monkeypatch.setattr(decision, "scores_on", scores_on)
+    def add_evaluation(_: object, name: str, version: str, scores: Any, *__: object) -> None:
+        told.append((name, version, scores["eval/set/ao"]))
+
+    monkeypatch.setattr(decision, "results_on", results_on)
+    monkeypatch.setattr(decision.versions, "add_evaluation", add_evaluation)
+    monkeypatch.setattr(decision, "connect", lambda: None)
     candidate = decision.Candidate(name="lorat", version="4")
     trainings = [
         decision.Trainings(version="4", models={"9": "models:/lorat/4", "8": "/eight"}, gone=()),
@@ -61,6 +68,7 @@ def test_all_trainings_are_compared_and_shown(monkeypatch: pytest.MonkeyPatch) -
     ]
     found = decision.compare_with(candidate, trainings, ["data"])
     assert asked == ["models:/lorat/4", "/eight", "models:/lorat/3"]
+    assert told == [("lorat", "4", 0.6)], "of the candidate's own weights alone"
     assert found.mean_difference == pytest.approx(0.11)
     assert found.numbers()["candidate_seeds"] == 2
     table = decision._seeds_table(found)
