@@ -77,7 +77,8 @@ def test_serve_run_serves_as_the_job_does(by: str, ray_address: str, tmp_path: P
     """By hand, and with the configuration of the RayService, on a Ray that runs already."""
     model = random_tracker()
     checkpoint.save(model, model.config, tmp_path / "tracker")
-    port, token, output = free_port(), "a-token-that-nobody-guesses", tmp_path / "output"
+    port = 8000 if by == "import path" else free_port()  # there it cannot be chosen
+    token, output = "a-token-that-nobody-guesses", tmp_path / "output"
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     variables = BOUNDED | {TOKEN: token, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'platform'}"}
     args = {"model": str(tmp_path / "tracker"), "replicas": "1", "cpus": "0.5", "gpus": "0"}
@@ -97,7 +98,7 @@ def test_serve_run_serves_as_the_job_does(by: str, ray_address: str, tmp_path: P
         str(Path(sys.executable).parent / "serve"), "run", "--address", ray_address,
         "--runtime-env-json", json.dumps({"env_vars": variables}), *what,
     ]  # fmt: skip
-    environment = os.environ | variables | loopback | {"RAY_SERVE_DEFAULT_HTTP_PORT": str(port)}
+    environment = os.environ | variables | loopback
     with output.open("wb") as file:
         run = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=tmp_path)
     try:
