@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorat.config.fields import to_dict
@@ -65,7 +66,7 @@ def certify(
         race = _begun(outcome, location)
         run = open_search_run(plan, git_revision=git_revision)
 
-        def train(seed: int, contenders: tuple[Contender, ...]) -> Round | None:
+        def train(seed: int, contenders: Sequence[Contender]) -> Round | None:
             lease.check()
             number = len(race.rounds) + 1
             names = (f"{each.name} as trial {n}" for n, each in enumerate(contenders))

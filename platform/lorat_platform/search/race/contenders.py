@@ -36,8 +36,9 @@ def contenders_of(space: SearchSpace, board: Leaderboard, top: int) -> tuple[Con
     found = [Contender(name=DEFAULT, values=space.own_values())]
     configs = [space.configure(found[0].values)]
     best = board.best()
-    for row in board.ranked() if best is not None else ():
-        if row.status == "failed" or row.num_rungs < best.num_rungs or len(found) > top:
+    rungs = best.num_rungs if best is not None else 1
+    for row in board.ranked():
+        if row.status == "failed" or row.num_rungs < rungs or len(found) > top:
             break
         values = {path: row.found[path] for path in space.dimensions}
         config = space.configure(values)

@@ -69,7 +69,7 @@ def conclusion(race: Race) -> str:
         lines.append(f"Chosen is {race.chosen}{why}: P(best) {_share(race, race.chosen)}{regret}.")
     lines.append(_table(race))
     if (stand := race.standings) is not None and stand.over:
-        lines.append(f"It ended with this: {stand.reason}.")
+        lines.append(f"Why it ended: {stand.reason}.")
     return "\n\n".join(lines)
 
 
@@ -173,7 +173,9 @@ def draw_race(race: Race, plan: SearchPlan) -> Figure:
     axes.axhline(0, color="black", linewidth=1)
     axes.set_xticks(list(places.values()), [str(seed) for seed in places])
     axes.legend(frameon=False, fontsize=8)
-    return axes.figure
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    return figure
 
 
 def scores_csv(race: Race) -> bytes:
