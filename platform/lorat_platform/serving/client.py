@@ -13,10 +13,8 @@ import numpy as np
 
 from lorat.errors import UserError
 from lorat.image.codec import encode_jpeg
-from lorat_platform.serving.messages import HEADER, Order
+from lorat_platform.serving.messages import HEADER, MAX_MESSAGE, Order
 
-TOO_LARGE = 1009
-"""Code with which a WebSocket is closed.  Source: RFC 6455, section 7.4."""
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 DIRECT_S = 10.0
 """Longest wait for a replica's own port."""
@@ -135,9 +133,14 @@ class Client:
         """Send a frame, RGB uint8 (H, W, 3) or an encoded image; return its number.
 
         Raises:
-            UserError: if the session is over.
+            UserError: if the session is over, or the image is too large.
         """
         image = frame if isinstance(frame, bytes) else encode_jpeg(frame, self._quality)
+        if len(image) > MAX_MESSAGE - HEADER.size:
+            raise UserError(
+                f"The frame has {len(image):,} bytes, a message to the server at most "
+                f"{MAX_MESSAGE:,}; send a smaller one, or compress it."
+            )
         number, self._number = self._number, self._number + 1
         self._send(HEADER.pack(number, self._read) + image)
         return number
@@ -171,10 +174,6 @@ class Client:
                 f"No answer came for {self._timeout_s:g} s; look at the server's /status."
             ) from None
         except ConnectionClosed as error:
-            if error.rcvd is not None and error.rcvd.code == TOO_LARGE:
-                raise UserError(
-                    "The frame is larger than a message to the server may be; send a smaller one."
-                ) from error
             raise UserError(
                 f"The server is gone ({error}); begin again, with the targets at their last boxes."
             ) from error

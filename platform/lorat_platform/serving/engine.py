@@ -145,12 +145,15 @@ class Engine:
             )
         return session
 
-    def close(self, session: Session, why: str = "", *, idle: bool = False) -> None:
+    def close(
+        self, session: Session, why: str = "", *, refused: bool = False, idle: bool = False
+    ) -> None:
         """End a session; it answers the reason, if there is one.
 
         Args:
             session: to end.
             why: one sentence for the client.
+            refused: what it sent cannot be tracked; such sessions are counted.
             idle: it did nothing wrong but was quiet for too long.
         """
         with self._lock:
@@ -158,8 +161,11 @@ class Engine:
             session.end(why)
             self._ready.pop(session, None)
             self._last_tick.pop(session, None)
-        if known is not None and why:
+        if known is None:
+            return
+        if refused:
             self.statistics.count("refused")
+        if why:
             session.answer({"error": why} | ({"idle": True} if idle else {}))
 
     def command(self, session: Session, text: str) -> None:
@@ -209,7 +215,7 @@ class Engine:
                 raise UserError(session.ended or "The session is over.")
             yield
         except UserError as error:
-            self.close(session, str(error))
+            self.close(session, str(error), refused=True)
             raise
 
     def _note(self, session: Session) -> None:
@@ -346,7 +352,7 @@ class Engine:
     def _answer(self, job: _Job) -> None:
         session, frame = job.session, job.frame
         if job.failed is not None:
-            self.close(session, job.failed)
+            self.close(session, job.failed, refused=True)
             return
         took = time.monotonic() - frame.came
         answer = {

@@ -44,6 +44,8 @@ from lorat.image.codec import DamagedImage, decode_rgb, ends_as_jpeg, image_size
 
 HEADER = struct.Struct("!II")
 """Number of the frame, answers read."""
+MAX_MESSAGE = 2**24
+"""Bytes of a message that uvicorn takes, and so Ray Serve: its ``ws_max_size``."""
 MAX_TEXT = 4096
 """Longest command, in characters."""
 MAX_SCANS = 50

@@ -246,15 +246,13 @@ class _Web:
 
     async def _send(self, socket: WebSocket, queue: _Answers) -> None:
         """Send answers until one says that the session is over; an empty one ends silently."""
-        while True:
-            message = await queue.get()
-            if not message:
-                await socket.close()
-                return
-            await socket.send_text(json.dumps(message))
-            if "error" in message:
-                await socket.close(BAD_MESSAGE)
-                return
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # the client is gone
+            while message := await queue.get():
+                await socket.send_text(json.dumps(message))
+                if "error" in message:
+                    await socket.close(BAD_MESSAGE)
+                    return
+            await socket.close()
 
     async def _receive(self, socket: WebSocket, session: Session, queue: _Answers) -> bool:
         """Take messages; return whether it was a bad one that ended the session."""
