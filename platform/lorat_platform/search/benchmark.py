@@ -64,7 +64,9 @@ def benchmark_search(benchmark: SearchBenchmark) -> dict[str, Any]:
         UserError: if the request cannot be.
     """
     plan = make_plan(benchmark.config, benchmark.search)
-    everything = dataclasses.replace(plan.options, scheduler="none", name=f"{plan.name}-full")
+    everything = dataclasses.replace(
+        plan.options, scheduler="none", rungs=1, name=f"{plan.name}-full"
+    )
     full_plan = make_plan(benchmark.config, everything)
     log.info("%s", plan.text())
     check_data(plan)

@@ -83,7 +83,7 @@ def outcome(data: Data) -> SearchOutcome:
     )  # fmt: skip
     plan = make_plan(
         config(data, weight_decay=10.0),
-        options(trials=8, space=space, scheduler="none", name="whole"),
+        options(trials=8, space=space, scheduler="none", rungs=None, name="whole"),
     )
     return run_search(plan, git_revision=REVISION)
 
@@ -323,10 +323,10 @@ def test_hyperband_stops_trials_and_finishes(data: Data) -> None:
 @pytest.mark.exhaustive
 def test_a_trial_of_two_workers_learns_what_one_worker_learns(data: Data) -> None:
     space = ("lora.rank=8", "head.depth=2", "lr=choice(0.001,0.002)")
-    alone = options(trials=1, scheduler="none", space=space, name="alone")
+    alone = options(trials=1, scheduler="none", rungs=None, space=space, name="alone")
     both = options(
-        trials=1, scheduler="none", space=space, workers_per_trial=2, cpus_per_trial=0.5,
-        name="both",
+        trials=1, scheduler="none", rungs=None, space=space, workers_per_trial=2,
+        cpus_per_trial=0.5, name="both",
     )  # fmt: skip
     losses = []
     for request in (alone, both):
