@@ -146,7 +146,7 @@ class Engine:
         return session
 
     def close(
-        self, session: Session, why: str = "", *, refused: bool = False, idle: bool = False
+        self, session: Session, why: str = "", *, refused: bool = False, again: bool = False
     ) -> None:
         """End a session; it answers the reason, if there is one.
 
@@ -154,7 +154,7 @@ class Engine:
             session: to end.
             why: one sentence for the client.
             refused: what it sent cannot be tracked; such sessions are counted.
-            idle: it did nothing wrong but was quiet for too long.
+            again: it did nothing wrong, and may begin again where it was.
         """
         with self._lock:
             known = self._sessions.pop(session.id, None)
@@ -166,7 +166,7 @@ class Engine:
         if refused:
             self.statistics.count("refused")
         if why:
-            session.answer({"error": why} | ({"idle": True} if idle else {}))
+            session.answer({"error": why} | ({"again": True} if again else {}))
 
     def command(self, session: Session, text: str) -> None:
         """Take a text message of a session.
@@ -233,7 +233,7 @@ class Engine:
             idle = [s for s in self._sessions.values() if s.last_message < limit and not s.has_work]
         for session in idle:
             why = f"No message came for {self.settings.idle_s:g} s; begin again."
-            self.close(session, why, idle=True)
+            self.close(session, why, again=True)
 
     def observe(self, observer: Callable[[Session, np.ndarray, dict[str, Any]], None]) -> None:
         """Call ``observer`` with session, frame and answer after every answer."""
@@ -242,7 +242,8 @@ class Engine:
     def stop(self) -> None:
         """End every session and the thread."""
         for session in list(self._sessions.values()):
-            self.close(session, "The server stops; begin again, with the targets where they were.")
+            why = "The server stops; begin again, with the targets where they were."
+            self.close(session, why, again=True)
         with self._lock:
             self._closed = True
             self._lock.notify_all()
@@ -265,7 +266,7 @@ class Engine:
             except Exception:  # of this code, not of a client: the sessions of others must go on
                 log.exception("A tick of the engine failed; its sessions are over.")
                 for job in jobs:
-                    self.close(job.session, "The server failed; begin again.")
+                    self.close(job.session, "The server failed; begin again.", again=True)
             self._tick_s += _SMOOTHING * (time.monotonic() - began - self._tick_s)
 
     def _wait_for_others(self) -> None:

@@ -23,8 +23,8 @@ machine also ``"direct": {"port": 45678, "ticket": "..."}``: a client on it may 
 The answer is ``{"frame": 7, "targets": {"a": {"box": [l, t, w, h], "score": 0.9}}, "model":
 "lorat/3", "skipped": 0, "ms": 4.2}``: ``skipped`` counts the frames before it that gave way, ``ms``
 is the time since the frame came.  ``{"error": "..."}`` is the last message of a session, with
-``"idle": true`` beside it where the session only was quiet for too long; a message of more than 16
-MiB ends it with the code 1009 instead.
+``"again": true`` beside it where the client did nothing wrong and may begin again where it was; a
+message of more than 16 MiB ends it with the code 1009 instead.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ class _Web:
             await self._converse(socket, session, queue)
         finally:
             went_on = self.port is not None and self.tickets.pop(ticket, None) is None
-            self.engine.close(session, BEGINNING_IS_OVER if went_on else "")
+            self.engine.close(session, BEGINNING_IS_OVER if went_on else "", again=True)
 
     async def go_on(self, socket: WebSocket) -> None:
         """Go on with a session that began elsewhere; there it is only held open from now on."""
@@ -263,13 +263,15 @@ class _Web:
                 return False
             if message["type"] == "websocket.disconnect":
                 return False
+            lost = session.ended == ""
             try:
                 if message.get("bytes") is not None:
                     self.engine.frame(session, message["bytes"])
                 else:
                     self.engine.command(session, message.get("text") or "")
             except UserError as error:
-                queue.put_nowait({"error": str(error)})  # again where the session has said it
+                again = {"again": True} if lost else {}
+                queue.put_nowait({"error": str(error)} | again)  # where the session has not said it
                 return True
 
     async def begin(self, request: Request) -> Response:

@@ -386,7 +386,7 @@ def test_limits_of_a_server() -> None:
         time.sleep(0.3)
         engine.end_idle()
         ended = talks[1].receive()
-        assert "No message came for 0.2 s" in ended["error"] and ended["idle"]
+        assert "No message came for 0.2 s" in ended["error"] and ended["again"]
         assert unread.session.waiting == 0
         assert engine.num_sessions == 0
     finally:

@@ -46,8 +46,10 @@ function connect() {
     socket.onmessage = async (event) => {
       if (socket !== state.socket) return;
       const message = JSON.parse(event.data);
-      if (message.idle) {
+      if (message.again) {
+        const goesOn = state.running && !state.paused && state.targets.size;
         hangUp(); // the next frame begins again where it was
+        if (goesOn) tryAgain();
       } else if (message.error) {
         failed = true;
         stop();
@@ -74,17 +76,21 @@ function connect() {
         say("The server asks for its token: open the address that it printed, or give it here.", true);
         element("ask").showModal();
       } else if (!failed && state.running && state.retries < 20) {
-        state.retries += 1;
-        say("The connection is lost; trying again …", true);
-        setTimeout(async () => {
-          if (!state.socket && state.running && await connect()) {
-            say("Going on where it was.");
-            pump();
-          }
-        }, Math.min(250 * state.retries, 3000));
+        tryAgain();
       }
     };
   });
+}
+
+function tryAgain() {
+  state.retries += 1;
+  say("The connection is lost; trying again …", true);
+  setTimeout(async () => {
+    if (!state.socket && state.running && await connect()) {
+      say("Going on where it was.");
+      pump();
+    }
+  }, Math.min(250 * state.retries, 3000));
 }
 
 // A server that is new to this session gets each target's first frame again, and its last box.
