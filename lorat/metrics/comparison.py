@@ -13,7 +13,7 @@ from typing_extensions import Doc
 from lorat.config.bounds import Bounds, Count, Seed, Share, check_bounds
 from lorat.errors import UserError
 from lorat.metrics.catalogue import MAIN, METRICS, SCORES, criterion, listed
-from lorat.metrics.race import student_quantile
+from lorat.metrics.uncertainty import satterthwaite, student_quantile
 
 BOOTSTRAP_STREAM = 71
 """Stream number of the resampling, beside the seed."""
@@ -133,8 +133,8 @@ def compare_seeds(
     low, high = (float(value) for value in np.quantile(means, [tail, 1 - tail]))
     by_seed = [each.mean(1) for each in (ours, theirs) if len(each) > 1]
     if by_seed and len(names) > 1:
-        parts = [(len(each) - 1, float(each.var(ddof=1)) / len(each)) for each in by_seed]
-        parts.append((len(names) - 1, float(differences.var(ddof=1)) / len(names)))
+        parts = [(float(each.var(ddof=1)) / len(each), len(each) - 1) for each in by_seed]
+        parts.append((float(differences.var(ddof=1)) / len(names), len(names) - 1))
         width = _width(parts, tail)
         low, high = float(differences.mean()) - width, float(differences.mean()) + width
         for each in by_seed:  # drawn from n, a mean varies by (n - 1) / n of what it should
@@ -155,18 +155,15 @@ def compare_seeds(
     )
 
 
-def _width(parts: list[tuple[int, float]], tail: float) -> float:
+def _width(parts: list[tuple[float, int]], tail: float) -> float:
     """Return half the width of an interval, from the parts of a variance.
 
     Args:
-        parts: degrees of freedom and variance of each.
+        parts: variance and degrees of freedom of each.
         tail: beyond either end.
     """
-    variance = sum(part for _, part in parts)
-    if variance == 0:
-        return 0.0
-    freedom = variance**2 / sum(part**2 / own for own, part in parts)
-    return math.sqrt(variance) * student_quantile(tail, freedom)
+    variance = sum(part for part, _ in parts)
+    return math.sqrt(variance) * student_quantile(tail, satterthwaite(parts)) if variance else 0.0
 
 
 def _decide(num: int, low: float, high: float, config: GateConfig) -> tuple[bool, str]:

@@ -34,14 +34,18 @@ from typing import Annotated, Literal
 import numpy as np
 
 from lorat.config.bounds import Bounds, check_bounds
-from lorat.metrics.uncertainty import CONFIDENCE, SEED, Interval
+from lorat.metrics.uncertainty import (
+    CONFIDENCE,
+    SEED,
+    Interval,
+    satterthwaite,
+    student_quantile,
+)
 
 STREAM = 97
 """Stream number of the draws of the contenders' means, beside the seed."""
 DRAWS = 4000
 _UNKNOWN = Interval(-math.inf, math.inf)
-_ANGLES = np.linspace(0, math.pi / 2, 2001)
-_COSINES = np.cos(_ANGLES)
 
 Outcome = Literal["better than the default", "not distinguishable from the default", "worse"]
 
@@ -293,23 +297,8 @@ class _Seen:
         variance = max(both - rest_part, *(part for part, _ in parts))
         if variance == 0:
             return mean, Interval(mean, mean)
-        freedom = both**2 / sum(part**2 / own for part, own in parts)
-        width = math.sqrt(variance) * student_quantile(self._tail, freedom)
+        width = math.sqrt(variance) * student_quantile(self._tail, satterthwaite(parts))
         return mean, Interval(mean - width, mean + width)
-
-
-def student_quantile(tail: float, freedom: float) -> float:
-    """Return what Student's t exceeds with a probability.
-
-    Args:
-        tail: more than 0, at most 0.5.
-        freedom: degrees of freedom, 1 or more; they need not be whole.
-    """
-    # t = sqrt(freedom) tan(angle), whose density is that power of the cosine.
-    density = _COSINES ** (freedom - 1)
-    above = np.concatenate([np.cumsum((density[1:] + density[:-1])[::-1])[::-1], [0.0]])
-    angle = np.interp(-tail, -above / above[0] / 2, _ANGLES)
-    return math.sqrt(freedom) * math.tan(angle)
 
 
 def _prospects(

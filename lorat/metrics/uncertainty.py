@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ RESAMPLES = 10_000
 SEED = 42
 STREAM = 73
 """Stream number of the resampling, beside the seed."""
+_ANGLES = np.linspace(0, math.pi / 2, 2001)
+_COSINES = np.cos(_ANGLES)
 _CHUNK = 1000
 """Resamples drawn at once: bounded memory for long benchmarks."""
 
@@ -64,8 +67,31 @@ def mean_intervals(
 
 def _expanded_tail(tail: float, num: int) -> float:
     """Return the share of resamples to cut off, for the width that Student's t would give."""
-    normal = NormalDist()
-    z, freedom = normal.inv_cdf(1 - tail), num - 1
-    # The quantile of Student's t by that of the normal: Abramowitz and Stegun, 26.7.5.
-    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    return normal.cdf(-math.sqrt(num / freedom) * t)
+    t = student_quantile(tail, num - 1)
+    return NormalDist().cdf(-math.sqrt(num / (num - 1)) * t)
+
+
+def student_quantile(tail: float, freedom: float) -> float:
+    """Return what Student's t exceeds with a probability.
+
+    Args:
+        tail: more than 0, at most 0.5.
+        freedom: degrees of freedom, 1 or more; they need not be whole.
+    """
+    # t = sqrt(freedom) tan(angle), whose density is that power of the cosine.
+    density = _COSINES ** (freedom - 1)
+    above = np.concatenate([np.cumsum((density[1:] + density[:-1])[::-1])[::-1], [0.0]])
+    angle = np.interp(-tail, -above / above[0] / 2, _ANGLES)
+    return math.sqrt(freedom) * math.tan(angle)
+
+
+def satterthwaite(parts: Sequence[tuple[float, float]]) -> float:
+    """Return the degrees of freedom of a sum of variances that were each estimated.
+
+    Source: F. E. Satterthwaite, "An approximate distribution of estimates of variance components",
+    1946.
+
+    Args:
+        parts: variance, of which not all are 0, and degrees of freedom of each.
+    """
+    return sum(part for part, _ in parts) ** 2 / sum(part**2 / own for part, own in parts)

@@ -266,7 +266,7 @@ class Engine:
             except Exception:  # of this code, not of a client: the sessions of others must go on
                 log.exception("A tick of the engine failed; its sessions are over.")
                 for job in jobs:
-                    self.close(job.session, "The server failed; begin again.", again=True)
+                    self.close(job.session, "The server failed; begin again.")
             self._tick_s += _SMOOTHING * (time.monotonic() - began - self._tick_s)
 
     def _wait_for_others(self) -> None:

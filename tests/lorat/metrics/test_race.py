@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lorat.errors import UserError
-from lorat.metrics.race import RaceRules, standings, student_quantile, verdict
+from lorat.metrics.race import RaceRules, standings, verdict
+from lorat.metrics.uncertainty import student_quantile
 
 RULES = RaceRules()
 NAMES = ("default", "a", "b", "c")

@@ -9,7 +9,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,9 +26,6 @@ from lorat_platform.search.trial.crop_cache import (
     remove_stale_caches,
 )
 from lorat_platform.search.trial.progress import TrialSetup
-
-if TYPE_CHECKING:
-    pass
 
 
 def prepare_process(setup: TrialSetup) -> torch.device:
