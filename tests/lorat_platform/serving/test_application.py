@@ -137,8 +137,10 @@ def test_connections_that_want_nothing_hold_no_session_up(place: str) -> None:
 def test_plain_http_finds_its_replica(place: str) -> None:
     with requests.Session() as http:
         http.headers["Authorization"] = f"Bearer {TOKEN}"
-        sessions = [http.post(f"http://{place}/sessions").json()["session"] for _ in range(4)]
-        assert len({name.partition(".")[0] for name in sessions}) == 2
+        sessions: list[str] = []
+        while len(owners := {name.partition(".")[0] for name in sessions}) < 2:
+            assert len(sessions) < 40, owners  # chance decides between two that are idle
+            sessions.append(http.post(f"http://{place}/sessions").json()["session"])
         for name in sessions:
             own = {SESSION_HEADER: name}
             at = f"http://{place}/sessions/{name}"
