@@ -40,13 +40,17 @@ def positive_mask(box_px_B4: Tensor, search_size: float, map_size: int) -> Tenso
 def iou_and_giou(box_a: Tensor, box_b: Tensor) -> tuple[Tensor, Tensor]:
     """Return IoU and generalised IoU (Rezatofighi et al., CVPR 2019) of xyxy boxes (..., 4)."""
 
+    # Written out: the gradient of torch.prod asks the device whether there are zeros.
+    def product(side: Tensor) -> Tensor:
+        return side[..., 0] * side[..., 1]
+
     def area(low: Tensor, high: Tensor) -> Tensor:
-        return (high - low).clamp(min=0).prod(dim=-1)
+        return product((high - low).clamp(min=0))
 
     low_a, high_a = box_a.split(2, dim=-1)
     low_b, high_b = box_b.split(2, dim=-1)
     intersection = area(torch.maximum(low_a, low_b), torch.minimum(high_a, high_b))
-    size_a, size_b = (high_a - low_a).prod(dim=-1), (high_b - low_b).prod(dim=-1)
+    size_a, size_b = product(high_a - low_a), product(high_b - low_b)
     union = (size_a + size_b - intersection).clamp(min=AREA_EPS)
     iou = intersection / union
     enclosing = area(torch.minimum(low_a, low_b), torch.maximum(high_a, high_b))

@@ -17,7 +17,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, SwiGLUPacked, build_sincos2d_pos_embed
+from timm.layers import LayerScale, Mlp, SwiGLUPacked, build_sincos2d_pos_embed
 from timm.layers.attention import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
@@ -115,22 +115,25 @@ class Block(TimmBlock):
         x = self._residual(x, self.norm1, self.attn, self.ls1)
         return self._residual(x, self.norm2, self.mlp, self.ls2)
 
-    def _residual(self, x: Tensor, *branch: nn.Module) -> Tensor:
+    def _residual(self, x: Tensor, norm: nn.Module, layer: nn.Module, scale: nn.Module) -> Tensor:
         rate = self.drop_path if self.training else 0.0
         if rate > BERNOULLI_UP_TO:
             batch = x.shape[0]
             num_kept = max(int(batch * (1 - rate)), 1)
             kept = torch.randperm(batch, device=x.device)[:num_kept]
-            y = x[kept]
-            for module in branch:
-                y = module(y)
+            y = scale(layer(norm(x[kept])))
             return torch.index_add(x, 0, kept, y.to(x.dtype), alpha=batch / num_kept)
-        y = x
-        for module in branch:
-            y = module(y)
+        y = layer(norm(x))
         if rate > 0:
+            y = scale(y)
             y = y * (y.new_empty((y.shape[0], 1, 1)).bernoulli_(1 - rate) / (1 - rate))
-        return x + y
+            return x + y
+        assert isinstance(scale, LayerScale)
+        if y.dtype == x.dtype:
+            return torch.addcmul(x, y, scale.gamma)
+        # Autocast would make a float32 copy of the branch first, a pass more over the tokens.
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.addcmul(x, y, scale.gamma)
 
 
 class StoredLinear(nn.Linear):

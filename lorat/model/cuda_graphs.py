@@ -46,17 +46,25 @@ class CudaGraphs:
     def record(self, work: Callable[[], Tensor]) -> Replay:
         """Record a call; see :class:`Recorder`."""
         graph = torch.cuda.CUDAGraph()
-        with (
-            _ONE_AT_A_TIME,
-            torch.cuda.device(self._device),
-            # Comes back to the caller's stream also where torch, before 2.15, does not.
-            torch.cuda.stream(torch.cuda.current_stream(self._device)),
-            # Other threads of the process may allocate while this one records.
-            torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ),
-        ):
-            result = work()
+        cause: Exception | None = None
+        try:
+            with (
+                _ONE_AT_A_TIME,
+                torch.cuda.device(self._device),
+                # Comes back to the caller's stream also where torch, before 2.15, does not.
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                # Other threads of the process may allocate while this one records.
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
+            ):
+                try:
+                    result = work()
+                except Exception as error:
+                    cause = error
+                    raise
+        except Exception as error:  # to end a recording that has failed raises one that hides it
+            raise cause or error from None
 
         def replay() -> Tensor:
             graph.replay()

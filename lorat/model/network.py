@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -73,7 +74,13 @@ class LoRAT(nn.Module):
 
     def patch_tokens(self, image_BCHW: Tensor) -> Tensor:
         """Embed an image's patches, row-major: (B, 3, 14·h, 14·w) -> (B, h·w, D)."""
-        return self.backbone.patch_embed.proj(image_BCHW).flatten(2).transpose(1, 2)
+        projection: Any = self.backbone.patch_embed.proj
+        side = self.variant.patch_size
+        # One product of the patches laid out in rows, where a convolution takes several times
+        # as long on a GPU.
+        patch_BChpwp = image_BCHW.unflatten(3, (-1, side)).unflatten(2, (-1, side))
+        patch_BND = patch_BChpwp.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return F.linear(patch_BND, projection.weight.flatten(1), projection.bias)
 
     def tokens(self, template_BCHW: Tensor, search_BCHW: Tensor, mask_Bhw: Tensor) -> Tensor:
         """Return what enters the first block: template tokens, then search tokens."""

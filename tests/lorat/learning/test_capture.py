@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from lorat.learning.capture import EAGER_STEPS, CapturedStep
 from lorat.learning.learner import Learner, World
@@ -100,6 +101,17 @@ def test_where_a_step_cannot_be_recorded_training_goes_on_without(
     assert caplog.text.count("cannot be captured as a CUDA graph") == 1
     for one, other in zip(refused.parameters, eager.parameters, strict=True):
         assert torch.equal(one, other)
+
+
+def test_no_number_of_a_step_is_asked_for() -> None:
+    """To hand one to the host stops a recording, and without one the device waits."""
+    learner = trained(None, 1)
+    inputs = _inputs(learner)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        learner._step(*inputs)
+    asked = [event for event in seen.events() or [] if event.name == "aten::item"]
+    assert asked  # the fused optimiser's on a CPU, where the counts of its steps are
+    assert {event.cpu_parent.name for event in asked} == {"aten::_fused_adamw_"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -284,15 +284,17 @@ def test_high_rates_skip_a_fixed_share_of_the_batch() -> None:
 
 def test_high_rates_keep_one_sample_at_least() -> None:
     block, x = residual_block(0.9)
-    torch.testing.assert_close(block._residual(x[:1], block.norm1), x[:1] + block.norm1(x[:1]))
+    branch = (block.norm1, block.attn, block.ls1)
+    expected = x[:1] + block.ls1(block.attn(block.norm1(x[:1])))
+    torch.testing.assert_close(block._residual(x[:1], *branch), expected)
 
 
 def test_low_rates_drop_single_samples_by_chance() -> None:
     block, x = residual_block(0.1)
-    branch = block.norm1(x)
+    branch = block.ls1(block.attn(block.norm1(x)))
     kept = 0
     for _ in range(100):
-        out = block._residual(x, block.norm1)
+        out = block._residual(x, block.norm1, block.attn, block.ls1)
         for i in range(10):
             if torch.equal(out[i], x[i]):
                 continue
