@@ -69,23 +69,27 @@ start() {
     --validate-every 0 --no-final-evaluation --no-register --resume never
 }
 
-# What takes no time of its own goes side by side.  The tests are those that need CUDA.
-cuda_tests=$(grep -rl 'torch.cuda.is_available()' tests --include='test_*.py')
-# shellcheck disable=SC2086  (a list of words)
-step tests 120 python -m pytest -n 0 -q -k cuda $cuda_tests &
-step shards 60 python -c 'import pathlib, sys; from tests.small_shards import make_shards
+# What takes no time of its own goes side by side, on few threads each: several processes that all
+# use every core take minutes to draw weights.  The tests are those that need CUDA.
+(
+  export OMP_NUM_THREADS=$((1 + $(nproc) / 8))
+  cuda_tests=$(grep -rl 'torch.cuda.is_available()' tests --include='test_*.py')
+  # shellcheck disable=SC2086  (a list of words)
+  step tests 120 python -m pytest -n 0 -q -k cuda $cuda_tests &
+  step shards 60 python -c 'import pathlib, sys; from tests.small_shards import make_shards
 make_shards(pathlib.Path(sys.argv[1]), split="train")' "$scratch/shards" &
-for form in folded usual; do
-  memory "memory-B-$form" "$B" "$form" &
-  memory "memory-L-$form" "$L" "$form" &
-  memory "memory-g-$form" "$G" "$form" &
-done
-wait
-# Fills torch's compile cache, so that the measured runs need not wait for it.
-train compile-B 120 "$B" --rounds 1 --steps 1 &
-train compile-L 150 "$L" --rounds 1 --steps 1 &
-train compile-B-usual 120 "$B" --form usual --rounds 1 --steps 1 &
-wait
+  for form in folded usual; do
+    memory "memory-B-$form" "$B" "$form" &
+    memory "memory-L-$form" "$L" "$form" &
+    memory "memory-g-$form" "$G" "$form" &
+  done
+  wait
+  # Fills torch's compile cache, so that the measured runs need not wait for it.
+  train compile-B 120 "$B" --rounds 1 --steps 1 &
+  train compile-L 150 "$L" --rounds 1 --steps 1 &
+  train compile-B-usual 120 "$B" --form usual --rounds 1 --steps 1 &
+  wait
+)
 # shellcheck disable=SC2086
 {
   train train-B 90 "$B" $rounds
