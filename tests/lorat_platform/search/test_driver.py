@@ -290,7 +290,7 @@ def test_a_trial_whose_process_dies_is_tried_again_and_a_resumed_search_tries_it
     assert [row.number for row in rows] == [0, 1, 2]
     assert rows[0].trial_id == failed.trial_id
     assert rows[0].status in ("completed", "stopped")
-    assert len(rows[0].troubles) == 2
+    assert len(rows[0].troubles) == 2, (failed, other, rows, said)
     assert rows[1] == other
     assert outcome.board.count("completed", "stopped") == 3
     assert outcome.board.pareto()
