@@ -36,9 +36,10 @@ class MetricSink:
     """The actor: owns one run.  Every call returns at once, except ``flush`` and ``end``."""
 
     def __init__(
-        self, environment: dict[str, str], arguments: dict[str, Any], console: Console | None
+        self, environment: dict[str, str], arguments: dict[str, Any], console_pickle: bytes
     ) -> None:
         os.environ.update(environment)
+        console: Console | None = ray.cloudpickle.loads(console_pickle)
         if console is not None:
             console.install(logging.WARNING)
         self._run: Run = open_run(**arguments)
@@ -219,7 +220,12 @@ def open_remote_run(
     actor: Any = (
         ray.remote(MetricSink)
         .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
-        .remote(environment, {"experiment": experiment, "name": name, **options}, console)
+        .remote(
+            environment,
+            {"experiment": experiment, "name": name, **options},
+            # As bytes: of an actor handed to one that may restart Ray prints a warning each time.
+            ray.cloudpickle.dumps(console),
+        )
     )
     key, *_ = ray.get(actor.identity.remote())
     return RemoteRun(actor, key)
