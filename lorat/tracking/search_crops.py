@@ -88,8 +88,11 @@ FIRST_BYTES = COLUMNS * 8 << 15
 """Size of the first buffer, 3.9 MB, enough for any region of one 720p frame; also whole pixels."""
 PART_BYTES = 1 << 19
 """Of regions that one thread packs at a time: worth starting a copy to the device for."""
-WHOLE_LINES = 3
+WHOLE_LINES = 2.75
 """Lines of a region per row of the crop up to which packing all is faster than picking two each."""
+STRIP_LINES = 128
+"""Lines that are picked at a time, so that the processor's cache holds them until they are packed.
+"""
 
 
 class DeviceCrops:
@@ -202,13 +205,15 @@ class _Region:
     def copy_to(self, buffer: np.ndarray) -> None:
         """Put the pixels into the buffer."""
         place = buffer[self.first * PIXEL : self.end * PIXEL]
-        if self._paired:
-            pairs = place.reshape(self._out_height, 2, self.width, PIXEL)
-            first, second, _ = taps(self._height, self._out_height)
-            pairs[:, 0] = self._patch[first]
-            pairs[:, 1] = self._patch[second]
-        else:
-            place.reshape(self._num_lines, self.width, PIXEL)[:] = self._patch
+        place = place.reshape(self._num_lines, self.width, PIXEL)
+        if not self._paired:
+            place[:] = self._patch
+            return
+        first, second, _ = taps(self._height, self._out_height)
+        lines = np.stack([first, second], axis=1).ravel()
+        for begin in range(0, len(lines), STRIP_LINES):
+            strip = slice(begin, begin + STRIP_LINES)
+            place[strip] = self._patch[lines[strip]]
 
 
 def _pack(regions: Sequence[_Region], buffer: np.ndarray) -> None:

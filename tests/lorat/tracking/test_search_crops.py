@@ -57,7 +57,8 @@ def test_the_pixels_are_the_same(box: tuple[float, ...], factor: float) -> None:
     assert torch.equal(host, device)
 
 
-def test_a_batch_of_many_sizes_is_the_same() -> None:
+def test_a_batch_of_many_sizes_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_crops, "STRIP_LINES", 50)
     rng = np.random.default_rng(5)
     frames, nominal, fills = [], [], []
     for seed in range(24):
