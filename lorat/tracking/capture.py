@@ -74,8 +74,8 @@ class Capture:
         Args:
             function: takes inputs, ``fixed`` and constants, and returns a tensor; it writes to none
                 of them.
-            inputs: on the device, anywhere in its memory.  Those of the call before are not copied
-                again.
+            inputs: on the device, anywhere in its memory.  One that was given last time, too, and
+                not written to since is not copied again.
             fixed: on the device; where it has moved, all recordings are dropped.
             constants: numbers that the function takes after the tensors.
 
@@ -149,10 +149,10 @@ class _Input:
 
     def take(self, given: Tensor) -> None:
         """Copy a tensor, unless it is the one before and was not written to since."""
-        if self._source() is given and self._version == _version(given) is not None:
-            return
-        self.own.copy_(given)
-        self._note(given)
+        version = _version(given)
+        if version is None or version != self._version or self._source() is not given:
+            self.own.copy_(given)
+            self._note(given)
 
     def _note(self, given: Tensor) -> None:
         self._source, self._version = weakref.ref(given), _version(given)

@@ -124,7 +124,7 @@ class DeviceCrops:
     ) -> tuple[list[CropParams], int]:
         """Return the adjusted parameters, and how many bytes of the buffer are sent.
 
-        All but the last part of them are on their way already.
+        Of several parts all but those that were packed last are on their way already.
         """
         end = len(frames) * COLUMNS * 8 // PIXEL
         adjusted: list[CropParams] = []
@@ -296,9 +296,9 @@ class _Threads:
                 there are more.
         """
         if len(items) < 2 or self._num < 2:
-            for number, item in enumerate(items):
+            for num_done, item in enumerate(items, start=1):
                 work(item)
-                first_done(number + 1)
+                first_done(num_done)
             return
         take = itertools.count().__next__
         told: SimpleQueue[int | None] = SimpleQueue()
@@ -313,7 +313,8 @@ class _Threads:
 
         threads = [self._pool().submit(take_part) for _ in range(min(self._num, len(items)))]
         try:
-            num_at_work, num_first, done = len(threads), 0, set()
+            num_at_work, num_first = len(threads), 0
+            done: set[int] = set()
             while num_at_work:
                 number = told.get()
                 if number is None:

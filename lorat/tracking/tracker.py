@@ -33,7 +33,8 @@ from lorat.tracking.postprocess import box_in_frame, find_peak, hann_window, nex
 from lorat.tracking.search_crops import DeviceCrops, HostCrops, SearchCrops
 
 STAGES = ("crop", "copy", "network", "read back")
-"""Parts of a step: cutting the frames, to the device, all that it computes, and the results."""
+"""Parts of a step: cutting the frames, the rest of the way to the device, all that it computes, and
+the results."""
 MIN_SIDE_PX = 0.01
 """Shortest side of a box to begin with; far smaller ones touch no token of a template."""
 
