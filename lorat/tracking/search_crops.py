@@ -6,16 +6,18 @@ of the interpolation.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lorat.image.crops import Alignment, CropParams, align, resample, taps
+from lorat.image.crops import Alignment, CropParams, align, resample, round_pair, taps
 
 
 class SearchCrops(Protocol):
@@ -40,7 +42,7 @@ class SearchCrops(Protocol):
         ...
 
     def send(self, packed: Any) -> Tensor:
-        """Copy it to the device."""
+        """Copy it to the device, or what is left of it."""
         ...
 
     def crops(self, sent: Tensor, num: int) -> Tensor:
@@ -84,13 +86,22 @@ COLUMNS = 15
 """Numbers in a row of the table; its bytes are whole pixels, too."""
 FIRST_BYTES = COLUMNS * 8 << 15
 """Size of the first buffer, 3.9 MB, enough for any region of one 720p frame; also whole pixels."""
+PART_BYTES = 1 << 19
+"""Of regions that one thread packs at a time: worth starting a copy to the device for."""
+WHOLE_LINES = 2.75
+"""Lines of a region per row of the crop up to which packing all is faster than picking two each."""
+STRIP_LINES = 128
+"""Lines that are picked at a time, so that the processor's cache holds them until they are packed.
+"""
 
 
 class DeviceCrops:
-    """Regions of the frames go up as they are, all in one copy, and are resampled on the device.
+    """Regions of the frames go up as they are, and are resampled on the device.
 
     One buffer, pinned for a GPU, holds a table with a row of float64 per crop, then the pixels.
-    It is used again for every step, so only one step may be under way.
+    Its parts are packed by several threads, and each goes up while the next ones are packed.
+
+    The buffer is used again for every step, so only one step may be under way.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -103,6 +114,7 @@ class DeviceCrops:
         pinned = self._device.type == "cuda"
         self._host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
         self._sent = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+        self._num_sent = 0
 
     def cut(
         self,
@@ -110,22 +122,41 @@ class DeviceCrops:
         nominal: Sequence[CropParams],
         fill_rgb: Sequence[np.ndarray],
     ) -> tuple[list[CropParams], int]:
-        """Return the adjusted parameters, and how many bytes of the buffer are sent."""
-        aligned = [
-            align(params, self._size, frame.shape[1], frame.shape[0])
-            for frame, params in zip(frames, nominal, strict=True)
-        ]
-        regions = [_Region(frame, each) for frame, each in zip(frames, aligned, strict=True)]
-        table = np.empty((len(frames), COLUMNS))
-        end = table.nbytes // PIXEL
-        for row, region, fill in zip(table, regions, fill_rgb, strict=True):
-            row[:] = (*region.axes, end, region.width, *fill.tolist())
-            region.first, end = end, end + region.num_lines * region.width
+        """Return the adjusted parameters, and how many bytes of the buffer are sent.
+
+        Of several parts all but those that were packed last are on their way already.
+        """
+        end = len(frames) * COLUMNS * 8 // PIXEL
+        adjusted: list[CropParams] = []
+        table: list[float] = []
+        parts: list[list[_Region]] = []
+        part_end = end
+        for frame, params, fill in zip(frames, nominal, fill_rgb, strict=True):
+            aligned = align(params, self._size, frame.shape[1], frame.shape[0])
+            adjusted.append(aligned.adjusted)
+            region = _Region(frame, aligned, end)
+            table += (*region.axes, end, region.width, *fill.tolist())
+            if end >= part_end:
+                parts.append([])
+                part_end = end + PART_BYTES // PIXEL
+            parts[-1].append(region)
+            end = region.end
         self._make_room((end + 1) * PIXEL)  # of an empty region a pixel is read, too, and not used
         buffer = self._host.numpy()
-        buffer[: table.nbytes].view(np.float64).reshape(table.shape)[:] = table
-        self._threads.share(lambda region: region.copy_to(buffer), regions)
-        return [each.adjusted for each in aligned], end * PIXEL
+        buffer[: len(table) * 8].view(np.float64)[:] = table
+        self._num_sent = 0
+
+        def send_packed(num_parts: int) -> None:
+            if num_parts < len(parts):
+                self._send_up_to(parts[num_parts][0].first * PIXEL)
+
+        self._threads.in_order(lambda part: _pack(part, buffer), parts, send_packed)
+        return adjusted, end * PIXEL
+
+    def _send_up_to(self, end: int) -> None:
+        waiting = slice(self._num_sent, end)
+        self._sent[waiting].copy_(self._host[waiting], non_blocking=True)
+        self._num_sent = end
 
     def _make_room(self, num_bytes: int) -> None:
         """Double the buffers until so much fits; then they move, which must be rare."""
@@ -136,8 +167,8 @@ class DeviceCrops:
             self._make_buffers(room)
 
     def send(self, packed: int) -> Tensor:
-        """Copy the used part of the buffer; return the device's, always at the same place."""
-        self._sent[:packed].copy_(self._host[:packed], non_blocking=True)
+        """Copy what has not gone up yet; return the device's buffer, always at the same place."""
+        self._send_up_to(packed)
         return self._sent
 
     def crops(self, sent: Tensor, num: int) -> Tensor:
@@ -146,40 +177,48 @@ class DeviceCrops:
 
 
 class _Region:
-    """The pixels of a frame that a crop is made of."""
+    """The pixels of a frame that a crop is made of, and their place in the buffer."""
 
-    def __init__(self, frame: np.ndarray, aligned: Alignment) -> None:
+    def __init__(self, frame: np.ndarray, aligned: Alignment, first: int) -> None:
         left, top, right, bottom = aligned.src
-        self._patch = frame[top:bottom, left:right]
         out_left, out_top, out_right, out_bottom = aligned.out
-        height, out_height = bottom - top, out_bottom - out_top
-        self._lines: np.ndarray | None = None
-        """Of the patch, a pair per row of the crop, where the crop does not need most of them."""
-        if height > 2 * out_height:
-            first, second, _ = taps(height, out_height)
-            self._lines = np.stack([first, second], axis=1).ravel()
-        self.num_lines = height if self._lines is None else len(self._lines)
+        self._patch = frame[top:bottom, left:right]
+        self._height, self._out_height = bottom - top, out_bottom - out_top
+        out_width = out_right - out_left
         self.width = right - left
-        self.first = 0
-        """Place of its first pixel in the buffer, in pixels."""
-        paired = float(self._lines is not None)
+        # Where the crop does not need most lines, a pair of them per row of it.
+        self._paired = self._height > WHOLE_LINES * self._out_height
+        self.first = first
+        """Its first pixel in the buffer, in pixels, and the end of its last."""
+        self._num_lines = 2 * self._out_height if self._paired else self._height
+        self.end = first + self._num_lines * self.width
+        ratio_y = ratio_x = 0.0
+        if out_width:  # as crops.taps rounds them
+            ratio_y, ratio_x = round_pair(self._height / self._out_height, self.width / out_width)
         self.axes = (
-            *(_ratio(height, out_height), out_top, out_bottom, height, paired),
-            *(_ratio(self.width, out_right - out_left), out_left, out_right, self.width, 0.0),
+            *(ratio_y, out_top, out_bottom, self._height, self._paired),
+            *(ratio_x, out_left, out_right, self.width, False),
         )
         """Per axis: source pixels per crop pixel, begin and end in the crop, source pixels, and
         whether lines come in pairs."""
 
     def copy_to(self, buffer: np.ndarray) -> None:
         """Put the pixels into the buffer."""
-        begin, end = self.first, self.first + self.num_lines * self.width
-        place = buffer[begin * PIXEL : end * PIXEL].reshape(self.num_lines, self.width, PIXEL)
-        place[:] = self._patch if self._lines is None else self._patch[self._lines]
+        place = buffer[self.first * PIXEL : self.end * PIXEL]
+        place = place.reshape(self._num_lines, self.width, PIXEL)
+        if not self._paired:
+            place[:] = self._patch
+            return
+        first, second, _ = taps(self._height, self._out_height)
+        lines = np.stack([first, second], axis=1).ravel()
+        for begin in range(0, len(lines), STRIP_LINES):
+            strip = slice(begin, begin + STRIP_LINES)
+            place[strip] = self._patch[lines[strip]]
 
 
-def _ratio(num_in: int, num_out: int) -> float:
-    """Return source pixels per crop pixel, as :func:`lorat.image.crops.taps` rounds it."""
-    return float(np.float32(num_in) / np.float32(num_out)) if num_out else 0.0
+def _pack(regions: Sequence[_Region], buffer: np.ndarray) -> None:
+    for region in regions:
+        region.copy_to(buffer)
 
 
 def resample_regions(buffer: Tensor, num: int, size: int) -> Tensor:
@@ -227,22 +266,72 @@ def resample_regions(buffer: Tensor, num: int, size: int) -> Tensor:
 
 
 class _Threads:
-    """Maps over a batch, on several threads where that can pay off."""
+    """Works on a batch, on several threads where that can pay off."""
 
     def __init__(self) -> None:
         self._num = min(os.cpu_count() or 1, 8)
-        self._pool: ThreadPoolExecutor | None = None
+        self._started: ThreadPoolExecutor | None = None
 
     def map(self, work: Any, items: Sequence[Any]) -> list[Any]:
         """Return the results in order."""
         if len(items) < 2 or self._num < 2:
             return list(map(work, items))
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._num, "crop")
-        results: Iterable[Any] = self._pool.map(work, items)
+        results: Iterable[Any] = self._pool().map(work, items)
         return list(results)
 
-    def share(self, work: Any, items: Sequence[Any]) -> None:
-        """Do what takes little time for each, some items on every thread."""
-        shares = [items[first :: self._num] for first in range(min(self._num, len(items)))]
-        self.map(lambda share: [work(item) for item in share], shares)
+    def in_order(
+        self,
+        work: Callable[[Any], None],
+        items: Sequence[Any],
+        first_done: Callable[[int], None],
+    ) -> None:
+        """Work on all items, the first ones first.
+
+        On return no thread is at work any more, also if one has failed.
+
+        Args:
+            work: called with each item.
+            items: each is worth the switch to another thread.
+            first_done: called on this thread with how many of the first items are done, whenever
+                there are more.
+        """
+        if len(items) < 2 or self._num < 2:
+            for num_done, item in enumerate(items, start=1):
+                work(item)
+                first_done(num_done)
+            return
+        take = itertools.count().__next__
+        told: SimpleQueue[int | None] = SimpleQueue()
+
+        def take_part() -> None:
+            try:
+                while (number := take()) < len(items):
+                    work(items[number])
+                    told.put(number)
+            finally:
+                told.put(None)
+
+        threads = [self._pool().submit(take_part) for _ in range(min(self._num, len(items)))]
+        try:
+            num_at_work, num_first = len(threads), 0
+            done: set[int] = set()
+            while num_at_work:
+                number = told.get()
+                if number is None:
+                    num_at_work -= 1
+                    continue
+                done.add(number)
+                if number == num_first:
+                    while num_first in done:
+                        num_first += 1
+                    first_done(num_first)
+        finally:
+            errors = [thread.exception() for thread in threads]
+        for error in errors:
+            if error is not None:
+                raise error
+
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._started is None:
+            self._started = ThreadPoolExecutor(self._num, "crop")
+        return self._started

@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import is_
 
 import numpy as np
 import torch
@@ -32,14 +33,18 @@ from lorat.tracking.postprocess import box_in_frame, find_peak, hann_window, nex
 from lorat.tracking.search_crops import DeviceCrops, HostCrops, SearchCrops
 
 STAGES = ("crop", "copy", "network", "read back")
-"""Parts of a step: cutting the frames, to the device, all that it computes, and the results."""
+"""Parts of a step: cutting the frames, the rest of the way to the device, all that it computes, and
+the results."""
 MIN_SIDE_PX = 0.01
 """Shortest side of a box to begin with; far smaller ones touch no token of a template."""
 
 
 @dataclass(kw_only=True)
 class Target:
-    """One tracked object: its template and where it was seen last."""
+    """One tracked object: its template and where it was seen last.
+
+    Its tensors may be replaced, but are not written to.
+    """
 
     template_CHW: Tensor
     mask_hw: Tensor
@@ -135,6 +140,7 @@ class Tracker:
         self._crops: SearchCrops = (DeviceCrops if on_gpu else HostCrops)(size, self.device)
         recorder = CudaGraphs(self.device) if on_gpu and capture else None
         self._capture = Capture(self.model, recorder)
+        self._stacked: tuple[list[Tensor], tuple[Tensor, Tensor]] | None = None
         # Threads that track at the same time share the buffers of a GPU.
         self._turn: contextlib.AbstractContextManager = (
             threading.Lock() if on_gpu else contextlib.nullcontext()
@@ -233,28 +239,37 @@ class Tracker:
             self.after_stage("copy")
             answer_B5 = self._capture(
                 self._compute,
-                torch.stack([target.template_CHW for target in targets]),
-                torch.stack([target.mask_hw for target in targets]),
+                *self._stack(targets),
                 fixed=sent,
                 constants=(self.tracking.window_penalty,),
             )
             self.after_stage("network")
-            result_B5 = answer_B5.to("cpu", copy=True)  # the next step may change it
-        if not torch.isfinite(result_B5).all():
+            result_B5 = answer_B5.to("cpu", copy=True).numpy()  # the next step may change it
+        if not np.isfinite(result_B5).all():
             raise UserError(
                 f"The network's output is not finite in {self._precision()}; track with bf16 or "
                 "fp32, or check the weights."
             )
-        boxes = np.empty((len(targets), 4))
-        for row, (target, params, size) in enumerate(zip(targets, adjusted, sizes, strict=True)):
-            x1, y1, x2, y2, _ = result_B5[row].tolist()
+        boxes = []
+        for target, (x1, y1, x2, y2, _), params, size in zip(
+            targets, result_B5.tolist(), adjusted, sizes, strict=True
+        ):
             found = box_in_frame((x1, y1, x2, y2), self.variant.search_size, params)
             submitted = clip_box(found, *size)
             target.box = next_box(submitted, target.box, size)
-            boxes[row] = submitted
-        scores = result_B5[:, 4].double().numpy()
+            boxes.append(submitted)
+        scores = result_B5[:, 4].astype(np.float64)
         self.after_stage("read back")
-        return boxes, scores
+        return np.array(boxes, dtype=np.float64), scores
+
+    def _stack(self, targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
+        """Return all templates and masks, as tensors of the step before if they are the same."""
+        single = [tensor for target in targets for tensor in (target.template_CHW, target.mask_hw)]
+        kept = self._stacked  # another thread may replace it
+        if kept is None or len(kept[0]) != len(single) or not all(map(is_, kept[0], single)):
+            kept = single, (torch.stack(single[::2]), torch.stack(single[1::2]))
+            self._stacked = kept
+        return kept[1]
 
     def _search_params(self, target: Target) -> CropParams:
         variant, tracking = self.variant, self.tracking

@@ -24,6 +24,7 @@ from lorat.image.crops import (
     jittered_crop_params,
     resample,
     resize_bilinear,
+    round_pair,
 )
 
 FILL = np.array([10.0, 120.0, 250.0])
@@ -97,6 +98,15 @@ def test_adjusted_parameters_map_pixel_borders_to_pixel_borders() -> None:
         np.testing.assert_allclose(landed, np.round(landed), atol=2e-3)
         drift = np.array(adjusted.apply(box)) - np.array(nominal.apply(box))
         assert np.abs(drift).max() <= 1.5 * max(1.0, nominal.scale_x)
+
+
+def test_rounding_after_float64_is_float32_arithmetic() -> None:
+    rng = np.random.default_rng(0)
+    for first, second in rng.integers(1, 8192, (500, 2)).tolist():
+        ratio = np.float32(first) / np.float32(second)
+        product = np.float32(second) * ratio
+        assert round_pair(first / second, second * float(ratio)) == (ratio, product)
+        assert round_pair(first - float(product), 0.0)[0] == np.float32(first) - product
 
 
 def test_a_stored_window_gives_the_crop_of_the_full_frame() -> None:
@@ -194,6 +204,11 @@ def test_mask_counts_every_touched_cell() -> None:
     assert foreground_mask((-50, -50, 200, 200), 56, 4).all()
     with pytest.raises(ValueError, match="outside"):
         foreground_mask((-20, 0, -5, 30), 56, 4)
+
+
+def test_clipping_keeps_what_is_inside() -> None:
+    assert clip_box((-3.0, 2.5, 9.0, 4.0), 8, 4) == (0.0, 2.5, 8, 4.0)
+    assert clip_box((9.0, -1.0, -2.0, 7.0), 8, 4) == (8, 0.0, 0.0, 4)
 
 
 def test_box_conversions_and_clipping() -> None:

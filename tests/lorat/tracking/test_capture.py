@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorat.model.cuda_graphs import CudaGraphs
 from lorat.tracking import capture
@@ -90,8 +92,10 @@ def test_the_number_of_recordings_is_bounded(
         (lambda layer: setattr(layer, "bias", nn.Parameter(torch.ones(3), requires_grad=False)),
          True),
         (lambda layer: layer.double().float(), True),
+        (lambda layer: setattr(layer.weight, "data", layer.weight + 1), True),
     ],
-    ids=["in place", "loaded in place", "loaded and assigned", "one replaced", "converted"],
+    ids=["in place", "loaded in place", "loaded and assigned", "one replaced", "converted",
+         "moved in place"],
 )  # fmt: skip
 def test_new_weights_count_at_once(
     layer: nn.Linear, change: Callable[[nn.Linear], object], dropped: bool
@@ -107,6 +111,55 @@ def test_new_weights_count_at_once(
     assert recorder.num_resets == dropped
     assert recorder.num_records == 1 + dropped
     assert captured.num_recordings == 1
+
+
+def test_what_a_replay_reads_is_held_until_it_is_noticed_that_it_moved(layer: nn.Linear) -> None:
+    recorder, fixed = RecordedOps(), torch.zeros(3)
+    function = function_of(layer)
+    captured = Capture(layer, recorder)
+    x = torch.randn(2, 4)
+    for _ in range(EAGER_CALLS + 1):
+        captured(function, x, fixed=fixed)
+    old = layer.weight.data_ptr()
+    layer.weight.data = layer.weight + 1
+    for held in (True, False):
+        assert (old in [tensor.data_ptr() for tensor in captured._read]) == held
+        captured(function, x, fixed=fixed)
+
+
+def test_an_input_that_is_given_again_is_copied_only_if_it_was_written_to(
+    layer: nn.Linear,
+) -> None:
+    recorder, fixed, function = RecordedOps(), torch.zeros(3), function_of(layer)
+    captured = Capture(layer, recorder)
+    x = torch.randn(2, 4)
+    copied: list[int] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten.copy_.default:
+                copied.append(args[1].data_ptr())
+            return func(*args, **(kwargs or {}))
+
+    def num_copies(x: Tensor) -> int:
+        copied.clear()
+        with Copies():
+            found = captured(function, x, fixed=fixed)
+        assert torch.equal(found, function(x, fixed))
+        return copied.count(x.data_ptr())
+
+    for _ in range(EAGER_CALLS + 1):
+        captured(function, x, fixed=fixed)
+    assert [num_copies(x) for _ in range(3)] == [0, 0, 0]
+    x.mul_(-2)
+    assert [num_copies(x), num_copies(x)] == [1, 0]
+    other = torch.randn(2, 4)
+    assert [num_copies(each) for each in (other, x, x)] == [1, 1, 0]
+    with torch.inference_mode():  # where nothing counts what is written
+        uncounted = torch.randn(2, 4)
+    assert [num_copies(uncounted), num_copies(uncounted)] == [1, 1]
 
 
 def test_a_fixed_tensor_that_moved_is_read_where_it_is(layer: nn.Linear) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorat.image.crops import CropParams, align, crop_params
 from lorat.tracking import search_crops
-from lorat.tracking.search_crops import COLUMNS, DeviceCrops, HostCrops
+from lorat.tracking.search_crops import COLUMNS, WHOLE_LINES, DeviceCrops, HostCrops
 from tests.lorat.tracking.recorded_ops import RecordedOps
 
 CPU = torch.device("cpu")
@@ -54,7 +57,8 @@ def test_the_pixels_are_the_same(box: tuple[float, ...], factor: float) -> None:
     assert torch.equal(host, device)
 
 
-def test_a_batch_of_many_sizes_is_the_same() -> None:
+def test_a_batch_of_many_sizes_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_crops, "STRIP_LINES", 50)
     rng = np.random.default_rng(5)
     frames, nominal, fills = [], [], []
     for seed in range(24):
@@ -83,13 +87,14 @@ def test_only_what_the_crop_needs_goes_up() -> None:
     table = COLUMNS * 8
     frame = frame_of(1280, 720)
 
-    for side in (20.0, 100.0, 300.0, 719.0, None):
+    for side in (20.0, 100.0, 140.0, 300.0, 719.0, None):
         box = (10.0, 5.0, 10.0 + side, 5.0 + side) if side else (2e3, 0.0, 3e3, 99.0)
         nominal = crop_params(box, 1.0, SIZE)
         left, top, right, bottom = align(nominal, SIZE, 1280, 720).src
         assert right - left <= (side or 0) + 20
-        # Of more than two lines per row of the crop, two.
-        num_pixels = (right - left) * min(bottom - top, 2 * SIZE)
+        # Of more than a few lines per row of the crop, two.
+        num_lines = bottom - top if bottom - top <= WHOLE_LINES * SIZE else 2 * SIZE
+        num_pixels = (right - left) * num_lines
         assert way.cut([frame], [nominal], [fill])[1] == table + 3 * num_pixels
 
 
@@ -120,23 +125,94 @@ def test_an_empty_region_at_the_end_of_a_full_buffer_is_filled(
     assert torch.equal(host, device)
 
 
-def test_a_step_goes_up_in_one_copy() -> None:
-    way, copies = DeviceCrops(SIZE, CPU), []
+class Copies(TorchDispatchMode):
+    """Notes the place and the length of what is copied to a tensor, in bytes."""
 
-    class Copies(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if func.overloadpacket in (torch.ops.aten.copy_, torch.ops.aten._to_copy):
-                copies.append(args[0].numel())
-            return func(*args, **(kwargs or {}))
+    def __init__(self, target: torch.Tensor) -> None:
+        super().__init__()
+        self._target = target
+        self.made: list[tuple[int, int]] = []
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            self.made.append((args[0].data_ptr() - self._target.data_ptr(), args[0].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_parts_go_up_once_each_while_the_next_are_packed(
+    num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: num_threads)
+    monkeypatch.setattr(search_crops, "PART_BYTES", 3 * 1000)
+    way, host = DeviceCrops(SIZE, CPU), HostCrops(SIZE, CPU)
+    boxes = [*BOXES.values()] * 4
+    frames = [frame_of(160, 120, seed) for seed in range(len(boxes))]
+    given = (
+        frames,
+        [crop_params(box, 4.0, SIZE) for box in boxes],
+        [np.full(3, float(number), np.float32) for number in range(len(boxes))],
+    )
+    expected = host.cut(*given)[1]
+    for _ in range(5):
+        way._sent.fill_(99)
+        with Copies(way._sent) as copies:
+            packed = way.cut(*given)[1]
+            num_early = len(copies.made)
+            sent = way.send(packed)
+        if num_threads == 1:  # several may all be done before the first is told
+            assert num_early >= 1
+        assert len(copies.made) == num_early + 1
+        assert np.cumsum([0, *(length for _, length in copies.made)]).tolist() == [
+            *(begin for begin, _ in copies.made),
+            packed,
+        ]
+        assert np.array_equal(way.crops(sent, len(boxes)).numpy(), expected)
+
+
+def test_little_goes_up_in_one_copy() -> None:
+    way = DeviceCrops(SIZE, CPU)
+    num = len(BOXES)
     nominal = [crop_params(box, 4.0, SIZE) for box in BOXES.values()]
-    frames, fills = [frame_of(160, 120)] * len(BOXES), [np.zeros(3, np.float32)] * len(BOXES)
-    _, packed = way.cut(frames, nominal, fills)
-    with Copies():
+    _, packed = way.cut([frame_of(160, 120)] * num, nominal, [np.zeros(3, np.float32)] * num)
+    with Copies(way._sent) as copies:
         way.send(packed)
-    assert copies == [packed]
+    assert copies.made == [(0, packed)]
+
+
+def test_the_first_are_told_while_later_ones_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    told = [threading.Event() for _ in range(6)]
+    in_time: list[bool] = []
+
+    def work(item: int) -> None:
+        if item >= 4:  # the first four may begin at the same time
+            in_time.append(told[item - 4].wait(10))
+
+    def first_done(num: int) -> None:
+        for event in told[:num]:
+            event.set()
+
+    search_crops._Threads().in_order(work, range(6), first_done)
+    assert in_time == [True, True]
+    assert all(event.is_set() for event in told)
+
+
+def test_no_thread_packs_any_more_once_one_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    ended: list[int] = []
+
+    def work(item: int) -> None:
+        if item == 1:
+            raise ValueError("damaged")
+        time.sleep(0.02)
+        ended.append(item)
+
+    first_done: list[int] = []
+    with pytest.raises(ValueError, match="damaged"):
+        search_crops._Threads().in_order(work, range(10), first_done.append)
+    assert sorted(ended) == [0, *range(2, 10)]
+    assert first_done == [1]
 
 
 def test_a_recorded_call_fits_regions_of_other_sizes() -> None:

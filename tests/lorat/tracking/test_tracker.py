@@ -164,6 +164,32 @@ def test_captured_steps_track_what_the_cpu_tracks(model: LoRAT, tracker: Tracker
     assert recorder.num_records == other.num_captured == 2
 
 
+def test_templates_are_stacked_again_only_for_other_targets(model: LoRAT, tracker: Tracker) -> None:
+    frames = video(6)
+    boxes = [BOX, (20, 20, 60, 70)]
+    other = Tracker(model, device="cpu")
+    as_on_a_gpu(other)
+    first, second = other.start([frames[0]] * 2, boxes)
+    stacked = other._stack([first, second])
+    assert other._stack([first, second]) is stacked
+    assert other._stack([second, first]) is not stacked
+    expected = tracker.start([frames[0]] * 2, boxes)
+    for step, frame in enumerate(frames[1:]):
+        tracker._stacked = None
+        if step >= EAGER_CALLS + 1:  # the step is a replay
+            first.template_CHW, second.template_CHW = second.template_CHW, first.template_CHW
+            expected[0].template_CHW, expected[1].template_CHW = (
+                expected[1].template_CHW,
+                expected[0].template_CHW,
+            )
+        for given, wanted in zip(
+            other.step([first, second], [frame] * 2),
+            tracker.step(expected, [frame] * 2),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(given, wanted)
+
+
 def test_other_weights_are_tracked_with_at_once(model: LoRAT) -> None:
     tracker, frames = Tracker(model, device="cpu"), video(8)
     as_on_a_gpu(tracker)
