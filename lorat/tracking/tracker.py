@@ -298,11 +298,7 @@ class Tracker:
     def _forward(
         self, template_BCHW: Tensor, search_BCHW: Tensor, mask_Bhw: Tensor
     ) -> tuple[Tensor, Tensor]:
-        with contextlib.ExitStack() as stack:
-            if self._autocast:
-                stack.enter_context(torch.autocast("cuda", torch.float16))
-            elif self.device.type == "cuda":  # float32 means float32 in the patch embedding, too
-                stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+        with torch.autocast("cuda", torch.float16, enabled=self._autocast):
             outputs = self.model(template_BCHW, search_BCHW, mask_Bhw)
         return outputs["score_map"], outputs["boxes"]
 
