@@ -5,7 +5,7 @@ whole batch, with per-sample factors, so there is no loop over samples and no ra
 
 What is done to pixels exists in two forms.  Call by call, colours and blur are matrix products,
 which read and write the batch once each, and a choice takes its samples out of the batch.  For
-the compiler the same formulas are written out, for every sample: it makes four kernels of them,
+the compiler the same formulas are written out, for every sample: it makes five kernels of them,
 and nothing waits until the device knows the choices.
 
 The order is that of the paper: horizontal flip, colour jitter, then one of grayscale, solarize
@@ -23,16 +23,15 @@ most half a grey level).
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lorat.config.variants import Variant
-from lorat.data.pairs.augment_draws import AUGMENT_FIELDS, BLUR_RADIUS, JITTER_ORDERS
+from lorat.data.pairs.augment_draws import AUGMENT_FIELDS, JITTER_ORDERS
 from lorat.image.boxes import RASTER_EPSILON
+from lorat.learning.blur import blur_kernel, gaussian_blur, sum_of_taps
 from lorat.model.normalisation import _constant, imagenet_statistics, normalize_
 
 LUMA = (0.2989, 0.587, 0.114)
@@ -69,7 +68,7 @@ def augment(
     kernel_BK = None
     if compiled:
         terms = _five_steps(*terms)
-        kernel_BK = _blur_kernel(torch.where(choice_B == 2, radius_B, 0.0))
+        kernel_BK = blur_kernel(torch.where(choice_B == 2, radius_B, 0.0))
     outputs, boxes = [], []
     for number, role in enumerate(("template", "search")):
         rows = slice(number * num, (number + 1) * num)
@@ -179,19 +178,6 @@ def _solarize(level_BCHW: Tensor, radius_B: Tensor) -> Tensor:
     return torch.where(level_BCHW < SOLARIZE_THRESHOLD, level_BCHW, 255 - level_BCHW)
 
 
-def gaussian_blur(level_BCHW: Tensor, radius_B: Tensor) -> Tensor:
-    """Blur each sample with its own radius, borders repeated, rounded to whole grey levels."""
-    batch, channels, height, width = level_BCHW.shape
-    kernel_BK = _blur_kernel(radius_B)
-    # A matrix product with each axis: fewer calls than taps have, and on GPUs no grouped
-    # convolution, the slowest of all.
-    down_B1HH = _blur_matrix(kernel_BK, height).unsqueeze(1)
-    across_BWW = _blur_matrix(kernel_BK, width).transpose(1, 2)
-    level_BCHW = torch.matmul(down_B1HH, level_BCHW)
-    level_BNW = torch.bmm(level_BCHW.view(batch, channels * height, width), across_BWW)
-    return level_BNW.view(batch, channels, height, width).add_(0.5).floor_()
-
-
 def _augment_compiled(
     image_BHWC: Tensor,
     flip_B: Tensor,
@@ -262,12 +248,12 @@ def _levels(
         torch.where(before_B5[:, 2], grey_B, 0.0),
         torch.zeros_like(mean_B5),
     )
-    mean_B = _weighted_sum(before_BCHW, LUMA).mean(3).mean(2)
+    mean_B1 = _weighted_sum(before_BCHW, LUMA).mean(3).mean(2)
 
     sample_B = torch.arange(len(image_BHWC), device=image_BHWC.device)
     image_BhwC = image_BHWC[sample_B.view(-1, 1, 1), row_h.view(-1, 1), column_Bw.unsqueeze(1)]
     level_BChw = _five_jitter_steps(
-        image_BhwC.permute(0, 3, 1, 2).float(), factor_B5, grey_B, mean_B5 * mean_B
+        image_BhwC.permute(0, 3, 1, 2).float(), factor_B5, grey_B, mean_B5 * mean_B1
     )
 
     choice_B111 = choice_B.view(-1, 1, 1, 1)
@@ -313,74 +299,17 @@ def _five_jitter_steps(
 
 def _blur_down(level_BChw: Tensor, kernel_BK: Tensor) -> Tensor:
     """Apply each sample's kernel along the rows, which takes their border."""
-    return _sum_of_taps(level_BChw, kernel_BK, 2)
+    return sum_of_taps(level_BChw, kernel_BK, 2)
 
 
 def _blur_across(
     level_BCHw: Tensor, kernel_BK: Tensor, choice_B: Tensor, mean_C11: Tensor, std_C11: Tensor
 ) -> Tensor:
     """Apply each sample's kernel along the columns, round what is blurred, and normalise."""
-    level_BCHW = _sum_of_taps(level_BCHw, kernel_BK, 3)
+    level_BCHW = sum_of_taps(level_BCHw, kernel_BK, 3)
     whole_BCHW = torch.floor(level_BCHW + 0.5)
     level_BCHW = torch.where(choice_B.view(-1, 1, 1, 1) == 2, whole_BCHW, level_BCHW)
     return (level_BCHW / 255 - mean_C11) / std_C11
-
-
-def _sum_of_taps(level_BCHW: Tensor, kernel_BK: Tensor, axis: int) -> Tensor:
-    reach = kernel_BK.shape[1] // 2
-    length = level_BCHW.shape[axis] - 2 * reach
-    weights = kernel_BK.view(-1, 2 * reach + 1, 1, 1, 1).unbind(1)
-    total = weights[reach] * level_BCHW.narrow(axis, reach, length)
-    for tap in range(reach):
-        near = level_BCHW.narrow(axis, tap, length)
-        far = level_BCHW.narrow(axis, 2 * reach - tap, length)
-        total = total + weights[tap] * (near + far)  # a kernel is symmetric
-    return total
-
-
-def _blur_matrix(kernel_BK: Tensor, length: int) -> Tensor:
-    """Return kernels as matrices (B, length, length) that repeat the border."""
-    batch, num_taps = kernel_BK.shape
-    places_KN = _tap_places(num_taps, length, kernel_BK.device)
-    return (kernel_BK @ places_KN).view(batch, length, length)
-
-
-@functools.cache
-def _tap_places(num_taps: int, length: int, device: torch.device) -> Tensor:
-    """Return, for each tap, which pixel each pixel takes by it, as ones in (K, length²)."""
-    place = torch.arange(length)
-    offset = torch.arange(num_taps) - num_taps // 2
-    source_KL = (place + offset.unsqueeze(1)).clamp_(0, length - 1)
-    with torch.inference_mode(False):
-        return F.one_hot(source_KL, length).float().flatten(1).to(device)
-
-
-def _blur_kernel(radius_B: Tensor) -> Tensor:
-    """Return PIL's approximate Gaussian as kernels (B, K): three extended boxes, convolved.
-
-    P. Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box
-    filtering", SSVM 2011.
-    """
-    passes = 3
-    widest = math.sqrt(12 * BLUR_RADIUS[1] ** 2 / passes + 1)
-    reach = math.floor((widest - 1) / 2) + 1
-    variance_B1 = radius_B.double().square().view(-1, 1) / passes
-    whole_B1 = torch.floor((torch.sqrt(12 * variance_B1 + 1) - 1) / 2)
-    edge_B1 = (
-        (2 * whole_B1 + 1)
-        * (whole_B1 * (whole_B1 + 1) - 3 * variance_B1)
-        / (6 * (variance_B1 - (whole_B1 + 1).square()))
-    )
-    distance_1K = torch.arange(-reach, reach + 1, device=radius_B.device).abs().view(1, -1)
-    box_BK = torch.where(
-        distance_1K <= whole_B1, 1.0, torch.where(distance_1K == whole_B1 + 1, edge_B1, 0.0)
-    )
-    box_BK = box_BK / box_BK.sum(dim=1, keepdim=True)
-    kernel_BK = box_BK
-    for _ in range(passes - 1):
-        padded_BK = F.pad(kernel_BK, (2 * reach, 2 * reach))
-        kernel_BK = (padded_BK.unfold(1, box_BK.shape[1], 1) * box_BK.unsqueeze(1)).sum(2)
-    return kernel_BK.float()
 
 
 def foreground_mask(template_box_B4: Tensor, variant: Variant) -> Tensor:

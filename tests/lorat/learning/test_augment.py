@@ -17,16 +17,15 @@ from lorat.config.variants import VARIANTS
 from lorat.data.pairs.augment_draws import AUGMENT_FIELDS, JITTER_ORDERS, draw_augmentation
 from lorat.image.crops import foreground_mask as foreground_mask_numpy
 from lorat.learning.augment import (
-    _blur_kernel,
     _compiled,
     augment,
     color_jitter,
     flip_boxes,
     foreground_mask,
-    gaussian_blur,
     jitter_terms,
     three_augment,
 )
+from lorat.learning.blur import blur_kernel, gaussian_blur
 from lorat.model.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 CHOICE = AUGMENT_FIELDS.index("choice")
@@ -106,7 +105,7 @@ def test_blur_is_its_kernel_along_both_axes_with_the_border_repeated() -> None:
     """In float64, tap by tap; float32 may round a tie to the other level."""
     level_BCHW = photo(9, 40, seed=6).permute(0, 3, 1, 2).float()
     radius_B = torch.linspace(0.1, 2.0, 9)
-    kernel_BK = _blur_kernel(radius_B).double()
+    kernel_BK = blur_kernel(radius_B).double()
     reach = kernel_BK.shape[1] // 2
     expected = torch.nn.functional.pad(level_BCHW.double(), (reach,) * 4, mode="replicate")
     for axis in (2, 3):
@@ -279,8 +278,12 @@ def test_compiled_on_cuda_it_computes_the_same_and_never_waits() -> None:
 
 def assert_compiled_is_the_same(device: torch.device) -> None:
     """For all samples; and without jitter to the last grey level, however it is rounded."""
-    batch = make_batch(16, seed=8)
+    batch = make_batch(24, seed=8)
     batch["augment"][:2, CHOICE] = -1
+    for number, name in enumerate(("brightness", "contrast", "saturation")):  # in every order
+        rows = slice(6 * number, 6 * number + 6)
+        batch["augment"][rows, AUGMENT_FIELDS.index(f"search_{name}")] = 1
+        batch["augment"][rows, AUGMENT_FIELDS.index("search_order")] = torch.arange(6.0)
     plain = make_batch(16, seed=9, config=AugmentConfig(color_jitter=0))
     for given, share in ((batch, 2e-4), (plain, 0)):
         blurred = given["augment"][:, CHOICE] == 2
