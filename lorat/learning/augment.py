@@ -64,7 +64,7 @@ def augment(
     # Both crops' parameters at once, (2 B, ...): on small batches the calls cost, not the numbers.
     jitter_BR4 = parameters_BK[:, _JITTER : _JITTER + 8].view(num, 2, 4)
     jitter_N4 = jitter_BR4.transpose(0, 1).reshape(-1, 4)
-    terms = jitter_terms(jitter_N4[:, 0].long(), jitter_N4[:, 1:])
+    terms: tuple[Tensor, ...] = jitter_terms(jitter_N4[:, 0].long(), jitter_N4[:, 1:])
     kernel_BK = None
     if compiled:
         terms = _five_steps(*terms)
