@@ -118,6 +118,8 @@ class Learner:
             self._captured = CapturedStep(self.optimizer, CudaGraphs(self.device))
         self._proven = not self.compiled
         """Whether a pass has gone through with whatever torch.compile made."""
+        self._augment_compiled = self.compiled and self.device.type == "cuda"
+        """Whether the augmentation is compiled too, which on a CPU would be slower."""
         self._forward: nn.Module = self.model
         if self.world.size > 1:
             self._forward = DistributedDataParallel(
@@ -172,9 +174,20 @@ class Learner:
         """Augment what :meth:`to_device` gives, on any stream and in any thread."""
         variant = self.model.variant
         with self.clock.device_part("augment"), torch.no_grad():
-            template, search, template_box, search_box = augment(batch)
+            template, search, template_box, search_box = self._augment(batch)
             mask = foreground_mask(template_box, variant)
             return Inputs(template, search, mask, search_box / variant.search_size)
+
+    def _augment(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if self._augment_compiled:
+            try:
+                return augment(batch, compiled=True)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:
+                _warn_uncompiled("the augmentation", error)
+                self._augment_compiled = False
+        return augment(batch)
 
     def learn(self, inputs: Inputs) -> StepResult:
         """Take one optimiser step on this worker's part of a global batch."""
@@ -265,12 +278,7 @@ class Learner:
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
-            lines = str(error).strip().splitlines()
-            log.warning(
-                "torch.compile failed (%s: %s); training goes on without it",
-                type(error).__name__,
-                lines[0] if lines else "",
-            )
+            _warn_uncompiled("the network", error)
             self.compiled = False
             self.model.uncompile()
             self.optimizer.zero_grad(set_to_none=True)
@@ -336,6 +344,16 @@ class Learner:
     def lr(self) -> float:
         """Learning rate of the next step."""
         return scheduled_lr(self.step, self.config)
+
+
+def _warn_uncompiled(what: str, error: Exception) -> None:
+    lines = str(error).strip().splitlines()
+    log.warning(
+        "torch.compile failed for %s (%s: %s); training goes on without it",
+        what,
+        type(error).__name__,
+        lines[0] if lines else "",
+    )
 
 
 def resolve_precision(config: TrainConfig, device: torch.device) -> torch.dtype | None:

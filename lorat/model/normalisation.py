@@ -15,9 +15,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def normalize_(image_BCHW: Tensor) -> Tensor:
     """Subtract ImageNet's mean and divide by its deviation, in place; the input is 0 to 1."""
-    mean_C11 = _constant(IMAGENET_MEAN, image_BCHW.device).view(3, 1, 1)
-    std_C11 = _constant(IMAGENET_STD, image_BCHW.device).view(3, 1, 1)
+    mean_C11, std_C11 = imagenet_statistics(image_BCHW.device)
     return image_BCHW.sub_(mean_C11).div_(std_C11)
+
+
+def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ImageNet's mean and deviation (C, 1, 1) of images of 0 to 1."""
+    mean_C11 = _constant(IMAGENET_MEAN, device).view(3, 1, 1)
+    return mean_C11, _constant(IMAGENET_STD, device).view(3, 1, 1)
 
 
 @functools.cache

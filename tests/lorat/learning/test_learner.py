@@ -337,6 +337,24 @@ def test_a_compiler_that_fails_is_left_out_with_a_message(
     assert "goes on without it" in caplog.text
 
 
+def test_an_augmentation_that_cannot_be_compiled_goes_on_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr("lorat.learning.augment._compiled", broken)
+    learner = Learner(CONFIG)
+    assert not learner._augment_compiled, "on a CPU nothing is compiled"
+    batch = learner.to_device(next(source().batches(0)))
+    expected = learner.prepare(batch)
+    learner._augment_compiled = True
+    for _ in range(2):
+        for one, other in zip(learner.prepare(batch), expected, strict=True):
+            assert torch.equal(one, other)
+    assert caplog.text.count("failed for the augmentation (RuntimeError: no compiler here)") == 1
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
