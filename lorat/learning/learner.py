@@ -119,7 +119,7 @@ class Learner:
         self._proven = not self.compiled
         """Whether a pass has gone through with whatever torch.compile made."""
         self._augment_compiled = self.compiled and self.device.type == "cuda"
-        """Whether the augmentation is compiled too, which on a CPU would be slower."""
+        """Whether the augmentation is compiled too, which gains nothing on a CPU."""
         self._forward: nn.Module = self.model
         if self.world.size > 1:
             self._forward = DistributedDataParallel(
