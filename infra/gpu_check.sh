@@ -75,15 +75,17 @@ start() {
   export OMP_NUM_THREADS=$((1 + $(nproc) / 8))
   cuda_tests=$(grep -rl 'torch.cuda.is_available()' tests --include='test_*.py')
   # shellcheck disable=SC2086  (a list of words)
-  step tests 120 python -m pytest -n 0 -q -k cuda $cuda_tests &
+  step tests 240 python -m pytest -n 0 -q -k cuda $cuda_tests &
   step shards 60 python -c 'import pathlib, sys; from tests.small_shards import make_shards
 make_shards(pathlib.Path(sys.argv[1]), split="train")' "$scratch/shards" &
-  for form in folded usual; do
-    memory "memory-B-$form" "$B" "$form" &
-    memory "memory-L-$form" "$L" "$form" &
-    memory "memory-g-$form" "$G" "$form" &
-  done
-  wait
+  (
+    for form in folded usual; do
+      memory "memory-B-$form" "$B" "$form" &
+      memory "memory-L-$form" "$L" "$form" &
+      memory "memory-g-$form" "$G" "$form" &
+    done
+    wait
+  )
   # Fills torch's compile cache, so that the measured runs need not wait for it.
   train compile-B 120 "$B" --rounds 1 --steps 1 &
   train compile-L 150 "$L" --rounds 1 --steps 1 &

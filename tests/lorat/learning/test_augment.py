@@ -266,11 +266,12 @@ def test_cuda_computes_what_the_cpu_computes() -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_compiled_on_cuda_it_computes_the_same_and_never_waits() -> None:
     assert_compiled_is_the_same(torch.device("cuda"))
     batch = {name: value.cuda() for name, value in make_batch(16, seed=9).items()}
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         augment(batch, compiled=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")

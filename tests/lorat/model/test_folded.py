@@ -21,12 +21,6 @@ def usual_form(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "foldable", lambda layer: False)
 
 
-@pytest.fixture(params=[False, True], ids=["apart", "joined"])
-def arrangement(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products with A and B apart, or as columns of the large ones, as compiled on CUDA."""
-    monkeypatch.setattr(folded, "_joined", lambda x: request.param)
-
-
 def loss_and_gradients(
     model: LoRAT,
     dtype: torch.dtype = torch.float32,
@@ -44,7 +38,6 @@ def loss_and_gradients(
     return [loss.detach(), *(g.detach().clone() for g in gradients if g is not None)]
 
 
-@pytest.mark.usefixtures("arrangement")
 @pytest.mark.parametrize(
     ("lora", "fields"),
     [
@@ -69,7 +62,6 @@ def test_same_loss_and_gradients_in_float32(
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4 * scale)
 
 
-@pytest.mark.usefixtures("arrangement")
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_errors_in_half_precision_are_the_usual_form_s(
     half: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -95,7 +87,6 @@ def test_errors_in_half_precision_are_the_usual_form_s(
         assert folded_error <= 1.5 * usual_error < 0.5, what
 
 
-@pytest.mark.usefixtures("arrangement")
 def test_compiled_it_has_the_same_outputs_and_gradients() -> None:
     model = shake(tiny_model(lora=LoraConfig(rank=4, targets=ALL)), std=0.05)
     block = model.backbone.blocks[0]
