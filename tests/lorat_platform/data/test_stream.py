@@ -139,6 +139,7 @@ def test_the_stream_is_the_same_for_one_two_and_three_workers(
                 np.testing.assert_array_equal(values, batch[name], err_msg=f"{workers} {name}")
 
 
+@pytest.mark.exhaustive
 def test_blocks_of_several_control_loops_can_be_counted() -> None:
     rate = block_rate(5, 1.0, one_loop=False)
     assert (rate.consumers, rate.loops) == (5, 2)

@@ -59,6 +59,7 @@ def test_metrics_params_tags_and_status_arrive(tmp_path: Path) -> None:
     assert stored.data.tags["mlflow.note.content"] == "# Hello"
 
 
+@pytest.mark.exhaustive
 def test_many_runs_of_a_process_reach_mlflow_a_few_at_a_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

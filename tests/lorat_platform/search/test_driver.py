@@ -220,6 +220,7 @@ class StopTheFirst(ASHAScheduler):
         return TrialScheduler.STOP if trial is first else TrialScheduler.CONTINUE
 
 
+@pytest.mark.exhaustive
 def test_a_stopped_trial_frees_the_only_slot_at_once(
     data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
