@@ -170,7 +170,7 @@ class TrainConfig:
     precision: Precision = "auto"
     """Auto means fp16 with a loss scaler on CUDA and fp32 on CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto means on for CUDA."""
+    """torch.compile of the network, on CUDA of the augmentation, too; auto means on for CUDA."""
     activation_checkpointing: bool = False
     """Recompute the blocks in the backward pass to save memory."""
     frozen_dtype: Literal["fp32", "bf16"] = "fp32"

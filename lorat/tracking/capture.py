@@ -38,7 +38,7 @@ class Capture:
     Args:
         model: whose weights the function reads where they are.  New values count at once; weights
             that have moved, such as to another type, drop all recordings.  Where there are
-            recordings, the memory of the old ones is free after the next call.
+            recordings, the old ones' memory is free after the next call that would be a replay.
         recorder: none means that every call runs as usual.
     """
 

@@ -27,6 +27,15 @@ def function_of(layer: nn.Linear) -> Callable[..., Tensor]:
     return lambda x, fixed: layer(x).relu() + fixed
 
 
+def recorded(layer: nn.Linear) -> tuple[RecordedOps, Capture, Tensor, Tensor]:
+    """Return a capture whose next call is a replay, its recorder, its input and fixed tensor."""
+    recorder, x, fixed = RecordedOps(), torch.randn(2, 4), torch.zeros(3)
+    captured = Capture(layer, recorder)
+    for _ in range(EAGER_CALLS + 1):
+        captured(function_of(layer), x, fixed=fixed)
+    return recorder, captured, x, fixed
+
+
 def test_replays_give_what_calls_give(layer: nn.Linear) -> None:
     recorder, fixed = RecordedOps(), torch.zeros(3)
     function = function_of(layer)
@@ -100,12 +109,8 @@ def test_the_number_of_recordings_is_bounded(
 def test_new_weights_count_at_once(
     layer: nn.Linear, change: Callable[[nn.Linear], object], dropped: bool
 ) -> None:
-    recorder, fixed = RecordedOps(), torch.zeros(3)
+    recorder, captured, x, fixed = recorded(layer)
     function = function_of(layer)
-    captured = Capture(layer, recorder)
-    x = torch.randn(2, 4)
-    for _ in range(EAGER_CALLS + 1):
-        captured(function, x, fixed=fixed)
     change(layer)
     assert torch.equal(captured(function, x, fixed=fixed), function(x, fixed))
     assert recorder.num_resets == dropped
@@ -114,12 +119,8 @@ def test_new_weights_count_at_once(
 
 
 def test_what_a_replay_reads_is_held_until_it_is_noticed_that_it_moved(layer: nn.Linear) -> None:
-    recorder, fixed = RecordedOps(), torch.zeros(3)
+    _, captured, x, fixed = recorded(layer)
     function = function_of(layer)
-    captured = Capture(layer, recorder)
-    x = torch.randn(2, 4)
-    for _ in range(EAGER_CALLS + 1):
-        captured(function, x, fixed=fixed)
     old = layer.weight.data_ptr()
     layer.weight.data = layer.weight + 1
     for held in (True, False):
